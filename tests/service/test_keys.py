@@ -1,0 +1,74 @@
+"""Laws of the keys: the secret is never stored, a revoked key is dead, a request cannot grant what its key forbids."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+
+from tidelock.service.db import Database
+from tidelock.service.keys import KeyStore
+from tidelock.tokens.errors import UserError
+
+
+@pytest.fixture
+def keys(tmp_path):
+    db = Database(tmp_path / "service.sqlite")
+    yield KeyStore.open(db, tmp_path / "pepper")
+    db.close()
+
+
+def test_the_secret_is_nowhere_on_disk(keys, tmp_path):
+    _, secret = keys.create("ann")
+    for file in tmp_path.iterdir():
+        assert secret.encode() not in file.read_bytes() and secret[3:].encode() not in file.read_bytes()
+    assert stat.S_IMODE((tmp_path / "pepper").stat().st_mode) == 0o600
+
+
+def test_only_the_secret_itself_authenticates(keys):
+    key, secret = keys.create("ann", "laptop", role="admin")
+    assert keys.authenticate(secret) == key
+    assert keys.authenticate(secret[:-1]) is None and keys.authenticate("") is None
+
+
+def test_a_revoked_key_is_dead_at_once(keys):
+    key, secret = keys.create("ann")
+    keys.revoke(key.id)
+    assert keys.authenticate(secret) is None
+    assert keys.list()[0].revoked is not None
+    with pytest.raises(UserError, match="no live key"):
+        keys.revoke(key.id)
+
+
+def test_the_same_secret_under_another_pepper_is_worthless(keys, tmp_path):
+    _, secret = keys.create("ann")
+    other = KeyStore.open(Database(tmp_path / "service.sqlite"), tmp_path / "other-pepper")
+    assert other.authenticate(secret) is None
+
+
+@pytest.mark.parametrize(
+    ("default", "may_grant", "requested", "expected"),
+    [
+        (True, False, None, (True, "key")),
+        (True, False, False, (False, "request")),
+        (True, False, True, (True, "request")),
+        (False, False, None, (False, "key")),
+        (False, False, True, (False, "key")),
+        (False, True, True, (True, "request")),
+        (False, True, None, (False, "key")),
+        (False, True, False, (False, "request")),
+    ],
+)
+def test_a_request_can_withdraw_consent_but_grant_only_what_the_key_allows(
+    keys, default, may_grant, requested, expected
+):
+    key, _ = keys.create("ann", training_consent=default, may_grant=may_grant)
+    assert key.consent(requested) == expected
+
+
+def test_bad_roles_and_damaged_peppers_are_clear_errors(keys, tmp_path):
+    with pytest.raises(UserError, match="role"):
+        keys.create("ann", role="god")
+    (tmp_path / "short").write_bytes(b"x")
+    with pytest.raises(UserError, match="damaged"):
+        KeyStore.open(Database(":memory:"), tmp_path / "short")

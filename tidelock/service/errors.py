@@ -1,0 +1,78 @@
+"""Errors as clients of the OpenAI and Kimi APIs expect them: `{"error": {type, message, code, param}}`.
+
+`x-should-retry: false` keeps the official clients from sending a hopeless request three times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ApiError(Exception):
+    """An answer other than 200. `kind` is `error.type`."""
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry: bool | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry = retry
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"type": self.kind, "message": self.message, "code": self.code, "param": self.param}}
+
+    def headers(self) -> dict[str, str]:
+        headers = {}
+        if self.retry is not None:
+            headers["x-should-retry"] = "true" if self.retry else "false"
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(self.retry_after_s)
+        return headers
+
+
+def invalid_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, "invalid_request_error", message, param=param, code=code)
+
+
+def invalid_key() -> ApiError:
+    message = "the API key is missing, wrong or revoked; send it as `Authorization: Bearer sk-…`"
+    return ApiError(401, "invalid_authentication_error", message, code="invalid_api_key")
+
+
+def permission_denied(message: str) -> ApiError:
+    return ApiError(403, "permission_denied_error", message)
+
+
+def not_found(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(404, "resource_not_found_error", message, param=param, code=code)
+
+
+def insufficient_balance() -> ApiError:
+    message = "your balance does not cover this prompt and one token of answer; top up the account and try again"
+    return ApiError(429, "exceeded_current_quota_error", message, code="insufficient_quota", retry=False)
+
+
+def policy_failed(message: str, status: int, kind: str) -> ApiError:
+    overloaded = status in (429, 503)
+    return ApiError(status, kind, message, retry_after_s=1 if overloaded else None)
+
+
+def timed_out(seconds: float) -> ApiError:
+    return ApiError(504, "timeout_error", f"the answer was not finished within {seconds:g} s", retry=False)
+
+
+def internal() -> ApiError:
+    return ApiError(500, "server_error", "the server failed on this request; the request id is in the headers")
