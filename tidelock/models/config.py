@@ -1,0 +1,89 @@
+"""The shape of a model as data. Layers read numbers from it and never ask which family they are in."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from tidelock.tokens.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Field names follow the Hugging Face configs of K2 and K3 where those have one."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    mixers: tuple[str, ...]  # per layer: "mla" | "kda"
+    ffns: tuple[str, ...]  # per layer: "dense" | "moe"
+    num_attention_heads: int
+    # MLA (K2 report §2; absorbed form)
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    mla_use_nope: bool  # True: the "rope" part stays unrotated (Kimi Linear, K3)
+    mla_use_output_gate: bool
+    rope_theta: float
+    # KDA (Kimi Linear §3, K3 §2)
+    kda_num_heads: int
+    kda_head_dim: int
+    short_conv_kernel_size: int
+    gate_lower_bound: float
+    # FFN
+    intermediate_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    n_shared_experts: int
+    moe_intermediate_size: int
+    routed_expert_hidden_size: int | None  # latent MoE width; None: experts run at full width
+    routed_scaling_factor: float
+    hidden_act: str  # "silu" | "situ"
+    activation_situ_beta: float
+    activation_situ_linear_beta: float
+    # depth
+    attn_res_block_size: int | None  # Attention Residuals, layers per block; None: plain residual stream
+    rms_norm_eps: float
+    initializer_range: float
+    max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if len(self.mixers) != len(self.ffns):
+            raise UserError(f"model config {self.name!r}: {len(self.mixers)} mixers but {len(self.ffns)} ffns")
+        for kind, known in ((set(self.mixers), {"mla", "kda"}), (set(self.ffns), {"dense", "moe"})):
+            if kind - known:
+                raise UserError(f"model config {self.name!r}: unknown layer kind {sorted(kind - known)}, use {sorted(known)}")
+        widths = {
+            "hidden_size": self.hidden_size,
+            "kv_lora_rank": self.kv_lora_rank,
+            "qk_nope_head_dim": self.qk_nope_head_dim,
+            "v_head_dim": self.v_head_dim,
+            "kda_head_dim": self.kda_head_dim,
+            "moe_intermediate_size": self.moe_intermediate_size,
+            "routed_expert_hidden_size": self.routed_expert_hidden_size or 8,
+        }
+        odd = [f"{k}={v}" for k, v in widths.items() if v % 8]
+        if odd:
+            raise UserError(f"model config {self.name!r}: widths must be multiples of 8, got {', '.join(odd)}")
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.mixers)
+
+    @property
+    def latent_row(self) -> int:
+        """Floats an MLA layer caches per token."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> ModelConfig:
+        fields = {f.name for f in dataclasses.fields(ModelConfig)}
+        missing, unknown = fields - data.keys(), data.keys() - fields
+        if missing or unknown:
+            raise UserError(f"model config: missing {sorted(missing)}, unknown {sorted(unknown)}")
+        return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})

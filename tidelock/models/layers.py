@@ -1,0 +1,210 @@
+"""The layers. Each forward reads like its equation; the arithmetic itself is in `ops`.
+
+Shapes: N rows of a packed batch, d hidden size, H heads. All fp32. `cache` is the layer's own part of the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .batch import Batch
+from .config import ModelConfig
+
+
+class Linear(nn.Module):
+    """y = x W^T. weight [out, in]; no bias anywhere in the family."""
+
+    def __init__(self, d_in: int, d_out: int, blocks: int = 1) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.weight.muon_blocks = blocks  # Per-Head Muon: rows orthogonalised in this many blocks (K3 §2.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.backend(x).linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return ops.backend(x).rms_norm(x, self.weight, self.eps, gate)
+
+
+class KDA(nn.Module):
+    """Kimi Delta Attention (Kimi Linear §3, K3 Eq. 1-6) with K3's bounded decay and full-rank output gate.
+
+    q, k = L2Norm(SiLU(Conv(W x))); v = SiLU(Conv(W_v x)); b = sigmoid(W_b x);
+    g = lower * sigmoid(exp(A) (W_f2 W_f1 x + dt)); o = recurrence; y = W_o [sigmoid(W_g x) * RMSNorm_head(o)].
+    """
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        d, h, k = c.hidden_size, c.kda_num_heads, c.kda_head_dim
+        self.heads, self.dim, self.lower = h, k, c.gate_lower_bound
+        self.q_proj, self.k_proj, self.v_proj = (Linear(d, h * k, blocks=h) for _ in range(3))
+        self.conv = nn.Parameter(torch.empty(3 * h * k, c.short_conv_kernel_size))  # q, k, v channels in turn
+        self.conv.optim = "adamw"
+        self.f_a_proj, self.f_b_proj = Linear(d, k), Linear(k, h * k)
+        self.A_log, self.dt_bias = nn.Parameter(torch.zeros(h)), nn.Parameter(torch.zeros(h * k))
+        self.b_proj, self.g_proj = Linear(d, h), Linear(d, h * k)
+        self.o_norm, self.o_proj = RMSNorm(k, c.rms_norm_eps), Linear(h * k, d)
+
+    def forward(self, x: Tensor, batch: Batch, cache: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x [N, d] -> [N, d]. cache = (states [slots, H, D, D], tails [slots, W - 1, 3 H D]), both updated in place."""
+        op = ops.backend(x)
+        states, tails = cache or (None, None)
+        qkv = op.linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        qkv = op.short_conv(qkv, self.conv, batch, tails).view(-1, 3, self.heads, self.dim)
+        z = self.f_b_proj(self.f_a_proj(x))
+        o = op.kda(qkv, z, self.dt_bias, self.A_log, self.b_proj(x), self.lower, batch, states)
+        o = self.o_norm(o, gate=self.g_proj(x).view_as(o))
+        return self.o_proj(o.view(x.shape[0], -1))
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention (K2 report §2, DeepSeek-V3) in absorbed form, optionally gated (K3 Eq. 7).
+
+    One cached row per token, shared by all heads: [c = RMSNorm(W_kv x) | k_rope]. Queries are taken into the latent
+    space (q W_uk), attend to rows, and the attended latent is expanded by W_uv. Training and decoding use this one form,
+    so both see the same numbers.
+    """
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        d, h = c.hidden_size, c.num_attention_heads
+        self.heads, self.rank = h, c.kv_lora_rank
+        self.nope, self.rope, self.v_dim = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        self.theta = None if c.mla_use_nope else c.rope_theta
+        self.q_proj = Linear(d, h * (self.nope + self.rope), blocks=h)
+        self.kv_a_proj_with_mqa = Linear(d, self.rank + self.rope)
+        self.kv_a_layernorm = RMSNorm(self.rank, 1e-6)
+        self.kv_b_proj = Linear(self.rank, h * (self.nope + self.v_dim), blocks=h)
+        self.g_proj = Linear(d, h * self.v_dim) if c.mla_use_output_gate else None
+        self.o_proj = Linear(h * self.v_dim, d)
+        self.max_logit: Tensor | None = None  # [H], largest scaled score of the last training forward
+
+    def forward(self, x: Tensor, batch: Batch, pages: Tensor | None) -> Tensor:
+        """x [N, d] -> [N, d]. pages [n_pages, page_size, rank + rope]: new rows are written, then read, in place."""
+        op, n = ops.backend(x), x.shape[0]
+        q_nope, q_rope = self.q_proj(x).view(n, self.heads, -1).split([self.nope, self.rope], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
+        if self.theta is not None:
+            q_rope, k_rope = rotate(q_rope, batch.positions(), self.theta), rotate(k_rope, batch.positions(), self.theta)
+        rows = torch.cat([self.kv_a_layernorm(latent), k_rope], dim=-1)
+        if pages is not None:
+            write_pages(pages, rows, batch)
+
+        w_uk, w_uv = self.kv_b_proj.weight.view(self.heads, -1, self.rank).split([self.nope, self.v_dim], dim=1)
+        q = torch.cat([op.head_linear(q_nope, w_uk), q_rope], dim=-1) * (self.nope + self.rope) ** -0.5
+        o, self.max_logit = op.mla(q, rows, self.rank, batch, pages)
+        o = op.head_linear(o, w_uv.transpose(1, 2)).view(n, -1)
+        if self.g_proj is not None:
+            o = op.sigmoid_gate(o, self.g_proj(x))
+        return self.o_proj(o)
+
+    @torch.no_grad()
+    def clip_qk(self, tau: float) -> int:
+        """QK-Clip (K2 report, Alg. 1): shrink the query/key weights of heads whose largest logit passed tau.
+
+        Returns how many heads were clipped.
+        """
+        if self.max_logit is None:
+            return 0
+        gamma = (tau / self.max_logit.clamp(min=tau)).to(self.q_proj.weight)
+        q_nope, q_rope = self.q_proj.weight.view(self.heads, -1, self.q_proj.weight.shape[1]).split([self.nope, self.rope], 1)
+        k_nope = self.kv_b_proj.weight.view(self.heads, -1, self.rank)[:, : self.nope]
+        q_nope.mul_(gamma.sqrt()[:, None, None])
+        k_nope.mul_(gamma.sqrt()[:, None, None])
+        q_rope.mul_(gamma[:, None, None])
+        return int((gamma < 1).sum())
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotary embedding over the last dimension, interleaved pairs (DeepSeek-V3 layout). x [N, ..., D], positions [N]."""
+    half = x.shape[-1] // 2
+    freq = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions.float()[:, None] * freq
+    cos, sin = (f.view(-1, *[1] * (x.dim() - 2), half) for f in (angle.cos(), angle.sin()))
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def write_pages(pages: Tensor, rows: Tensor, batch: Batch) -> None:
+    """Put new rows [N, D] at their positions in the pages of their sequences."""
+    size, position = pages.shape[1], batch.positions()
+    owner = torch.repeat_interleave(batch.cu[1:] - batch.cu[:-1])
+    page = batch.table[owner, position // size].long()
+    pages.view(-1, pages.shape[-1])[page * size + position % size] = rows
+
+
+class GLU(nn.Module):
+    """Dense gated FFN: W_d act(W_g x, W_u x), SwiGLU or SiTU-GLU (K3 Eq. 12)."""
+
+    def __init__(self, c: ModelConfig, d: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = Linear(d, width), Linear(d, width), Linear(width, d)
+        self.act = (c.hidden_act == "situ", c.activation_situ_beta, c.activation_situ_linear_beta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        op = ops.backend(x)
+        return self.down_proj(op.glu(op.linear(x, self.gate_proj.weight, self.up_proj.weight), *self.act))
+
+
+class MoE(nn.Module):
+    """Sparse mixture of experts, optionally in a latent width (Stable LatentMoE, K3 Eq. 11).
+
+    u = sum_{i in top-k} p_i E_i(W_down x);  y = shared(x) + W_up RMSNorm(u).  Without a latent width: y = shared(x) + u.
+    The router's selection bias follows the load (sign update of DeepSeek-V3; it never enters p).
+    """
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        d, latent, f, e = c.hidden_size, c.routed_expert_hidden_size, c.moe_intermediate_size, c.n_routed_experts
+        self.k, self.scale, self.experts = c.num_experts_per_tok, c.routed_scaling_factor, e
+        self.gate = Linear(d, e)
+        self.register_buffer("e_score_correction_bias", torch.zeros(e))
+        self.w_in = nn.Parameter(torch.empty(e, latent or d, 2 * f))  # [gate | up] of every expert
+        self.w_out = nn.Parameter(torch.empty(e, f, latent or d))
+        self.shared_experts = GLU(c, d, c.n_shared_experts * f)
+        self.latent = latent is not None
+        if self.latent:
+            self.routed_expert_down_proj, self.routed_expert_up_proj = Linear(d, latent), Linear(latent, d)
+            self.routed_expert_norm = RMSNorm(latent, c.rms_norm_eps)
+        self.act = (c.hidden_act == "situ", c.activation_situ_beta, c.activation_situ_linear_beta)
+        self.load: Tensor | None = None  # [E], choices per expert in the last training forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        op = ops.backend(x)
+        idx, p = op.route(self.gate(x), self.e_score_correction_bias, self.k, self.scale)
+        if self.training:
+            self.load = torch.bincount(idx.flatten(), minlength=self.experts)
+        h = self.routed_expert_down_proj(x) if self.latent else x
+        h, offsets, where = op.dispatch(h, idx, self.experts)
+        h = op.glu(op.experts_linear(h, offsets, self.w_in), *self.act)
+        u = op.combine(op.experts_linear(h, offsets, self.w_out), where, p)
+        if self.latent:
+            u = self.routed_expert_up_proj(self.routed_expert_norm(u))
+        return self.shared_experts(x) + u
+
+    @torch.no_grad()
+    def balance(self, rate: float) -> None:
+        """Move the selection bias towards even load: b += rate * sign(mean load - load) (aux-loss-free balancing)."""
+        if self.load is not None:
+            load = self.load.to(self.e_score_correction_bias)
+            self.e_score_correction_bias += rate * torch.sign(load.mean() - load)
+
+
+class Mix(nn.Module):
+    """Attention Residuals (K3 Eq. 8-10): the input of a sub-layer is an attention over the depth before it."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.norm, self.proj = RMSNorm(c.hidden_size, c.rms_norm_eps), Linear(c.hidden_size, 1)
+        self.proj.weight.optim = "adamw"
+
+    def forward(self, sources: list[Tensor]) -> Tensor:
+        return ops.backend(sources[0]).mix(sources, self.norm.weight * self.proj.weight[0], self.norm.eps)

@@ -1,0 +1,139 @@
+"""Every model operation in plain PyTorch, written as its equation: the oracle of the C kernels, and the path taken on
+other devices or where no compiler is found. Slower, and not bitwise independent of the batch; never different in meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def linear(x: Tensor, *weights: Tensor) -> Tensor:
+    """x [M, K], weights [N_i, K] -> [M, sum N_i]."""
+    return torch.cat([x @ w.t() for w in weights], dim=-1)
+
+
+def head_linear(x: Tensor, w: Tensor) -> Tensor:
+    """x [M, H, K], w [H, K, N] -> [M, H, N]."""
+    return torch.einsum("mhk,hkn->mhn", x, w)
+
+
+def experts_linear(x: Tensor, offsets: Tensor, w: Tensor) -> Tensor:
+    """x [rows sorted by expert, K], offsets [E + 1], w [E, K, N] -> [rows, N]."""
+    bounds = offsets.tolist()
+    return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(zip(bounds, bounds[1:]))])
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
+    """x / rms(x) * w, times sigmoid(gate) when given. Over the last dimension."""
+    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w
+    return y if gate is None else y * torch.sigmoid(gate)
+
+
+def sigmoid_gate(x: Tensor, g: Tensor) -> Tensor:
+    return x * torch.sigmoid(g)
+
+
+def glu(h: Tensor, situ: bool, beta: float, linear_beta: float) -> Tensor:
+    """h [M, 2F] = [gate | up]. SwiGLU, or SiTU-GLU (K3 Eq. 12): beta tanh(g/beta) sigmoid(g) * lb tanh(u/lb)."""
+    g, u = h.chunk(2, dim=-1)
+    s = torch.sigmoid(g)
+    if situ:
+        g, u = beta * torch.tanh(g / beta), linear_beta * torch.tanh(u / linear_beta)
+    return g * s * u
+
+
+def route(logits: Tensor, bias: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
+    """K3 Eq. 13: choose top-k of sigmoid(logits) + bias; weights are the unbiased scores, renormalised."""
+    s = torch.sigmoid(logits)
+    idx = (s + bias).topk(k, dim=-1).indices
+    p = s.gather(1, idx)
+    return idx, p / (p.sum(1, keepdim=True) + 1e-20) * scale
+
+
+def dispatch(x: Tensor, idx: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of the rows of x sorted by expert, the experts' offsets [E + 1], and where each choice went [M, k]."""
+    order = idx.flatten().argsort(stable=True)
+    where = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device)).view_as(idx)
+    counts = torch.bincount(idx.flatten(), minlength=experts)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return x[order // idx.shape[1]], offsets, where
+
+
+def combine(xs: Tensor, where: Tensor, p: Tensor) -> Tensor:
+    """y[m] = sum_j p[m, j] xs[where[m, j]]."""
+    return (xs[where] * p[..., None]).sum(1)
+
+
+def _spans(seq) -> list[tuple[int, int, int]]:
+    cu, start = seq.cu.tolist(), seq.start.tolist()
+    return [(a, b, s) for a, b, s in zip(cu, cu[1:], start)]
+
+
+def short_conv(x: Tensor, w: Tensor, seq, tails: Tensor | None) -> Tensor:
+    """silu(causal depthwise convolution) per sequence. x [N, C], w [C, W], tails [slots, W - 1, C] (updated)."""
+    width, out = w.shape[1], []
+    for s, (a, b, start) in enumerate(_spans(seq)):
+        past = x.new_zeros(width - 1, x.shape[1])
+        if tails is not None and start:
+            past = tails[seq.slots[s]]
+        padded = torch.cat([past, x[a:b]])
+        pre = sum(w[:, j] * padded[j : j + b - a] for j in range(width))
+        out.append(torch.nn.functional.silu(pre))
+        if tails is not None:
+            tails[seq.slots[s]] = padded[b - a :]
+    return torch.cat(out)
+
+
+def kda(qkv, z, dt_bias, a_log, beta, lower, seq, states):
+    """Kimi Delta Attention, one token at a time (Kimi Linear Eq. 1; K3 gate).
+
+    qkv [N, 3, H, D], z [N, H*D], dt_bias [H*D], a_log [H], beta [N, H] (logits), states [slots, H, D, D] (updated).
+    S = (I - b k kT) Diag(exp g) S + b k vT;  o = ST q.  Returns o [N, H, D].
+    """
+    n, _, h, d = qkv.shape
+    q, k, v = qkv.unbind(1)
+    q = q * torch.rsqrt(q.pow(2).sum(-1, keepdim=True) + 1e-6) * d**-0.5
+    k = k * torch.rsqrt(k.pow(2).sum(-1, keepdim=True) + 1e-6)
+    g = lower * torch.sigmoid(a_log.exp()[:, None] * (z + dt_bias).view(n, h, d))
+    b = torch.sigmoid(beta)
+    out = []
+    for s, (lo, hi, start) in enumerate(_spans(seq)):
+        state = qkv.new_zeros(h, d, d)
+        if states is not None and start:
+            state = states[seq.slots[s]]
+        for t in range(lo, hi):
+            state = state * g[t].exp()[..., None]
+            u = b[t][:, None] * (v[t] - torch.einsum("hk,hkv->hv", k[t], state))
+            state = state + k[t][..., None] * u[:, None, :]
+            out.append(torch.einsum("hk,hkv->hv", q[t], state))
+        if states is not None:
+            states[seq.slots[s]] = state
+    return torch.stack(out)
+
+
+def mla(q: Tensor, rows: Tensor, rank: int, seq, pages: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Absorbed multi-head latent attention: q [N, H, D] (scaled) over shared rows [T, D] = [latent | rope key].
+
+    Returns softmax(q . row) row[:rank] as [N, H, rank] and the largest logit per head [H].
+    """
+    out, top = [], []
+    for s, (a, b, start) in enumerate(_spans(seq)):
+        keys = rows[a:b]
+        if pages is not None:
+            keys = pages[seq.table[s].long()].flatten(0, 1)[: start + b - a]
+        scores = torch.einsum("nhd,td->hnt", q[a:b], keys)
+        future = torch.arange(keys.shape[0], device=q.device) > start + torch.arange(b - a, device=q.device)[:, None]
+        scores = scores.masked_fill(future, float("-inf"))
+        top.append(scores.detach().amax((1, 2)))
+        out.append(torch.einsum("hnt,tr->nhr", scores.softmax(-1), keys[:, :rank]))
+    return torch.cat(out), torch.stack(top).amax(0)
+
+
+def mix(sources: Sequence[Tensor], w: Tensor, eps: float) -> Tensor:
+    """Attention Residuals (K3 Eq. 8-10): softmax over sources of w . RMSNorm(source), values not normalised."""
+    v = torch.stack(list(sources), dim=1)
+    logits = (v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps) * w).sum(-1)
+    return torch.einsum("mj,mjd->md", logits.softmax(-1), v)
