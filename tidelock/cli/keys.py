@@ -1,0 +1,122 @@
+"""`tidelock keys`: create, list, revoke and top up the API keys of a service directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from tidelock.service.db import Database
+from tidelock.service.keys import KeyStore
+from tidelock.service.ledger import Ledger
+from tidelock.service.prices import NANO_PER_USD, format_usd
+from tidelock.tokens.errors import UserError
+
+EXAMPLE = """examples:
+  tidelock keys create --dir service --customer ann --usd 5 --consent
+  tidelock keys topup --dir service --customer ann --usd 2.50 --reference invoice-17
+  tidelock keys list --dir service
+  tidelock keys revoke key_0123456789abcdef --dir service"""
+
+
+def add(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "keys",
+        help="create, list, revoke and top up API keys",
+        description="Manages the API keys and prepaid balances of a service directory.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--dir", type=Path, default=Path("service"), help="service directory (default: service)")
+    common.add_argument("--json", type=Path, metavar="PATH", help="also write the result as JSON to PATH")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    create = actions.add_parser("create", parents=[common], help="create a key and show its secret once")
+    create.add_argument("--customer", required=True, help="whose balance pays")
+    create.add_argument("--name", default="", help="a label for lists")
+    create.add_argument("--admin", action="store_true", help="may also swap weights")
+    create.add_argument("--usd", default="0", help="top the customer up by this amount")
+    create.add_argument("--consent", action="store_true", help="traffic may be trained on unless a request says no")
+    create.add_argument("--may-grant", action="store_true", help="a single request may consent to training")
+
+    topup = actions.add_parser("topup", parents=[common], help="book money paid in")
+    topup.add_argument("--customer", required=True)
+    topup.add_argument("--usd", required=True)
+    topup.add_argument("--reference", help="the payment's id; the same one is never booked twice")
+
+    revoke = actions.add_parser("revoke", parents=[common], help="end a key at once")
+    revoke.add_argument("key_id")
+
+    actions.add_parser("list", parents=[common], help="show keys and balances")
+
+
+def run(args: argparse.Namespace) -> int:
+    creates = args.action == "create"
+    if creates:
+        args.dir.mkdir(parents=True, exist_ok=True)
+    elif not (args.dir / "service.sqlite").is_file():
+        raise UserError(f"no service in {args.dir}; `tidelock keys create --dir {args.dir}` starts one")
+    db = Database(args.dir / "service.sqlite")
+    try:
+        keys, ledger = KeyStore.open(db, args.dir / "pepper"), Ledger(db)
+        result = {"create": _create, "topup": _topup, "revoke": _revoke, "list": _list}[args.action](args, keys, ledger)
+    finally:
+        db.close()
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def _create(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str, Any]:
+    nano_usd = _nano(args.usd) if args.usd != "0" else 0
+    key, secret = keys.create(
+        args.customer,
+        args.name,
+        role="admin" if args.admin else "user",
+        training_consent=args.consent,
+        may_grant=args.may_grant,
+    )
+    if nano_usd:
+        ledger.topup(args.customer, nano_usd)
+    print(f"{key.id}  {args.customer}  balance {format_usd(ledger.balance(args.customer))} USD")
+    print(f"secret (shown only now): {secret}")
+    return {**asdict(key), "secret": secret, "balance_nano_usd": ledger.balance(args.customer)}
+
+
+def _topup(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str, Any]:
+    booked = ledger.topup(args.customer, _nano(args.usd), args.reference)
+    state = "booked" if booked else "was booked before; nothing changed"
+    print(f"{args.usd} USD for {args.customer}: {state}; balance {format_usd(ledger.balance(args.customer))} USD")
+    return {"customer": args.customer, "booked": booked, "balance_nano_usd": ledger.balance(args.customer)}
+
+
+def _revoke(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str, Any]:
+    keys.revoke(args.key_id)
+    print(f"{args.key_id} is revoked")
+    return {"id": args.key_id, "revoked": True}
+
+
+def _list(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str, Any]:
+    listed = [{**asdict(key), "balance_nano_usd": ledger.balance(key.customer)} for key in keys.list()]
+    for key in listed:
+        state = "revoked" if key["revoked"] else "live"
+        consent = "consents" if key["training_consent"] else "on request" if key["may_grant"] else "no training"
+        balance = format_usd(key["balance_nano_usd"])
+        print(f"{key['id']}  {key['hint']}  {key['customer']:<12} {key['role']:<5} {state:<7} {consent:<11} {balance} USD")
+    return {"keys": listed}
+
+
+def _nano(usd: str) -> int:
+    """Raises UserError unless this is a positive decimal with at most nine digits behind the point."""
+    try:
+        nano = Decimal(usd) * NANO_PER_USD
+        if nano > 0 and nano == int(nano):
+            return int(nano)
+    except (InvalidOperation, OverflowError, ValueError):
+        pass
+    raise UserError(f"{usd!r} is not an amount in USD such as 5 or 2.50")

@@ -1,0 +1,87 @@
+"""Runs the application in the engine's own process, on a socket we bound ourselves.
+
+uvicorn, because it takes a bound socket (so port 0 gives its real port before the first request, and a taken port is
+one clear error) and stops from inside a running loop. granian handles more requests per second with empty handlers,
+but here two durable ledger commits and a journal write per request weigh more than the HTTP layer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from tidelock.service.app import create_app
+from tidelock.service.state import ServiceState
+from tidelock.tokens.errors import UserError
+
+
+@dataclass(frozen=True)
+class Running:
+    host: str
+    port: int
+    task: asyncio.Task[None]  # ends when the server does
+
+    @property
+    def base_url(self) -> str:
+        """What API clients are given."""
+        return f"http://{self.host}:{self.port}/v1"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Raises UserError if the port is taken or not allowed."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port, or 0 for a free one") from error
+    return listener
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    state: ServiceState, host: str = "127.0.0.1", port: int = 0, ready_file: str | Path | None = None
+) -> AsyncIterator[Running]:
+    """Serves while the block runs; on leaving it, running requests get 5 s to finish.
+
+    `ready_file` appears, with the base URL in it, once requests are answered. Raises UserError if the port is taken.
+    """
+    with bind(host, port) as listener:
+        config = uvicorn.Config(create_app(state), log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
+        server = _Server(config)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            while not server.started:
+                if task.done():
+                    task.result()
+                    raise RuntimeError("the server ended before it was ready")
+                await asyncio.sleep(0.01)
+            running = Running(host, listener.getsockname()[1], task)
+            if ready_file is not None:
+                _write_atomically(Path(ready_file), running.base_url + "\n")
+            yield running
+        finally:
+            server.should_exit = True
+            await task
+
+
+class _Server(uvicorn.Server):
+    """Leaves the process's signals to the program that embeds it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        yield
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
