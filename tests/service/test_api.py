@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
+from tidelock.service.db import Database
+from tidelock.service.ledger import Ledger
 from tidelock.service.server import bind
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.message import Message, ToolCall
@@ -102,6 +108,7 @@ def test_a_tool_round_trip_extends_the_ids_that_were_sampled(service):
     node = second.trace["node"]
     assert tuple(traces.ids(node)) == (*service.policy.prompts[1], *service.policy.sampled[1])
     path = traces.path(node)
+    assert list(traces.ids(node)) == service.state.template.render([step.message for step in path])
     assert [n.message.role for n in path] == ["system", "user", "assistant", "tool", "assistant"]
     assert first.trace["node"] == path[2].id
     answer = path[-1]
@@ -202,6 +209,7 @@ def test_a_client_that_leaves_a_whole_answer_does_not_keep_the_engine_busy(servi
         ask(service.client(timeout=0.2, max_retries=0), max_tokens=2000)
     service.wait(lambda: usage_rows(service))
     assert usage_rows(service)[0]["completion_tokens"] == len(service.policy.sampled[0]) < 300
+    assert len(service.policy.aborted) == 1
 
 
 def test_a_failure_before_the_first_token_is_a_plain_error_and_free(service):
@@ -337,6 +345,49 @@ def test_only_an_admin_swaps_weights_and_health_tells_the_version(service):
     }
     node = ask(service.client(user)).trace["node"]
     assert {version for version, _ in service.state.traces.get(node).weights_versions} == {2}
+
+
+KILLED_SERVER = """
+import asyncio, sys
+from conftest import PRICE, ByteTokenizer, Message, PriceBook, ScriptedPolicy, get_template, open_state, serving
+
+async def main():
+    template = get_template("xtml", ByteTokenizer())
+    policy = ScriptedPolicy(template, [Message("assistant", "word " * 300)], per_chunk=3, pause_s=0.01)
+    state = open_state(sys.argv[1], policy=policy, template=template, prices=PriceBook("v1", {"tide": PRICE}),
+                       model="tide", context_length=4096, weights_version=1)
+    secret = sys.argv[2] if len(sys.argv) > 2 else state.keys.create("ann")[1]
+    state.ledger.topup("ann", 10_000_000, "only-once")
+    async with serving(state) as running:
+        print(running.base_url, secret, state.ledger.balance("ann"), flush=True)
+        await running.task
+
+asyncio.run(main())
+"""
+
+
+def test_kill_9_mid_stream_costs_the_client_nothing_after_the_restart(tmp_path):
+    def start(*secret: str) -> tuple[subprocess.Popen, list[str]]:
+        command = [sys.executable, "-c", KILLED_SERVER, str(tmp_path), *secret]
+        path = f"{Path(__file__).parent}:{Path(__file__).parents[2]}"
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+        return server, server.stdout.readline().split()
+
+    server, (url, secret, balance) = start()
+    assert balance == "10000000"
+    stream = ask(openai.OpenAI(base_url=url, api_key=secret), stream=True, max_tokens=2000)
+    next(iter(stream))
+    server.kill()
+    server.wait()
+    with pytest.raises(openai.APIConnectionError):
+        list(stream)
+    ledger = Ledger(Database(tmp_path / "service.sqlite"))
+    assert ledger.balance("ann") < 10_000_000 and ledger.audit().sound
+    server, (_, _, balance) = start(secret)
+    assert balance == "10000000" and ledger.audit().sound
+    server.kill()
+    server.wait()
+    ledger.db.close()
 
 
 def test_a_taken_port_is_one_clear_line():

@@ -137,7 +137,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.db.close()
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 test_any_interleaving_keeps_the_books_sound = LedgerMachine.TestCase
 
 

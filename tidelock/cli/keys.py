@@ -40,7 +40,7 @@ def add(subparsers: Any) -> None:
     create.add_argument("--customer", required=True, help="whose balance pays")
     create.add_argument("--name", default="", help="a label for lists")
     create.add_argument("--admin", action="store_true", help="may also swap weights")
-    create.add_argument("--usd", default="0", help="top the customer up by this amount")
+    create.add_argument("--usd", help="top the customer up by this amount")
     create.add_argument("--consent", action="store_true", help="traffic may be trained on unless a request says no")
     create.add_argument("--may-grant", action="store_true", help="a single request may consent to training")
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _create(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str, Any]:
-    nano_usd = _nano(args.usd) if args.usd != "0" else 0
+    nano_usd = _nano(args.usd) if args.usd is not None else 0
     key, secret = keys.create(
         args.customer,
         args.name,
