@@ -14,16 +14,16 @@ from tidelock.service.ledger import Ledger
 from tidelock.tokens.errors import UserError
 
 
-def command(*words: str) -> int:
+def command(*words: str) -> None:
     parser = argparse.ArgumentParser()
     keys.add(parser.add_subparsers())
-    return keys.run(parser.parse_args(["keys", *words]))
+    assert keys.run(parser.parse_args(["keys", *words])) == 0
 
 
 def test_a_created_key_authenticates_and_its_topup_is_booked_once(tmp_path, capsys):
     where = ["--dir", str(tmp_path)]
     result = tmp_path / "key.json"
-    assert command("create", *where, "--customer", "ann", "--usd", "0.000000005", "--consent", "--json", str(result)) == 0
+    command("create", *where, "--customer", "ann", "--usd", "0.000000005", "--consent", "--json", str(result))
     for _ in range(2):
         command("topup", *where, "--customer", "ann", "--usd", "2.50", "--reference", "invoice-17")
     created = json.loads(result.read_text())

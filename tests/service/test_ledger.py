@@ -20,7 +20,9 @@ from tidelock.tokens.errors import UserError
 PRICE = Price(input_nano=300, cached_input_nano=30, output_nano=1500)
 
 
-def place(ledger: Ledger, request_id: str, prompt: int, most: int, customer: str = "ann", lifetime_s: float = 60) -> Hold:
+def place(
+    ledger: Ledger, request_id: str, prompt: int, most: int, customer: str = "ann", lifetime_s: float = 60
+) -> Hold:
     return ledger.hold(
         customer,
         "key_1",

@@ -11,7 +11,7 @@ from typing import Any
 
 from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
-from tidelock.service.ledger import Ledger
+from tidelock.service.ledger import MAX_NANO, Ledger
 from tidelock.service.prices import NANO_PER_USD, format_usd
 from tidelock.tokens.errors import UserError
 
@@ -68,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
     finally:
         db.close()
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        try:
+            args.json.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {args.json}: {error.strerror}") from error
     return 0
 
 
@@ -107,16 +110,17 @@ def _list(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str,
         state = "revoked" if key["revoked"] else "live"
         consent = "consents" if key["training_consent"] else "on request" if key["may_grant"] else "no training"
         balance = format_usd(key["balance_nano_usd"])
-        print(f"{key['id']}  {key['hint']}  {key['customer']:<12} {key['role']:<5} {state:<7} {consent:<11} {balance} USD")
+        who = f"{key['id']}  {key['hint']}  {key['customer']:<12}"
+        print(f"{who} {key['role']:<5} {state:<7} {consent:<11} {balance} USD")
     return {"keys": listed}
 
 
 def _nano(usd: str) -> int:
-    """Raises UserError unless this is a positive decimal with at most nine digits behind the point."""
+    """Raises UserError unless this is a positive amount, not absurdly large, with at most nine decimals."""
     try:
         nano = Decimal(usd) * NANO_PER_USD
-        if nano > 0 and nano == int(nano):
+        if 0 < nano < MAX_NANO and nano == int(nano):
             return int(nano)
-    except (InvalidOperation, OverflowError, ValueError):
+    except InvalidOperation:
         pass
     raise UserError(f"{usd!r} is not an amount in USD such as 5 or 2.50")

@@ -62,7 +62,7 @@ class ChatCompletions:
                                 break
                             meter.delivered = reply.streaming
                             await reply.progress(parser.feed(chunk.ids))
-                complete = meter.sample.finish_reason in ("stop", "length")
+                complete = bool(meter.sample.ids) and meter.sample.finish_reason in ("stop", "length")
                 if not complete:
                     raise errors.policy_failed("the answer was stopped before its end", 503, "engine_overloaded_error")
             except TimeoutError:
@@ -89,9 +89,10 @@ class Whole:
         pass
 
     async def finish(self, message: Message, finish_reason: str, usage: wire.Usage, node: str) -> None:
+        choice = {"index": 0, "message": wire.answer(message), "logprobs": None, "finish_reason": finish_reason}
         body = {
             **_head(self._turn, self._model, "chat.completion"),
-            "choices": [{"index": 0, "message": wire.answer(message), "logprobs": None, "finish_reason": finish_reason}],
+            "choices": [choice],
             "usage": usage.wire(),
             "trace": {"node": node},
         }

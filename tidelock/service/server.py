@@ -43,7 +43,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
         listener.close()
-        raise UserError(f"cannot listen on {host}:{port}: {error}; choose another --port, or 0 for a free one") from error
+        reason = f"cannot listen on {host}:{port}: {error}; choose another --port, or 0 for a free one"
+        raise UserError(reason) from error
     return listener
 
 
