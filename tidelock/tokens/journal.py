@@ -1,0 +1,88 @@
+"""An append-only file of JSON records that survives being killed at any byte.
+
+One record a line: crc32 in hex, a space, JSON. Opening is recovering: a torn last record is cut off; a damaged record
+anywhere else is somebody's edit or a failing disk and is reported, never skipped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+def encode_record(record: dict[str, Any]) -> bytes:
+    body = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def decode_record(line: bytes) -> dict[str, Any] | None:
+    """The record of one line (without its newline), or None when it is damaged."""
+    if len(line) < 10 or line[8:9] != b" ":
+        return None
+    body = line[9:]
+    try:
+        if int(line[:8], 16) != zlib.crc32(body):
+            return None
+        return json.loads(body.decode("utf-8", "surrogatepass"))
+    except ValueError:
+        return None
+
+
+def read_journal(path: str | Path) -> list[dict[str, Any]]:
+    """Every whole record, without opening for writing. Raises UserError on a damaged record that is not the last."""
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """(records, length in bytes of the sound part)."""
+    data = path.read_bytes() if path.exists() else b""
+    records, at, number = [], 0, 0
+    while at < len(data):
+        number += 1
+        end = data.find(b"\n", at)
+        record = None if end < 0 else decode_record(data[at:end])
+        if record is None:
+            if end >= 0 and end + 1 < len(data):
+                raise UserError(f"damaged journal: {path}, record {number} fails its checksum and is not the last one")
+            break
+        records.append(record)
+        at = end + 1
+    return records, at
+
+
+class Journal:
+    """The single writer of a journal file. Every append is on disk when it returns."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise UserError(f"{self.path} is being written by another process; stop it or use another directory") from None
+        self.records, sound = _read(self.path)
+        if sound != self._file.tell():
+            self._file.truncate(sound)
+
+    def append(self, record: dict[str, Any]) -> None:
+        self.append_many([record])
+
+    def append_many(self, records: Iterable[dict[str, Any]]) -> None:
+        """One write and one fsync for all of them."""
+        data = b"".join(encode_record(r) for r in records)
+        if data:
+            self._file.write(data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,137 @@
+"""Byte-level BPE over a well-kept library, with special tokens kept out of its reach.
+
+The library only ever sees plain text. Special tokens are ids appended behind its vocabulary by our wrapper, so no text
+a user can type encodes to one. `ByteTokenizer` is the same interface without training: one id per byte.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .errors import UserError
+
+SPECIALS = (
+    "<|eod|>",  # end of a document
+    # XTML (K3)
+    "<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>",
+    # ChatML with tool sections (K2)
+    "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>", "<|im_end|>",
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>",
+    "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>",
+    "<think>", "</think>",
+)  # fmt: skip
+
+# Words may lead with a space, digits stand alone (numbers are copied digit by digit), and a tag header such as
+# `message role="assistant"` is one piece, so that a frequent one becomes one token.
+PIECES = r'[a-z]+(?: [a-z]+="[^"<>]*")+| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+'
+
+
+class _Specials:
+    """Ids for the special tokens, counted from the end of a base vocabulary."""
+
+    def __init__(self, base: int) -> None:
+        self.base = base
+        self._special = {name: base + i for i, name in enumerate(SPECIALS)}
+        self.vocab_size = base + len(SPECIALS)
+
+    def special(self, name: str) -> int:
+        return self._special[name]
+
+    def is_special(self, token: int) -> bool:
+        return token >= self.base
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return b"".join(self.token_bytes(i) for i in ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens appear as their marker, broken UTF-8 as U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        if token >= self.vocab_size or token < 0:
+            raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+        if token >= self.base:
+            return SPECIALS[token - self.base].encode()
+        return self._base_bytes(token)
+
+
+class BPETokenizer(_Specials):
+    """Byte-level BPE (the `tokenizers` library). Any text round-trips: decode(encode(s)) == s."""
+
+    def __init__(self, library: Tokenizer) -> None:
+        super().__init__(library.get_vocab_size())
+        self._library = library
+        # GPT-2's printable stand-ins for bytes, undone once for the whole vocabulary.
+        stand_in = {c: b for b, c in _byte_alphabet().items()}
+        self._bytes = [bytes(stand_in[c] for c in library.id_to_token(i)) for i in range(self.base)]
+        self.identity = hashlib.blake2b(library.to_str().encode(), digest_size=8).hexdigest()
+        self._encode = functools.lru_cache(maxsize=65536)(lambda text: tuple(library.encode(text).ids))
+
+    @staticmethod
+    def train(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+        """Learn merges until `vocab_size` ids, special tokens included."""
+        library = Tokenizer(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])
+        library.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(SPECIALS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        library.train_from_iterator(texts, trainer)
+        return BPETokenizer(library)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; never a special id, whatever the text says."""
+        return list(self._encode(text))
+
+    def _base_bytes(self, token: int) -> bytes:
+        return self._bytes[token]
+
+    def save(self, directory: str | Path) -> None:
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        scratch = directory / ".tokenizer.json.tmp"
+        self._library.save(str(scratch))
+        scratch.replace(directory / "tokenizer.json")
+
+    @staticmethod
+    def load(directory: str | Path) -> BPETokenizer:
+        """Raises UserError when there is no tokenizer or it cannot be read."""
+        file = Path(directory) / "tokenizer.json"
+        if not file.exists():
+            raise UserError(f"no tokenizer: {file} does not exist")
+        try:
+            return BPETokenizer(Tokenizer.from_file(str(file)))
+        except Exception as e:  # the library raises bare Exception
+            raise UserError(f"corrupt tokenizer: {file} ({e})") from None
+
+
+class ByteTokenizer(_Specials):
+    """One id per byte. For endpoints that speak text, where ids are only our own bookkeeping."""
+
+    identity = "bytes"
+
+    def __init__(self) -> None:
+        super().__init__(256)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def _base_bytes(self, token: int) -> bytes:
+        return bytes([token])
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """The printable character that byte-level BPE writes for each byte (GPT-2)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}

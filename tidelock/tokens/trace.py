@@ -1,0 +1,229 @@
+"""The trace: the product's own history as a graph of messages, each holding only the ids it adds.
+
+A node says what produced its ids (weights versions, sampling, template, sandbox) and what may be done with them
+(consent, redactions). Siblings are retries or edits; a path from the root is one conversation, token for token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .journal import Journal, read_journal
+from .message import Message, ToolCall, ToolSpec
+from .template import Template
+
+
+@dataclass(frozen=True)
+class Node:
+    """One message of a conversation and the ids it added.
+
+    sampled: how many of the trailing ids were sampled (0 for messages that came in); `logprobs` belong to those.
+    weights_versions: (version, count) spans over the sampled ids. redactions: [start, end) ranges of `ids` kept out of
+    any loss; ids themselves are never rewritten. exact: ids and logprobs are the sampler's own.
+    """
+
+    id: str
+    parent: str | None
+    scope: str  # who and which session; conversations never match across scopes
+    message: Message
+    ids: tuple[int, ...]
+    sampled: int = 0
+    logprobs: tuple[float, ...] = ()
+    weights_versions: tuple[tuple[int, int], ...] = ()
+    sampling: dict[str, Any] = field(default_factory=dict)
+    template: str = ""
+    sandbox: str = "none"
+    consent: bool = False
+    consent_source: str = ""
+    redactions: tuple[tuple[int, int], ...] = ()
+    finish_reason: str | None = None
+    exact: bool = False
+    created: float = 0.0
+
+    @staticmethod
+    def of(parent: str | None, message: Message, ids: Sequence[int], *, scope: str, **rest: Any) -> Node:
+        """A node with its id derived from what it is and where it hangs: adding it twice adds it once."""
+        identity = json.dumps([parent, scope, digest(message), list(ids)]).encode()
+        node_id = hashlib.blake2b(identity, digest_size=16).hexdigest()
+        return Node(node_id, parent, scope, message, tuple(ids), **rest)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A verdict on the conversation that ends in `node`."""
+
+    node: str
+    success: bool
+    reward: float
+    source: str
+
+
+def digest(message: Message) -> str:
+    """What a client can see of a message: role, text, reasoning, calls. Not call ids, not the sampled ids."""
+    calls = [[c.name, c.arguments] for c in message.tool_calls]
+    tools = [[t.name, t.description, t.parameters] for t in message.tools]
+    public = [message.role, message.content, message.reasoning, calls, message.name, tools]
+    encoded = json.dumps(public, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+
+
+def message_to_dict(m: Message) -> dict[str, Any]:
+    out: dict[str, Any] = {"role": m.role, "content": m.content}
+    if m.reasoning:
+        out["reasoning"] = m.reasoning
+    if m.tool_calls:
+        out["tool_calls"] = [[c.id, c.name, c.arguments] for c in m.tool_calls]
+    if m.tool_call_id is not None:
+        out["tool_call_id"] = m.tool_call_id
+    if m.name is not None:
+        out["name"] = m.name
+    if m.tools:
+        out["tools"] = [[t.name, t.description, t.parameters] for t in m.tools]
+    if m.verbatim is not None:
+        out["verbatim"] = list(m.verbatim)
+    return out
+
+
+def message_from_dict(data: dict[str, Any]) -> Message:
+    verbatim = data.get("verbatim")
+    return Message(
+        data["role"],
+        data["content"],
+        data.get("reasoning", ""),
+        tuple(ToolCall(*c) for c in data.get("tool_calls", ())),
+        data.get("tool_call_id"),
+        data.get("name"),
+        tuple(ToolSpec(*t) for t in data.get("tools", ())),
+        None if verbatim is None else tuple(verbatim),
+    )
+
+
+def node_to_dict(node: Node) -> dict[str, Any]:
+    return {**node.__dict__, "message": message_to_dict(node.message)}
+
+
+def node_from_dict(data: dict[str, Any]) -> Node:
+    fields = dict(data, message=message_from_dict(data["message"]))
+    for name in ("ids", "logprobs"):
+        fields[name] = tuple(fields[name])
+    for name in ("weights_versions", "redactions"):
+        fields[name] = tuple(tuple(pair) for pair in fields[name])
+    return Node(**fields)
+
+
+class Trace:
+    """Nodes and outcomes in memory: the read side. `TraceStore` adds the journal."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.withdrawn: set[str] = set()  # scopes whose owner took consent back
+        self._children: dict[str | None, list[str]] = defaultdict(list)
+        self._by_message: dict[tuple[str, str | None, str], str] = {}
+        self._outcomes: dict[str, list[Outcome]] = defaultdict(list)
+
+    @staticmethod
+    def read(path: str | Path) -> Trace:
+        """The trace in a journal, without taking its write lock."""
+        trace = Trace()
+        for record in read_journal(path):
+            trace._take(record)
+        return trace
+
+    def _take(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "node":
+            self._index(node_from_dict(record["node"]))
+        elif record["kind"] == "outcome":
+            self._outcomes[record["outcome"]["node"]].append(Outcome(**record["outcome"]))
+        elif record["kind"] == "withdraw":
+            self.withdrawn.add(record["scope"])
+
+    def _index(self, node: Node) -> None:
+        self.nodes[node.id] = node
+        self._children[node.parent].append(node.id)
+        self._by_message[node.scope, node.parent, digest(node.message)] = node.id  # the latest of equal siblings
+
+    def get(self, node_id: str) -> Node | None:
+        return self.nodes.get(node_id)
+
+    def match(self, scope: str, messages: Sequence[Message]) -> tuple[Node | None, int]:
+        """The deepest node of `scope` whose conversation is a prefix of `messages`, and how many it covers."""
+        node_id, n = None, 0
+        for message in messages:
+            following = self._by_message.get((scope, node_id, digest(message)))
+            if following is None:
+                break
+            node_id, n = following, n + 1
+        return (self.nodes[node_id] if node_id else None), n
+
+    def path(self, node_id: str) -> list[Node]:
+        """Root first."""
+        out = []
+        at: str | None = node_id
+        while at is not None:
+            out.append(self.nodes[at])
+            at = self.nodes[at].parent
+        return out[::-1]
+
+    def ids(self, node_id: str) -> list[int]:
+        return [i for node in self.path(node_id) for i in node.ids]
+
+    def messages(self, node_id: str) -> list[Message]:
+        return [node.message for node in self.path(node_id)]
+
+    def children(self, node_id: str | None) -> list[Node]:
+        return [self.nodes[c] for c in self._children.get(node_id, ())]
+
+    def leaves(self) -> list[Node]:
+        return [n for n in self.nodes.values() if not self._children.get(n.id)]
+
+    def outcomes(self, node_id: str) -> list[Outcome]:
+        return list(self._outcomes.get(node_id, ()))
+
+
+class TraceStore(Trace):
+    """The trace of a running service: what it adds is in the journal before the call returns."""
+
+    def __init__(self, path: str | Path, template: Template) -> None:
+        super().__init__()
+        self.template = template
+        self._journal = Journal(path)
+        for record in self._journal.records:
+            self._take(record)
+        self._journal.records = []
+
+    def add(self, node: Node) -> bool:
+        """False, and nothing written, when the node is already there."""
+        return self.add_many([node]) == 1
+
+    def add_many(self, nodes: Iterable[Node]) -> int:
+        """How many were new. One fsync for all."""
+        new = {node.id: node for node in nodes if node.id not in self.nodes}
+        self._journal.append_many({"kind": "node", "node": node_to_dict(n)} for n in new.values())
+        for node in new.values():
+            self._index(node)
+        return len(new)
+
+    def add_outcome(self, outcome: Outcome) -> bool:
+        """False when the same verdict is already recorded. Raises KeyError for an unknown node."""
+        if outcome.node not in self.nodes:
+            raise KeyError(outcome.node)
+        if outcome in self._outcomes[outcome.node]:
+            return False
+        self._journal.append({"kind": "outcome", "outcome": outcome.__dict__})
+        self._outcomes[outcome.node].append(outcome)
+        return True
+
+    def withdraw(self, scope: str) -> None:
+        """Take back consent for everything in a scope, past and future."""
+        if scope not in self.withdrawn:
+            self._journal.append({"kind": "withdraw", "scope": scope})
+            self.withdrawn.add(scope)
+
+    def close(self) -> None:
+        self._journal.close()
