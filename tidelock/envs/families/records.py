@@ -1,0 +1,26 @@
+"""Read, modify, write: judged by the state the records are left in."""
+
+from random import Random
+
+from tidelock.envs.specs import CALCULATOR, READ, WRITE
+from tidelock.envs.task import Draft, Family, Solver
+from tidelock.envs.words import names
+
+WORDINGS = {"+": ('Increase "{}" by {}.', 'Add {1} to "{0}".'), "-": ('Decrease "{}" by {}.', 'Take {1} from "{0}".')}
+
+
+def draw(rng: Random) -> Draft:
+    keys = names(rng, 3)
+    records = {key: rng.randint(100, 499) for key in keys}
+    key, sign, amount = rng.choice(keys), rng.choice("+-"), rng.randint(2, 99)
+
+    def solve() -> Solver:
+        before = yield "read", {"record": key}
+        after = yield "calculator", {"expression": f"{before} {sign} {amount}"}
+        return (yield "write", {"record": key, "value": after})
+
+    prompt = rng.choice(WORDINGS[sign]).format(key, amount)
+    return Draft(prompt, (READ, CALCULATOR, WRITE), {"records": records}, solve)
+
+
+RECORDS = Family("records", "base", draw)

@@ -1,0 +1,102 @@
+"""The one training loop: packs in, optimizer steps out, whatever the objective.
+
+Owns the order of things in a step (forward, objective, backward, clip, MuonClip, QK-Clip, router balance) and nothing
+about where data comes from or when to stop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tidelock.models import Batch, TransformerLM
+
+from .muonclip import MuonClip, qk_clip
+from .packing import Pack
+from .schedule import warmup_cosine, wsd
+
+Objective = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. `lr` is Muon's peak; embeddings, head and gains use lr * adamw_scale."""
+
+    lr: float
+    steps: int
+    adamw_scale: float = 0.3
+    weight_decay: float = 0.1
+    schedule: str = "cosine"  # "cosine" | "wsd" | "constant"
+    warmup: int = 10
+    floor: float = 0.1  # of the peak, at the end
+    decay_fraction: float = 0.3  # wsd: share of the steps that decay
+    max_grad_norm: float = 1.0
+    qk_clip: float = 100.0
+    balance_rate: float = 1e-3
+
+    def lr_at(self, step: int) -> float:
+        if self.schedule == "constant":
+            return self.lr
+        if self.schedule == "wsd":
+            return wsd(step, self.steps, self.lr, self.warmup, self.decay_fraction, self.floor * self.lr)
+        return warmup_cosine(step, self.steps, self.lr, self.warmup, self.floor * self.lr)
+
+
+def token_logprobs(model: TransformerLM, pack: Pack) -> tuple[Tensor, Tensor]:
+    """(log p of each target that carries weight [M], its row in the pack [M]).
+
+    Rows without weight never reach the head, which at small scale is a third of the model.
+    """
+    rows = pack.weights.nonzero()[:, 0]
+    hidden = model(Batch(pack.ids, pack.cu, pack.start))
+    logits = model.logits(hidden[rows])
+    return torch.log_softmax(logits, dim=-1).gather(1, pack.targets[rows, None])[:, 0], rows
+
+
+class Trainer:
+    """A model with its optimizer, taking one step at a time."""
+
+    def __init__(self, model: TransformerLM, recipe: Recipe) -> None:
+        self.model, self.recipe, self.step_count = model, recipe, 0
+        self.optimizer = MuonClip(model, lr=recipe.lr, adamw_scale=recipe.adamw_scale, weight_decay=recipe.weight_decay)
+
+    def step(self, pack: Pack, objective: Objective) -> dict[str, float]:
+        """One optimizer step on one pack. Extras of the pack are passed to the objective by name, weighted rows only."""
+        recipe, model = self.recipe, self.model.train()
+        lr = self.optimizer.set_lr(recipe.lr_at(self.step_count))
+        logp, rows = token_logprobs(model, pack)
+        loss = objective(logp, pack.weights[rows], **{name: t[rows] for name, t in pack.extras.items()})
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"gradient is not finite at step {self.step_count}")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        clipped = qk_clip(model, recipe.qk_clip)
+        for layer in model.layers:
+            if hasattr(layer.mlp, "balance"):
+                layer.mlp.balance(recipe.balance_rate)
+        self.step_count += 1
+        return {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr, "tokens": pack.ids.numel(), "clipped": clipped}
+
+
+def train(
+    model: TransformerLM,
+    packs: Iterable[Pack],
+    recipe: Recipe,
+    objective: Objective,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+) -> list[dict[str, float]]:
+    """`recipe.steps` steps over `packs`; returns the figures of every step. The model is left in eval mode."""
+    trainer, curve, tokens, begun = Trainer(model, recipe), [], 0, time.monotonic()
+    for step, pack in zip(range(recipe.steps), packs):
+        figures = trainer.step(pack, objective)
+        tokens += int(figures["tokens"])
+        curve.append({"step": step, "tokens": tokens, "loss": figures["loss"], "wall_s": time.monotonic() - begun})
+        on_step(step, figures)
+    model.eval()
+    return curve

@@ -1,0 +1,44 @@
+"""From text and conversations to training samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from tidelock.tokens.message import Message
+from tidelock.tokens.template import Template
+
+from .packing import Sample
+
+
+def text_samples(texts: Iterable[str], tokenizer, length: int) -> Iterator[Sample]:
+    """Documents cut into pieces of at most `length` ids; every token is predicted. A document ends with `<|eod|>`."""
+    end = tokenizer.special("<|eod|>")
+    for text in texts:
+        ids = [*tokenizer.encode(text), end]
+        for at in range(0, len(ids), length):
+            piece = ids[at : at + length]
+            if len(piece) > 1:
+                yield Sample(piece, [0.0] + [1.0] * (len(piece) - 1))
+
+
+def conversation_sample(
+    messages: Sequence[Message], trained: Sequence[bool], template: Template, context_weight: float = 0.0
+) -> Sample:
+    """A conversation as the agent would have produced it.
+
+    Weight 1 on the tokens an assistant samples (everything after the generation prompt) in messages marked `trained`,
+    `context_weight` on everything else (0 for SFT; 1 makes it a pretraining document).
+    """
+    ids: list[int] = []
+    weights: list[float] = []
+    for i, message in enumerate(messages):
+        whole = template.extend(ids, messages[:i], [message])
+        prompt = len(template.generation_prompt()) if message.role == "assistant" else 0
+        added = len(whole) - len(ids)
+        if message.role == "assistant" and trained[i]:
+            weights += [context_weight] * prompt + [1.0] * (added - prompt)
+        else:
+            weights += [context_weight] * added
+        ids = whole
+    weights[0] = 0.0
+    return Sample(ids, weights)
