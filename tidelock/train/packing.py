@@ -66,6 +66,17 @@ def pack(samples: Sequence[Sample], max_tokens: int) -> list[Pack]:
     return packs + ([make_pack(current)] if current else [])
 
 
+def stream(samples: Iterator[Sample], max_tokens: int) -> Iterator[Pack]:
+    """Packs from an endless stream, in its order."""
+    current, size = [], 0
+    for sample in samples:
+        if current and size + len(sample.ids) > max_tokens:
+            yield make_pack(current)
+            current, size = [], 0
+        current.append(sample)
+        size += len(sample.ids)
+
+
 def batches(samples: Sequence[Sample], max_tokens: int, seed: int) -> Iterator[Pack]:
     """Endless packs: epoch after epoch, each in an order of its own fixed by `seed`."""
     rng = random.Random(seed)

@@ -20,8 +20,18 @@ _MARK = 32  # MARK in kernels.c
 _F, _L = ctypes.c_float, ctypes.c_long
 
 
-def _p(t: Tensor | None) -> ctypes.c_void_p | None:
-    return None if t is None else ctypes.c_void_p(t.data_ptr())
+class _Pointer(ctypes.c_void_p):
+    """A pointer that keeps its tensor alive until the call returns."""
+
+    tensor: Tensor
+
+
+def _p(t: Tensor | None) -> _Pointer | None:
+    if t is None:
+        return None
+    pointer = _Pointer(t.data_ptr())
+    pointer.tensor = t
+    return pointer
 
 
 def _pack(owner: Tensor, key: tuple, make: Callable[[], Tensor]) -> Tensor:
