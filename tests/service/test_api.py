@@ -67,10 +67,10 @@ def test_stream_says_the_same_as_the_whole_answer(service):
     call = ToolCall("functions.lookup:0", "lookup", {"key": 'a "b" <|sep|>\n', "n": [1, {"x": None}]})
     service.policy.turns = [Message("assistant", "looking", reasoning="let me see", tool_calls=(call, call))]
     client = service.client()
-    whole = ask(client, tools=TOOLS).choices[0].message
+    whole = ask(client, tools=TOOLS, max_tokens=2000).choices[0].message
     text = {"content": "", "reasoning_content": ""}
     calls: dict[int, dict] = {}
-    chunks = list(ask(client, tools=TOOLS, stream=True, stream_options={"include_usage": True}))
+    chunks = list(ask(client, tools=TOOLS, max_tokens=2000, stream=True, stream_options={"include_usage": True}))
     for chunk in chunks[:-1]:
         delta = chunk.choices[0].delta
         for field in text:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -15,25 +14,18 @@ from tidelock.service.ledger import MAX_NANO, Ledger
 from tidelock.service.prices import NANO_PER_USD, format_usd
 from tidelock.tokens.errors import UserError
 
-EXAMPLE = """examples:
-  tidelock keys create --dir service --customer ann --usd 5 --consent
+from .main import command
+
+EXAMPLE = """tidelock keys create --dir service --customer ann --usd 5 --consent
   tidelock keys topup --dir service --customer ann --usd 2.50 --reference invoice-17
   tidelock keys list --dir service
   tidelock keys revoke key_0123456789abcdef --dir service"""
 
 
 def add(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "keys",
-        help="create, list, revoke and top up API keys",
-        description="Manages the API keys and prepaid balances of a service directory.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
+    parser = command(subparsers, "keys", run, "create, list, revoke and top up API keys", EXAMPLE)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--dir", type=Path, default=Path("service"), help="service directory (default: service)")
-    common.add_argument("--json", type=Path, metavar="PATH", help="also write the result as JSON to PATH")
+    common.add_argument("--dir", type=Path, default=Path("service"), help="service directory, DIR/service of a run (default: service)")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     create = actions.add_parser("create", parents=[common], help="create a key and show its secret once")
@@ -55,7 +47,7 @@ def add(subparsers: Any) -> None:
     actions.add_parser("list", parents=[common], help="show keys and balances")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     creates = args.action == "create"
     if creates:
         args.dir.mkdir(parents=True, exist_ok=True)
@@ -67,12 +59,7 @@ def run(args: argparse.Namespace) -> int:
         result = {"create": _create, "topup": _topup, "revoke": _revoke, "list": _list}[args.action](args, keys, ledger)
     finally:
         db.close()
-    if args.json:
-        try:
-            args.json.write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {args.json}: {error.strerror}") from error
-    return 0
+    return result
 
 
 def _create(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Task:
     world: dict[str, Any]
     answer: str
     final_world: dict[str, Any]
+    steps: tuple[str, ...] = ()  # how a patient user would ask for it piece by piece; {} is the answer before
 
     def system(self) -> Message:
         return Message("system", SYSTEM, tools=self.tools)
@@ -49,6 +50,7 @@ class Draft:
     tools: tuple[ToolSpec, ...]
     world: dict[str, Any]
     solve: Callable[[], Solver]
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,5 +92,5 @@ def demonstrate(family: Family, rng: Random) -> Demo:
         messages.append(Message("tool", result, name=name))
     messages.append(Message("assistant", answer))
     digest = hashlib.blake2b(f"{draft.prompt}\0{draft.world}".encode(), digest_size=8).hexdigest()
-    task = Task(f"{family.name}/{digest}", family.name, draft.prompt, draft.tools, draft.world, answer, world)
+    task = Task(f"{family.name}/{digest}", family.name, draft.prompt, draft.tools, draft.world, answer, world, draft.steps)
     return Demo(task, canonical(messages), [m.role == "assistant" for m in messages])

@@ -13,6 +13,9 @@ from tidelock.train.packing import Sample
 from tidelock.train.samples import conversation_sample, text_samples
 
 
+TEXT_WEIGHT = 0.25
+
+
 def interleave(families: Sequence[str], split: str, seed: int) -> Iterator[Demo]:
     """Endless demonstrations, one family after the other."""
     streams = [demos(name, split, seed) for name in families]
@@ -52,15 +55,15 @@ def demo_sample(demo: Demo, template: Template, bare: bool, context_weight: floa
 
 
 def pretraining(
-    texts: Sequence[str], families: Sequence[str], template: Template, *, text_share: float, length: int, seed: int
+    texts: Sequence[str], families: Sequence[str], template: Template, *, text_share: float, length: int, seed: int, text_weight: float = TEXT_WEIGHT
 ) -> Iterator[Sample]:
     """Endless mixture of text pieces and bare demonstrations, `text_share` of the tokens being text.
 
-    Demonstrations are mostly names nobody can predict and their copies. Copying is what the model has to learn first,
-    so what is asked (context) weighs little and what is answered weighs fully.
+    Finding and copying what was asked about is the skill everything else waits for, and at this size it appears
+    suddenly. Text delays it, so its tokens weigh less; names in questions cannot be predicted and weigh nothing.
     """
     rng = Random(f"pretraining/{seed}")
-    pieces = list(text_samples(texts, template.tokenizer, length))
+    pieces = list(text_samples(texts, template.tokenizer, length, text_weight))
     rng.shuffle(pieces)
     stream, at, read, shown = interleave(families, "train", seed), 0, 0, 0
     while True:
@@ -68,7 +71,7 @@ def pretraining(
             sample = pieces[at % len(pieces)]
             at, read = at + 1, read + len(sample.ids)
         else:
-            sample = demo_sample(next(stream), template, bare=rng.random() < 0.8, context_weight=0.1)
+            sample = demo_sample(next(stream), template, bare=rng.random() < 0.8, context_weight=0.0)
             shown += len(sample.ids)
         yield sample
 

@@ -114,13 +114,14 @@ class MLA(nn.Module):
         """
         if self.max_logit is None:
             return 0
-        gamma = (tau / self.max_logit.clamp(min=tau)).to(self.q_proj.weight)
+        over = self.max_logit > tau
+        gamma = torch.where(over, tau / self.max_logit, torch.ones_like(self.max_logit))
         q_nope, q_rope = self.q_proj.weight.view(self.heads, -1, self.q_proj.weight.shape[1]).split([self.nope, self.rope], 1)
         k_nope = self.kv_b_proj.weight.view(self.heads, -1, self.rank)[:, : self.nope]
         q_nope.mul_(gamma.sqrt()[:, None, None])
         k_nope.mul_(gamma.sqrt()[:, None, None])
         q_rope.mul_(gamma[:, None, None])
-        return int((gamma < 1).sum())
+        return int(over.sum())
 
 
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:

@@ -57,6 +57,9 @@ class TransformerLM(nn.Module):
                 p.copy_(torch.rand(p.shape, generator=rng).sub(0.5) * 2 / math.sqrt(p.shape[1]))
             elif p.dim() >= 2:
                 p.copy_(torch.randn(p.shape, generator=rng) * self.config.initializer_range)
+        # Untied, but from a common start: saying a token that was read is then nearly the identity, and copying names
+        # and numbers, most of what an agent's turns are, is learned in a fraction of the steps.
+        self.lm_head.weight.copy_(self.embed_tokens.weight)
 
     def forward(self, batch: Batch, cache: Cache | None = None, view: CacheView | None = None) -> Tensor:
         """Hidden states fp32 [N, d] of the new rows. With a cache, each sequence continues from (and updates) its own."""

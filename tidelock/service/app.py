@@ -35,6 +35,8 @@ class Feedback(msgspec.Struct):
     success: bool
     reward: float
     source: str
+    request: str | None = None
+    steps: tuple[str, ...] = ()
 
 
 class Weights(msgspec.Struct):
@@ -100,10 +102,11 @@ async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:
     """Appends an outcome to an answer of the same key. The same feedback again changes nothing."""
     key = authenticate(state, request)
     given = wire.decode(await request.body(), _feedback)
-    node = state.traces.get(given.node)
-    if node is None or not node.scope.startswith(f"{key.id}/"):
-        raise errors.not_found(f"no answer {given.node!r} was given to this key", "node")
-    outcome = Outcome(given.node, given.success, given.reward, given.source)
+    for named in (given.node, *([given.request] if given.request else []), *given.steps):
+        node = state.traces.get(named)
+        if node is None or not node.scope.startswith(f"{key.id}/"):
+            raise errors.not_found(f"no answer {named!r} was given to this key", "node")
+    outcome = Outcome(given.node, given.success, given.reward, given.source, given.request, given.steps)
     recorded = outcome not in state.traces.outcomes(given.node)
     if recorded:
         state.traces.add_outcome(outcome)

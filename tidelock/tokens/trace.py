@@ -56,12 +56,19 @@ class Node:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A verdict on the conversation that ends in `node`."""
+    """A verdict on the conversation that ends in `node`.
+
+    Somebody whose request failed may have got there in smaller steps, each a conversation of its own. Then `request` is
+    the answer that failed and `steps` are the last nodes of the conversations that together did what was asked; the
+    verdict is on all of them, and `node` is the last.
+    """
 
     node: str
     success: bool
     reward: float
     source: str
+    request: str | None = None
+    steps: tuple[str, ...] = ()
 
 
 def digest(message: Message) -> str:
@@ -139,7 +146,8 @@ class Trace:
         if record["kind"] == "node":
             self._index(node_from_dict(record["node"]))
         elif record["kind"] == "outcome":
-            self._outcomes[record["outcome"]["node"]].append(Outcome(**record["outcome"]))
+            given = record["outcome"]
+            self._outcomes[given["node"]].append(Outcome(**{**given, "steps": tuple(given["steps"])}))
         elif record["kind"] == "withdraw":
             self.withdrawn.add(record["scope"])
 

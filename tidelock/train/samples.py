@@ -10,15 +10,15 @@ from tidelock.tokens.template import Template
 from .packing import Sample
 
 
-def text_samples(texts: Iterable[str], tokenizer, length: int) -> Iterator[Sample]:
-    """Documents cut into pieces of at most `length` ids; every token is predicted. A document ends with `<|eod|>`."""
+def text_samples(texts: Iterable[str], tokenizer, length: int, weight: float = 1.0) -> Iterator[Sample]:
+    """Documents cut into pieces of at most `length` ids, every token predicted. A document ends with `<|eod|>`."""
     end = tokenizer.special("<|eod|>")
     for text in texts:
         ids = [*tokenizer.encode(text), end]
         for at in range(0, len(ids), length):
             piece = ids[at : at + length]
             if len(piece) > 1:
-                yield Sample(piece, [0.0] + [1.0] * (len(piece) - 1))
+                yield Sample(piece, [0.0] + [weight] * (len(piece) - 1))
 
 
 def conversation_sample(

@@ -21,7 +21,9 @@ def draw(rng: Random, depths: tuple[int, ...]) -> Draft:
             at = yield "follow", {"node": at}
         return at
 
-    return Draft(rng.choice(WORDINGS).format(start, depth), (FOLLOW,), {"graph": graph}, solve)
+    wording = rng.choice(WORDINGS)
+    steps = (wording.format(start, 2), wording.format("{}", depth - 2)) if depth > 3 else ()
+    return Draft(wording.format(start, depth), (FOLLOW,), {"graph": graph}, solve, steps)
 
 
 HOPS = Family("hops", "base", partial(draw, depths=(1, 2, 3)))

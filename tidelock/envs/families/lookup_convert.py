@@ -19,7 +19,8 @@ def draw(rng: Random) -> Draft:
         value = yield "get", {"key": key}
         return (yield "convert", {"value": value, "unit": unit, "to": to})
 
-    return Draft(rng.choice(WORDINGS).format(key, unit, to), (GET, CONVERT), {"store": store}, solve)
+    steps = (f'Look up "{key}".', f"Convert {{}} {unit} to {to}.")
+    return Draft(rng.choice(WORDINGS).format(key, unit, to), (GET, CONVERT), {"store": store}, solve, steps)
 
 
 LOOKUP_CONVERT = Family("lookup_convert", "new", draw)

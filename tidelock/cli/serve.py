@@ -1,0 +1,48 @@
+"""`tidelock serve`: the current release behind the metered API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from pathlib import Path
+
+from .main import command
+
+
+def add(subparsers) -> None:
+    p = command(subparsers, "serve", run, "serve the current release of a run directory behind the metered API",
+                "tidelock serve demo-run --port 8000")  # fmt: skip
+    p.add_argument("dir", type=Path, help="a run directory (made by `tidelock demo` or `tidelock release`)")
+    p.add_argument("--host", default="127.0.0.1")
+    p.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    p.add_argument("--max-batch", type=int, default=96, help="requests that run at the same time")
+    p.add_argument("--ready-file", type=Path, help="appears with the base URL in it once requests are answered")
+    p.add_argument("--exit-with-parent", action="store_true", help="end when the process that started this one ends")
+
+
+def run(args) -> dict:
+    from tidelock.engine import Limits
+    from tidelock.loop.rundir import RunDir
+    from tidelock.sandbox.level import die_with_parent
+    from tidelock.service.server import bind, serving
+
+    if args.exit_with_parent:
+        die_with_parent()
+    bind(args.host, args.port).close()  # a taken port is said before the model is loaded
+    state = RunDir(args.dir).existing().service_state(Limits(max_batch=args.max_batch))
+
+    async def main() -> str:
+        stop = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, stop.set)
+        async with serving(state, args.host, args.port, args.ready_file) as running:
+            print(f"serving {state.model} (weights version {state.weights_version}) at {running.base_url}", flush=True)
+            waiter = asyncio.create_task(stop.wait())
+            await asyncio.wait([waiter, running.task], return_when=asyncio.FIRST_COMPLETED)
+            waiter.cancel()
+            return running.base_url
+
+    with contextlib.closing(state.policy), contextlib.closing(state.traces):
+        url = asyncio.run(main())
+    return {"base_url": url}

@@ -1,0 +1,47 @@
+"""What the training commands share: a run directory, its settings, and running its stages up to a point."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_settings(p: argparse.ArgumentParser) -> None:
+    p.add_argument("dir", type=Path, help="the run directory; finished stages in it are not repeated")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--preset", default="nano-k3", help="model shape (default nano-k3)")
+    p.add_argument("--text", help="add your own text files (a file or a directory) to the pretraining text")
+
+
+def settings_from(args):
+    """Raises UserError for an unknown preset or a --text without files."""
+    from tidelock.loop.settings import DemoSettings
+    from tidelock.models import preset
+    from tidelock.train.corpus import user_files
+
+    preset(args.preset, 1024)
+    text = None
+    if args.text is not None:
+        user_files(Path(args.text).expanduser())
+        text = str(Path(args.text).expanduser().resolve())
+    return DemoSettings(seed=args.seed, text=text, preset=args.preset)
+
+
+def run_stages(args, names: tuple[str, ...]) -> dict:
+    """The named stages in order; the result of the last one."""
+    from tidelock.loop.console import Console
+    from tidelock.loop.demo import Demo, stage
+    from tidelock.loop.rundir import RunDir
+    from tidelock.loop.stages import Stages
+
+    settings, console = settings_from(args), Console()
+    demo = Demo(RunDir(args.dir), settings, console)
+    stages = Stages(args.dir, json.loads(json.dumps(settings.to_dict())))
+    try:
+        for name in names:
+            result = stage(stages, console, name, getattr(demo, name))
+    finally:
+        stages.close()
+    print(f"checkpoint: {args.dir / 'checkpoints' / names[-1]}")
+    return result

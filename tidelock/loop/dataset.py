@@ -1,0 +1,151 @@
+"""From traces to training data: what may be used, what is left out and why, and never a token rewritten."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tidelock.tokens.trace import Node, Outcome, Trace
+from tidelock.train.objectives import group_advantages
+from tidelock.train.packing import Sample
+
+
+class ConsentError(Exception):
+    """Something without consent was about to be used for training."""
+
+
+@dataclass(frozen=True)
+class TraceSample:
+    """One finished conversation. All per-token lists run parallel to `ids`, which are the stored ids."""
+
+    outcome: Outcome
+    group: str  # same task: same tools and same first user message
+    ids: list[int]
+    sampled: list[bool]
+    logprobs: list[float]
+    masked: list[bool]  # redacted: kept as context, never learned
+    exact: bool  # fit for RL: sampled in this very context, with log-probabilities
+
+
+def work_of(path: Sequence[Node]) -> tuple[list[Node], list[Node], list[Node]]:
+    """A conversation taken apart: (up to the request, the turns that used tools with their results, the answer)."""
+    asked = next(i for i, n in enumerate(path) if n.message.role == "user") + 1
+    return list(path[:asked]), list(path[asked:-1]), [path[-1]]
+
+
+def stitched(trace: Trace, outcome: Outcome) -> list[Node]:
+    """The request that failed, followed by the work that its smaller steps did and the last step's answer.
+
+    What the agent should have done, made of nothing but stored ids: what it really did, in its user's order, without
+    the intermediate questions and answers. Its log-probabilities belong to other contexts, so it is never RL data.
+    """
+    request, _, _ = work_of(trace.path(outcome.request))
+    done: list[Node] = []
+    for step in outcome.steps:
+        _, turns, answer = work_of(trace.path(step))
+        done += turns
+    return [*request, *done, *answer]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    samples: list[TraceSample]
+    excluded: dict[str, int]  # conversations left out, by reason
+
+
+def consents(trace: Trace, path: Sequence[Node]) -> bool:
+    """Every message's owner agreed when it was written, and nobody has taken it back since."""
+    return all(node.consent and node.scope not in trace.withdrawn for node in path)
+
+
+def why_not(trace: Trace, path: Sequence[Node], outcome: Outcome | None, require_sandbox: str) -> str | None:
+    """The first reason against using this conversation, or None."""
+    if not consents(trace, path):
+        return "no consent"
+    if outcome is None:
+        return "no verified outcome"
+    if any(not node.sandbox.startswith(require_sandbox) for node in path):
+        return "tools ran with less confinement than required"
+    if any(node.finish_reason not in (None, "stop") for node in path):
+        return "cut or aborted"
+    if len({node.template for node in path}) > 1:
+        return "template changed midway"
+    return None
+
+
+def to_sample(trace: Trace, path: Sequence[Node], outcome: Outcome) -> TraceSample:
+    """Raises ConsentError: whoever calls this must have asked first."""
+    if not consents(trace, path):
+        raise ConsentError(f"conversation {path[-1].id} may not be used for training")
+    ids, sampled, logprobs, masked = [], [], [], []
+    for node in path:
+        given = len(node.ids) - node.sampled
+        ids += node.ids
+        sampled += [False] * given + [True] * node.sampled
+        logprobs += [0.0] * given + list(node.logprobs)
+        masked += [any(a <= i < b for a, b in node.redactions) for i in range(len(node.ids))]
+    opening = [n.message for n in path]
+    first_user = next((i for i, m in enumerate(opening) if m.role == "user"), 0)
+    group = repr(opening[: first_user + 1])
+    exact = outcome.request is None and all(node.exact for node in path if node.sampled)
+    return TraceSample(outcome, group, ids, sampled, logprobs, masked, exact)
+
+
+def build(trace: Trace, require_sandbox: str = "") -> Dataset:
+    """Every conversation that may be used. `require_sandbox` is a prefix the recorded level must have."""
+    samples, excluded = [], Counter()
+    for leaf in trace.leaves():
+        path = trace.path(leaf.id)
+        outcome = next(iter(trace.outcomes(leaf.id)[-1:]), None)
+        in_steps = outcome is not None and outcome.request is not None
+        reason = why_not(trace, path, outcome, require_sandbox)
+        if reason is None and in_steps:
+            path = stitched(trace, outcome)
+            reason = why_not(trace, path, outcome, require_sandbox)
+        if reason is None:
+            samples.append(to_sample(trace, path, outcome))
+        else:
+            excluded[reason] += 1
+    return Dataset(samples, dict(excluded))
+
+
+def successes(dataset: Dataset) -> dict[str, list[Sample]]:
+    """Verified good conversations to imitate, by who verified them: weight 1 on what the agent said, 0 on the rest."""
+    out: dict[str, list[Sample]] = defaultdict(list)
+    for s in dataset.samples:
+        if s.outcome.success:
+            out[s.outcome.source].append(Sample(s.ids, [float(g and not m) for g, m in zip(s.sampled, s.masked)]))
+    return dict(sorted(out.items()))
+
+
+def advantages(dataset: Dataset) -> list[Sample]:
+    """Attempts at the same task, compared: group-centred rewards with the log-probabilities of the day (RL).
+
+    Only exact ids; groups without contrast are dropped.
+    """
+    groups: dict[str, list[TraceSample]] = defaultdict(list)
+    for s in dataset.samples:
+        if s.exact:
+            groups[s.group].append(s)
+    return [
+        _rl_sample(s, a)
+        for group in groups.values()
+        for s, a in zip(group, group_advantages([s.outcome.reward for s in group]))
+        if a != 0
+    ]
+
+
+def _rl_sample(s: TraceSample, advantage: float) -> Sample:
+    weights = [float(g and not m) for g, m in zip(s.sampled, s.masked)]
+    return Sample(s.ids, weights, {"advantage": [advantage * w for w in weights], "old_logp": list(s.logprobs)})
+
+
+def balanced(groups: Iterable[list[Sample]], n: int, seed: int) -> list[Sample]:
+    """`n` samples, equally many from each group, repeating small groups: rare demand counts as much as common."""
+    from random import Random
+
+    rng, filled = Random(seed), [g for g in groups if g]
+    chosen = [rng.choice(filled[i % len(filled)]) for i in range(n)] if filled else []
+    rng.shuffle(chosen)
+    return chosen

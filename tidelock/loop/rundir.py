@@ -1,0 +1,59 @@
+"""A run directory and how its model is served: the tokenizer, the releases, the service's files.
+
+    tokenizer/  checkpoints/NAME/  releases.jsonl  service/{service.sqlite, trace.jsonl, pepper}  stages/  report.*
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tidelock.engine import Engine, Limits
+from tidelock.models import TransformerLM, load_checkpoint
+from tidelock.service.prices import Price, PriceBook
+from tidelock.service.state import ServiceState, open_state
+from tidelock.tokens.errors import UserError
+from tidelock.tokens.template import Template, get_template
+from tidelock.tokens.tokenizer import BPETokenizer
+
+from .registry import Registry
+
+MODEL = "tide-nano"
+# Nano-USD per token: $0.30 / $0.03 / $1.50 per million.
+PRICES = PriceBook("2026-11", {MODEL: Price(input_nano=300, cached_input_nano=30, output_nano=1500)})
+
+
+class RunDir:
+    """Paths and the things that lie at them."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.registry = Registry(self.path)
+        self.service = self.path / "service"
+        self.traces = self.service / "trace.jsonl"
+
+    def existing(self) -> RunDir:
+        if not self.path.is_dir():
+            raise UserError(f"no run directory {self.path}; `tidelock demo --dir {self.path}` makes one")
+        return self
+
+    def checkpoint(self, name: str) -> Path:
+        return self.path / "checkpoints" / name
+
+    def template(self, name: str = "xtml") -> Template:
+        return get_template(name, BPETokenizer.load(self.path / "tokenizer"))
+
+    def load(self, checkpoint: Path) -> TransformerLM:
+        return load_checkpoint(checkpoint).eval()
+
+    def engine(self, model: TransformerLM, template: Template, version: int = 0, limits: Limits = Limits()) -> Engine:
+        return Engine(model, version, limits=limits, boundary_id=template.stop_ids[0])
+
+    def service_state(self, limits: Limits = Limits()) -> ServiceState:
+        """The current release behind the service. The caller closes `state.policy`."""
+        template, release = self.template(), self.registry.current()
+        model = self.load(self.path / release.checkpoint)
+        engine = self.engine(model, template, release.version, limits)
+        return open_state(
+            self.service, policy=engine, template=template, prices=PRICES, model=MODEL,
+            context_length=model.config.max_position_embeddings, weights_version=release.version,
+        )  # fmt: skip

@@ -1,0 +1,39 @@
+"""The numbers of a demo run, in one place. They are stored with the run and pin it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+from tidelock.train.loop import Recipe
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    seed: int = 0
+    preset: str = "nano-k3"
+    text: str | None = None  # the user's own files, beside the standard library
+    vocab_size: int = 1024
+    text_bytes: int = 1_500_000
+    text_share: float = 0.15  # of the pretraining tokens
+    text_piece: int = 256  # ids per text sample
+    tokens_per_step: int = 2048
+    pretrain: Recipe = field(default_factory=lambda: Recipe(lr=0.02, steps=300, schedule="constant"))
+    sft: Recipe = field(default_factory=lambda: Recipe(lr=0.02, steps=380, warmup=1, schedule="wsd", decay_fraction=0.7,
+                                                       floor=0.02))  # fmt: skip
+    rl: Recipe = field(default_factory=lambda: Recipe(lr=0.001, steps=10_000, warmup=1, schedule="constant"))
+    rl_iterations: int = 8
+    rl_prompts: int = 4  # per base family and iteration
+    rl_group: int = 6
+    heldout: int = 200  # tasks per family, before and after
+    gate: int = 120  # tasks per family, both models
+    traffic_base: int = 60  # tasks per base family that users bring
+    traffic_new: int = 160  # tasks per new-demand family
+    attempts: int = 3  # how often a user asks before giving up
+    traffic_temperature: float = 1.0
+    decline_every: int = 6  # every n-th user does not consent to training
+    candidate: Recipe = field(default_factory=lambda: Recipe(lr=0.004, steps=120, warmup=5, schedule="cosine", floor=0.05))
+    max_tokens: int = 160  # per turn
+    concurrency: int = 96
+
+    def to_dict(self) -> dict:
+        return asdict(self)
