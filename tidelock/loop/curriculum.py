@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from random import Random
 
 from tidelock.envs.registry import demos
@@ -14,11 +14,16 @@ from tidelock.train.samples import conversation_sample, text_samples
 
 
 TEXT_WEIGHT = 0.25
+HEAD_START = 300_000  # tokens of demonstrations before the first text
 
 
-def interleave(families: Sequence[str], split: str, seed: int) -> Iterator[Demo]:
-    """Endless demonstrations, one family after the other."""
-    streams = [demos(name, split, seed) for name in families]
+# Families whose words decide more than what to copy (which sign, which order) get more demonstrations when fine-tuning.
+SHARES = {"records": 2}
+
+
+def interleave(families: Sequence[str], split: str, seed: int, shares: Mapping[str, int] = {}) -> Iterator[Demo]:
+    """Endless demonstrations, the families taking turns by their shares."""
+    streams = [demos(name, split, seed * 10 + i) for name in families for i in range(shares.get(name, 1))]
     while True:
         for stream in streams:
             yield next(stream)
@@ -57,17 +62,18 @@ def demo_sample(demo: Demo, template: Template, bare: bool, context_weight: floa
 def pretraining(
     texts: Sequence[str], families: Sequence[str], template: Template, *, text_share: float, length: int, seed: int, text_weight: float = TEXT_WEIGHT
 ) -> Iterator[Sample]:
-    """Endless mixture of text pieces and bare demonstrations, `text_share` of the tokens being text.
+    """Endless mixture of bare demonstrations and, after a head start, text: `text_share` of the tokens from then on.
 
     Finding and copying what was asked about is the skill everything else waits for, and at this size it appears
-    suddenly. Text delays it, so its tokens weigh less; names in questions cannot be predicted and weigh nothing.
+    suddenly. Text delays it, so text comes after it and its tokens weigh less; names in questions cannot be predicted
+    and weigh nothing.
     """
     rng = Random(f"pretraining/{seed}")
     pieces = list(text_samples(texts, template.tokenizer, length, text_weight))
     rng.shuffle(pieces)
     stream, at, read, shown = interleave(families, "train", seed), 0, 0, 0
     while True:
-        if pieces and read * (1 - text_share) <= shown * text_share:
+        if pieces and read * (1 - text_share) <= (shown - HEAD_START) * text_share:
             sample = pieces[at % len(pieces)]
             at, read = at + 1, read + len(sample.ids)
         else:
@@ -78,5 +84,5 @@ def pretraining(
 
 def finetuning(families: Sequence[str], template: Template, seed: int) -> Iterator[Sample]:
     """Endless whole demonstrations; only what the agent says is learned."""
-    for demo in interleave(families, "train", seed):
+    for demo in interleave(families, "train", seed, SHARES):
         yield demo_sample(demo, template, bare=False, context_weight=0.0)

@@ -9,8 +9,7 @@ WORDINGS = ("What is {}?", "Compute {}.", "Calculate {}.")
 
 
 def draw(rng: Random) -> Draft:
-    terms = [str(rng.randint(2, 99)) for _ in range(rng.choice((2, 2, 2, 3)))]
-    expression = terms[0] + "".join(f" {rng.choice('+-*')} {t}" for t in terms[1:])
+    expression = f"{rng.randint(2, 99)} {rng.choice('+-*')} {rng.randint(2, 99)}"
 
     def solve() -> Solver:
         return (yield "calculator", {"expression": expression})

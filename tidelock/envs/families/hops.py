@@ -1,4 +1,4 @@
-"""Following links in a small graph: 1 to 3 steps as a base skill, more than that as new demand."""
+"""Following links in a small graph: 1 to 3 steps as a base skill, 4 as new demand."""
 
 from functools import partial
 from random import Random
@@ -27,4 +27,4 @@ def draw(rng: Random, depths: tuple[int, ...]) -> Draft:
 
 
 HOPS = Family("hops", "base", partial(draw, depths=(1, 2, 3)))
-DEEP_HOPS = Family("deep_hops", "new", partial(draw, depths=(4, 5)))
+DEEP_HOPS = Family("deep_hops", "new", partial(draw, depths=(4,)))
