@@ -14,7 +14,7 @@ from tidelock.train.samples import conversation_sample, text_samples
 
 
 TEXT_WEIGHT = 0.25
-HEAD_START = 300_000  # tokens of demonstrations before the first text
+HEAD_START = 200_000  # tokens of demonstrations before the first text
 
 
 # Families whose words decide more than what to copy (which sign, which order) get more demonstrations when fine-tuning.

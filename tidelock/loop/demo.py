@@ -235,12 +235,17 @@ class Demo:
         }
 
     def candidate(self) -> dict:
+        """The incumbent, taught what its users verified. Without anything verified it stays as it is, and the gate
+        will find no improvement."""
         s = self.settings
         current = self.run.registry.current()
         model = self.run.load(self.run.path / current.checkpoint)
         groups = successes(build(Trace.read(self.run.traces)))
+        if not groups:
+            save_checkpoint(self.run.checkpoint("candidate"), model, {"stage": "candidate", "parent": current.version})
+            return {"curve": [], "groups": {}}
         n = 64 * s.candidate.steps
-        packs = batches(balanced(groups.values(), n, s.seed), s.tokens_per_step * 2, s.seed)
+        packs = batches(balanced(groups.values(), n, s.seed), s.tokens_per_step, s.seed)
         with self.console.progress("candidate", s.candidate.steps, "steps") as bar:
             curve = train(model, packs, s.candidate, cross_entropy, lambda i, f: bar.advance(1, loss=f["loss"]))
         save_checkpoint(self.run.checkpoint("candidate"), model, {"stage": "candidate", "parent": current.version})
@@ -306,7 +311,7 @@ class Demo:
 
     def report(self, stages: Stages) -> dict:
         with self.console.status("doctor"):
-            findings = doctor.examine(self.run)
+            findings = doctor.examine(self.run, limit=self.settings.examined)
             books = doctor.books(self.run)
         data = assemble(self.settings, stages, findings, books, self.run)
         write_report(data, self.run.path)

@@ -17,21 +17,22 @@ class DemoSettings:
     text_share: float = 0.15  # of the pretraining tokens
     text_piece: int = 256  # ids per text sample
     tokens_per_step: int = 2048
-    pretrain: Recipe = field(default_factory=lambda: Recipe(lr=0.02, steps=300, schedule="constant"))
-    sft: Recipe = field(default_factory=lambda: Recipe(lr=0.02, steps=380, warmup=1, schedule="wsd", decay_fraction=0.7,
+    pretrain: Recipe = field(default_factory=lambda: Recipe(lr=0.02, steps=420, schedule="constant"))
+    sft: Recipe = field(default_factory=lambda: Recipe(lr=0.02, steps=720, warmup=1, schedule="wsd", decay_fraction=0.6,
                                                        floor=0.02))  # fmt: skip
     rl: Recipe = field(default_factory=lambda: Recipe(lr=0.001, steps=10_000, warmup=1, schedule="constant"))
     rl_iterations: int = 8
     rl_prompts: int = 4  # per base family and iteration
     rl_group: int = 6
     heldout: int = 200  # tasks per family, before and after
-    gate: int = 120  # tasks per family, both models
-    traffic_base: int = 60  # tasks per base family that users bring
+    gate: int = 80  # tasks per family, both models
+    traffic_base: int = 80  # tasks per base family that users bring
     traffic_new: int = 160  # tasks per new-demand family
     attempts: int = 3  # how often a user asks before giving up
     traffic_temperature: float = 1.0
     decline_every: int = 6  # every n-th user does not consent to training
-    candidate: Recipe = field(default_factory=lambda: Recipe(lr=0.004, steps=120, warmup=5, schedule="cosine", floor=0.05))
+    candidate: Recipe = field(default_factory=lambda: Recipe(lr=0.01, steps=180, warmup=5, schedule="cosine", floor=0.03))
+    examined: int = 1500  # conversations whose log-probabilities the report recomputes (doctor: all)
     max_tokens: int = 160  # per turn
     concurrency: int = 96
 

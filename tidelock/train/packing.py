@@ -78,7 +78,9 @@ def stream(samples: Iterator[Sample], max_tokens: int) -> Iterator[Pack]:
 
 
 def batches(samples: Sequence[Sample], max_tokens: int, seed: int) -> Iterator[Pack]:
-    """Endless packs: epoch after epoch, each in an order of its own fixed by `seed`."""
+    """Endless packs: epoch after epoch, each in an order of its own fixed by `seed`. Raises ValueError for no samples."""
+    if not samples:
+        raise ValueError("no samples to make batches of")
     rng = random.Random(seed)
     while True:
         order = list(samples)

@@ -1,0 +1,94 @@
+"""Charts as inline SVG, drawn by hand so that the report needs nothing from anywhere. Colours come from the page's CSS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+Point = tuple[float, float]
+
+
+def _ticks(low: float, high: float, n: int = 4) -> list[float]:
+    """Round numbers that cover [low, high]."""
+    if high <= low:
+        high = low + 1
+    raw = (high - low) / n
+    step = 10 ** math.floor(math.log10(raw))
+    step *= next(f for f in (1, 2, 5, 10) if f * step >= raw)
+    first = math.floor(low / step)
+    return [round(i * step, 10) for i in range(first, math.ceil(high / step) + 1)]
+
+
+def _number(x: float) -> str:
+    for size, suffix in ((1e6, "M"), (1e3, "k")):
+        if abs(x) >= size:
+            return f"{x / size:g}{suffix}"
+    return f"{x:g}"
+
+
+def line_chart(points: Sequence[Point], x_label: str, y_label: str, colour: str) -> str:
+    """One curve with labelled axes."""
+    if not points:
+        return "<p class='muted'>nothing was measured here</p>"
+    width, height, left, bottom, top = 360, 200, 44, 34, 24
+    xs, ys = _ticks(0, max(x for x, _ in points)), _ticks(min(0, min(y for _, y in points)), max(y for _, y in points))
+
+    def sx(x: float) -> float:
+        return left + (x - xs[0]) / (xs[-1] - xs[0]) * (width - left - 22)
+
+    def sy(y: float) -> float:
+        return height - bottom - (y - ys[0]) / (ys[-1] - ys[0]) * (height - bottom - top)
+
+    grid = "".join(
+        f"<line class='grid' x1='{left}' x2='{width - 22}' y1='{sy(y):.1f}' y2='{sy(y):.1f}'/>"
+        f"<text class='tick' x='{left - 6}' y='{sy(y) + 4:.1f}' text-anchor='end'>{_number(y)}</text>"
+        for y in ys
+    ) + "".join(f"<text class='tick' x='{sx(x):.1f}' y='{height - bottom + 15}' text-anchor='middle'>{_number(x)}</text>" for x in xs)
+    path = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in points)
+    labels = (
+        f"<text class='tick' x='{(left + width) / 2:.0f}' y='{height - 3}' text-anchor='middle'>{escape(x_label)}</text>"
+        f"<text class='tick' x='4' y='11'>{escape(y_label)}</text>"
+    )
+    return f"<svg viewBox='0 0 {width} {height}' role='img'>{grid}<polyline class='curve {colour}' points='{path}'/>{labels}</svg>"
+
+
+def before_after(rows: Sequence[tuple[str, str, dict, dict]]) -> str:
+    """(family, kind, before, after) as pairs of bars with 95 % whiskers; values are shares of 1."""
+    width, row, left, right, top = 760, 46, 140, 60, 22
+    span = width - left - right
+    out = [
+        f"<line class='grid' x1='{left + span * t:.0f}' x2='{left + span * t:.0f}' y1='{top - 6}' y2='{top + row * len(rows)}'/>"
+        f"<text class='tick' x='{left + span * t:.0f}' y='{top - 10}' text-anchor='middle'>{t:.0%}</text>"
+        for t in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    for i, (name, kind, before, after) in enumerate(rows):
+        y = top + i * row
+        out.append(f"<text class='name' x='{left - 10}' y='{y + 20}' text-anchor='end'>{escape(name)}</text>")
+        out.append(f"<text class='tick' x='{left - 10}' y='{y + 34}' text-anchor='end'>{'new demand' if kind == 'new' else 'base skill'}</text>")
+        for j, (side, colour) in enumerate(((before, "before"), (after, "after"))):
+            by, end = y + 6 + j * 16, left + span * side["success"]
+            low, high = left + span * side["low"], left + span * side["high"]
+            out.append(
+                f"<rect class='bar {colour}' x='{left}' y='{by}' width='{max(1.0, end - left):.1f}' height='13' rx='2'/>"
+                f"<line class='whisker' x1='{low:.1f}' x2='{high:.1f}' y1='{by + 6.5}' y2='{by + 6.5}'/>"
+                f"<line class='whisker' x1='{low:.1f}' x2='{low:.1f}' y1='{by + 3}' y2='{by + 10}'/>"
+                f"<line class='whisker' x1='{high:.1f}' x2='{high:.1f}' y1='{by + 3}' y2='{by + 10}'/>"
+                f"<text class='value' x='{width - right + 12}' y='{by + 11}'>{side['success']:.1%}</text>"
+            )
+    return f"<svg viewBox='0 0 {width} {top + row * len(rows) + 4}' role='img'>{''.join(out)}</svg>"
+
+
+def bars(rows: Sequence[tuple[str, float, str]]) -> str:
+    """(label, size, text) as horizontal bars."""
+    width, row, left, right = 360, 20, 82, 74
+    largest = max((size for _, size, _ in rows), default=0) or 1
+    out = []
+    for i, (label, size, text) in enumerate(rows):
+        y, length = i * row, (width - left - right) * size / largest
+        out.append(
+            f"<text class='tick' x='{left - 8}' y='{y + 14}' text-anchor='end'>{escape(label)}</text>"
+            f"<rect class='bar plain' x='{left}' y='{y + 4}' width='{max(1.0, length):.1f}' height='12' rx='2'/>"
+            f"<text class='tick' x='{left + length + 6:.1f}' y='{y + 14}'>{escape(text)}</text>"
+        )
+    return f"<svg viewBox='0 0 {width} {row * len(rows) + 4}' role='img'>{''.join(out)}</svg>"
