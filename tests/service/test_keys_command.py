@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
 
-from tidelock.cli import keys
+from tidelock.cli.main import parser, write_json
 from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
@@ -15,9 +14,10 @@ from tidelock.tokens.errors import UserError
 
 
 def command(*words: str) -> None:
-    parser = argparse.ArgumentParser()
-    keys.add(parser.add_subparsers())
-    assert keys.run(parser.parse_args(["keys", *words])) == 0
+    args = parser().parse_args(["keys", *words])
+    result = args.run(args)
+    if args.json:
+        write_json(args.json, result)
 
 
 def test_a_created_key_authenticates_and_its_topup_is_booked_once(tmp_path, capsys):

@@ -26,6 +26,7 @@ def add(subparsers: Any) -> None:
     parser = command(subparsers, "keys", run, "create, list, revoke and top up API keys", EXAMPLE)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--dir", type=Path, default=Path("service"), help="service directory, DIR/service of a run (default: service)")
+    common.add_argument("--json", metavar="PATH", default=argparse.SUPPRESS, help="write the result as JSON to PATH")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     create = actions.add_parser("create", parents=[common], help="create a key and show its secret once")
