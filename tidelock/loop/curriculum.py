@@ -17,8 +17,8 @@ TEXT_WEIGHT = 0.25
 HEAD_START = 200_000  # tokens of demonstrations before the first text
 
 
-# Families whose words decide more than what to copy (which sign, which order) get more demonstrations when fine-tuning.
-SHARES = {"records": 2}
+# Families whose words decide more than what to copy (which unit, how often) get more demonstrations when fine-tuning.
+SHARES = {"records": 2, "convert": 2, "hops": 2}
 
 
 def interleave(families: Sequence[str], split: str, seed: int, shares: Mapping[str, int] = {}) -> Iterator[Demo]:

@@ -17,10 +17,10 @@ class DemoSettings:
     text_share: float = 0.15  # of the pretraining tokens
     text_piece: int = 256  # ids per text sample
     tokens_per_step: int = 2048
-    pretrain: Recipe = field(default_factory=lambda: Recipe(lr=0.02, steps=420, schedule="constant"))
-    sft: Recipe = field(default_factory=lambda: Recipe(lr=0.02, steps=720, warmup=1, schedule="wsd", decay_fraction=0.6,
+    pretrain: Recipe = field(default_factory=lambda: Recipe(lr=0.005, steps=400, schedule="constant"))
+    sft: Recipe = field(default_factory=lambda: Recipe(lr=0.005, steps=560, warmup=1, schedule="wsd", decay_fraction=0.6,
                                                        floor=0.02))  # fmt: skip
-    rl: Recipe = field(default_factory=lambda: Recipe(lr=0.001, steps=10_000, warmup=1, schedule="constant"))
+    rl: Recipe = field(default_factory=lambda: Recipe(lr=0.0005, steps=10_000, warmup=1, schedule="constant"))
     rl_iterations: int = 8
     rl_prompts: int = 4  # per base family and iteration
     rl_group: int = 6
@@ -31,7 +31,7 @@ class DemoSettings:
     attempts: int = 3  # how often a user asks before giving up
     traffic_temperature: float = 1.0
     decline_every: int = 6  # every n-th user does not consent to training
-    candidate: Recipe = field(default_factory=lambda: Recipe(lr=0.01, steps=180, warmup=5, schedule="cosine", floor=0.03))
+    candidate: Recipe = field(default_factory=lambda: Recipe(lr=0.004, steps=180, warmup=5, schedule="cosine", floor=0.03))
     examined: int = 1500  # conversations whose log-probabilities the report recomputes (doctor: all)
     max_tokens: int = 160  # per turn
     concurrency: int = 96

@@ -28,7 +28,7 @@ class Recipe:
 
     lr: float
     steps: int
-    adamw_scale: float = 0.3
+    adamw_scale: float = 1.0
     weight_decay: float = 0.1
     schedule: str = "cosine"  # "cosine" | "wsd" | "constant"
     warmup: int = 10

@@ -5,7 +5,7 @@ from random import Random
 from tidelock.envs.specs import CALCULATOR
 from tidelock.envs.task import Draft, Family, Solver
 
-WORDINGS = ("What is {}?", "Compute {}.", "Calculate {}.")
+WORDINGS = ('What is "{}"?', 'Compute "{}".', 'Calculate "{}".')
 
 
 def draw(rng: Random) -> Draft:

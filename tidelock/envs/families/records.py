@@ -6,20 +6,20 @@ from tidelock.envs.specs import CALCULATOR, READ, WRITE
 from tidelock.envs.task import Draft, Family, Solver
 from tidelock.envs.words import names
 
-WORDINGS = {"+": ('Increase "{}" by {}.', 'Add {1} to "{0}".'), "-": ('Decrease "{}" by {}.', 'Take {1} from "{0}".')}
+WORDINGS = ('Change "{}" by {}.', 'Adjust "{}" by {}.')
 
 
 def draw(rng: Random) -> Draft:
     keys = names(rng, 3)
     records = {key: rng.randint(100, 499) for key in keys}
-    key, sign, amount = rng.choice(keys), rng.choice("+-"), rng.randint(2, 99)
+    key, change = rng.choice(keys), f"{rng.choice('+-')} {rng.randint(2, 99)}"
 
     def solve() -> Solver:
         before = yield "read", {"record": key}
-        after = yield "calculator", {"expression": f"{before} {sign} {amount}"}
+        after = yield "calculator", {"expression": f"{before} {change}"}
         return (yield "write", {"record": key, "value": after})
 
-    prompt = rng.choice(WORDINGS[sign]).format(key, amount)
+    prompt = rng.choice(WORDINGS).format(key, change)
     return Draft(prompt, (READ, CALCULATOR, WRITE), {"records": records}, solve)
 
 
