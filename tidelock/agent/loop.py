@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from tidelock.sandbox import ToolCrash, ToolResult
 from tidelock.tokens.message import Message, ToolCall
 from tidelock.tokens.policy import Policy, PolicyError, SamplingParams
-from tidelock.tokens.template import Delta, Template, count_calls
+from tidelock.tokens.template import Template, count_calls
 
 from .episode import Episode
 

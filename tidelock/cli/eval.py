@@ -25,7 +25,8 @@ def run(args) -> dict:
     from tidelock.envs.registry import FAMILIES, family, tasks
     from tidelock.envs.run import run_tasks
     from tidelock.loop.console import Console
-    from tidelock.loop.demo import TOOLSET, summarise
+    from tidelock.loop.demo import TOOLSET
+    from tidelock.loop.figures import summarise
     from tidelock.loop.rundir import RunDir
     from tidelock.sandbox import ToolHost
     from tidelock.tokens.errors import UserError

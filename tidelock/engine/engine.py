@@ -11,7 +11,8 @@ import itertools
 import queue
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence as Seq
+from collections.abc import AsyncIterator, Callable
+from collections.abc import Sequence as Seq
 
 from tidelock.models import TransformerLM, load_checkpoint, ops
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams

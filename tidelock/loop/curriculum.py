@@ -12,7 +12,6 @@ from tidelock.tokens.tokenizer import BPETokenizer
 from tidelock.train.packing import Sample
 from tidelock.train.samples import conversation_sample, text_samples
 
-
 TEXT_WEIGHT = 0.25
 HEAD_START = 200_000  # tokens of demonstrations before the first text
 

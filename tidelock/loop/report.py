@@ -5,7 +5,6 @@ Nothing is fetched when the page opens, and everything a model or a user wrote i
 
 from __future__ import annotations
 
-import json
 import os
 from html import escape
 from pathlib import Path

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict, dataclass, field
+
 from tidelock.service import errors, wire
 from tidelock.service.keys import Key
 from tidelock.service.ledger import Hold, InsufficientBalance

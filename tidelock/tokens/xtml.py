@@ -18,7 +18,14 @@ from collections.abc import Sequence
 
 from .message import Message
 from .template import (
-    Delta, Template, call_id, call_position, count_calls, make_calls, tools_from_json, tools_json,
+    Delta,
+    Template,
+    call_id,
+    call_position,
+    count_calls,
+    make_calls,
+    tools_from_json,
+    tools_json,
 )
 
 HEADER = re.compile(r'(\w+)((?: \w+="[^"]*")*)')
