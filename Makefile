@@ -18,12 +18,12 @@ setup: $(VENV)/.installed
 # torch comes first and by its exact version, so that a CPU build at hand is taken and no accelerator packages are pulled.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:

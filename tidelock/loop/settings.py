@@ -25,13 +25,13 @@ class DemoSettings:
     rl_prompts: int = 4  # per base family and iteration
     rl_group: int = 6
     heldout: int = 200  # tasks per family, before and after
-    gate: int = 80  # tasks per family, both models
-    traffic_base: int = 80  # tasks per base family that users bring
+    gate: int = 150  # tasks per family, both models
+    traffic_base: int = 160  # tasks per base family that users bring
     traffic_new: int = 160  # tasks per new-demand family
     attempts: int = 3  # how often a user asks before giving up
     traffic_temperature: float = 1.0
     decline_every: int = 6  # every n-th user does not consent to training
-    candidate: Recipe = field(default_factory=lambda: Recipe(lr=0.004, steps=180, warmup=5, schedule="cosine", floor=0.03))
+    candidate: Recipe = field(default_factory=lambda: Recipe(lr=0.003, steps=160, warmup=5, schedule="cosine", floor=0.03))
     examined: int = 1500  # conversations whose log-probabilities the report recomputes (doctor: all)
     max_tokens: int = 160  # per turn
     concurrency: int = 96
