@@ -107,6 +107,8 @@ def build(trace: Trace, require_sandbox: str = "") -> Dataset:
             samples.append(to_sample(trace, path, outcome))
         else:
             excluded[reason] += 1
+    # The journal's order is the order of arrival; the same conversations must train the same model.
+    samples.sort(key=lambda s: (s.outcome.source, s.ids, s.outcome.reward))
     return Dataset(samples, dict(excluded))
 
 
