@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import landlock, seccomp
 from .toolset import SandboxError
@@ -21,8 +22,12 @@ READABLE = ("/usr", "/lib", "/lib64", "/bin", "/etc", "/opt", "/proc/self", "/de
 
 
 def import_path() -> str:
-    """PYTHONPATH for a child that must import what this process can."""
-    return os.pathsep.join(os.path.abspath(p) for p in sys.path)
+    """PYTHONPATH for a child that must import what this process can.
+
+    The package's own place is named outright: an editable install finds it by a hook and not by `sys.path`.
+    """
+    here = str(Path(__file__).resolve().parents[2])
+    return os.pathsep.join(dict.fromkeys([*(os.path.abspath(p) for p in sys.path), here]))
 
 
 def python_paths() -> list[str]:
