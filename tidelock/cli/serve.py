@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def add(subparsers) -> None:
     p.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     p.add_argument("--max-batch", type=int, default=96, help="requests that run at the same time")
     p.add_argument("--ready-file", type=Path, help="appears with the base URL in it once requests are answered")
-    p.add_argument("--exit-with-parent", action="store_true", help="end when the process that started this one ends")
+    p.add_argument("--exit-with-parent", type=int, metavar="PID", help="end when process PID, which started this one, ends")
 
 
 def run(args) -> dict:
@@ -26,9 +27,12 @@ def run(args) -> dict:
     from tidelock.loop.rundir import RunDir
     from tidelock.sandbox.level import die_with_parent
     from tidelock.service.server import bind, serving
+    from tidelock.tokens.errors import UserError
 
     if args.exit_with_parent:
         die_with_parent()
+        if os.getppid() != args.exit_with_parent:  # it died before we could ask to be told
+            raise UserError(f"process {args.exit_with_parent}, which started this server, is gone")
     bind(args.host, args.port).close()  # a taken port is said before the model is loaded
     state = RunDir(args.dir).existing().service_state(Limits(max_batch=args.max_batch))
 

@@ -63,7 +63,7 @@ def open_state(
     return ServiceState(
         policy=policy,
         template=template,
-        traces=TraceStore(directory / "trace.jsonl", template),
+        traces=TraceStore(directory / "trace.jsonl", template, patience_s=10.0),
         ledger=Ledger(db),
         keys=KeyStore.open(db, directory / "pepper"),
         prices=prices,

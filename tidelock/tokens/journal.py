@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,18 +61,28 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 class Journal:
     """The single writer of a journal file. Every append is on disk when it returns."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, patience_s: float = 0.0) -> None:
+        """`patience_s`: how long to wait for another writer to go away, e.g. one that is being stopped."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self.path, "ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise UserError(f"{self.path} is being written by another process; stop it or use another directory") from None
+        deadline = time.monotonic() + patience_s
+        while not self._locked():
+            if time.monotonic() >= deadline:
+                self._file.close()
+                raise UserError(f"{self.path} is being written by another process; stop it or use another directory")
+            time.sleep(0.05)
+        self._file.seek(0, os.SEEK_END)
         self.records, sound = _read(self.path)
         if sound != self._file.tell():
             self._file.truncate(sound)
+
+    def _locked(self) -> bool:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            return False
 
     def append(self, record: dict[str, Any]) -> None:
         self.append_many([record])

@@ -197,10 +197,10 @@ class Trace:
 class TraceStore(Trace):
     """The trace of a running service: what it adds is in the journal before the call returns."""
 
-    def __init__(self, path: str | Path, template: Template) -> None:
+    def __init__(self, path: str | Path, template: Template, patience_s: float = 0.0) -> None:
         super().__init__()
         self.template = template
-        self._journal = Journal(path)
+        self._journal = Journal(path, patience_s)
         for record in self._journal.records:
             self._take(record)
         self._journal.records = []
