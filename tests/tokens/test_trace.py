@@ -1,5 +1,8 @@
 """The trace and its journal: nothing lost, nothing doubled, whatever byte the process died at."""
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,8 +57,8 @@ def test_a_reopened_store_knows_everything_the_old_one_knew(tmp_path):
 
 def test_match_finds_the_longest_known_beginning_and_never_crosses_scopes(tmp_path):
     store = TraceStore(tmp_path / "t.jsonl", TEMPLATE)
-    a = node(text="a")
-    b = node(parent=a.id, text="b")
+    a = node(text="a", template=TEMPLATE.hash)
+    b = node(parent=a.id, text="b", template=TEMPLATE.hash)
     store.add_many([a, b])
     said = [Message("user", t) for t in "abc"]
     found, n = store.match("key/session", said)
@@ -70,6 +73,36 @@ def test_a_verdict_on_nothing_is_refused(tmp_path):
     with pytest.raises(KeyError):
         store.add_outcome(Outcome("nothing", True, 1.0, "v"))
     store.close()
+
+
+def test_match_follows_every_sibling_that_says_the_same(tmp_path):
+    """The same words sampled twice as other ids; the conversation went on from the first."""
+    store = TraceStore(tmp_path / "t.jsonl", TEMPLATE)
+    first, second = (node(text="a", ids=ids, template=TEMPLATE.hash) for ids in ((1,), (2,)))
+    after = node(parent=first.id, text="b", template=TEMPLATE.hash)
+    store.add_many([first, second, after])
+    said = [Message("user", t) for t in "ab"]
+    assert store.match("key/session", said[:1]) == (second, 1)
+    assert store.match("key/session", said) == (after, 2)
+    store.close()
+
+
+def test_ids_of_another_template_are_never_extended(tmp_path):
+    store = TraceStore(tmp_path / "t.jsonl", TEMPLATE)
+    store.add(node(template="another"))
+    assert store.match("key/session", [Message("user", "hello")]) == (None, 0)
+    store.close()
+
+
+def test_no_node_without_its_parent_and_no_sampled_id_without_its_logprob_and_version(tmp_path):
+    store = TraceStore(tmp_path / "t.jsonl", TEMPLATE)
+    with pytest.raises(KeyError):
+        store.add(node(parent="nowhere"))
+    store.close()
+    for wrong in ({"logprobs": ()}, {"weights_versions": ((1, 1),)}, {"sampled": 3}, {"ids": (1,)}):
+        rest = {"ids": (1, 2, 3), "sampled": 2, "logprobs": (-1.0, -2.0), "weights_versions": ((1, 2),), **wrong}
+        with pytest.raises(ValueError, match="sampled"):
+            node(**rest)
 
 
 records = st.lists(st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=10)), max_size=3),
@@ -104,6 +137,25 @@ def test_damage_in_the_middle_is_reported_not_skipped(tmp_path):
     (tmp_path / "j").write_bytes(data)
     with pytest.raises(UserError, match="record 2"):
         Journal(tmp_path / "j")
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path):
+    """A full disk, played by a file size limit: the next record must not land behind half of the failed one."""
+    script = """
+import resource, signal, sys
+from tidelock.tokens.journal import Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+journal = Journal(sys.argv[1])
+journal.append({"a": 1})
+resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 7, resource.RLIM_INFINITY))
+try:
+    journal.append_many([{"b": 2}, {"c": 3}])
+except OSError:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    journal.append({"d": 4})
+"""
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "j")], check=True)
+    assert read_journal(tmp_path / "j") == [{"a": 1}, {"d": 4}]
 
 
 def test_one_writer_at_a_time(tmp_path):

@@ -3,28 +3,64 @@
     <|im_user|>user<|im_middle|>...<|im_end|>
     <|im_assistant|>assistant<|im_middle|><think>...</think>text<|tool_calls_section_begin|>...<|im_end|>
 
-K2 Thinking drops old reasoning, which makes its prompts unstable; we keep all of it (K2.6's `preserve_thinking`), so
-here too a longer conversation starts with the ids of the shorter one. What is not stable is the format across turns of
-*other* clients that strip `reasoning_content` before sending history back.
+K2 Thinking drops old reasoning from its prompts, so there a longer conversation does not start with the ids of the
+shorter one. We keep all of it (K2.6's `preserve_thinking`): here it does. What is not stable: a client that leaves
+`reasoning_content` out when it sends the history back gets other ids than those sampled (as with any format), and
+weights trained on dropped reasoning see prompts they were not trained on.
+
+A call's id is rendered and is the only carrier of its name: render canonical conversations only.
 
 Format: K2 tool-call guidance and report App. B (facts in the model reference).
 """
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
 from collections.abc import Sequence
 
-from .errors import UserError
+from . import jsontext
 from .message import Message
-from .template import Delta, Template, call_id, call_position, count_calls, make_calls, tools_from_json, tools_json
+from .template import (
+    Template,
+    add_system_text,
+    call_position,
+    count_calls,
+    result_number,
+    system_parts,
+    tools_from_json,
+)
+from .turn import TurnParser, call_id
 
+# `functions.name:3`: the name may hold anything, so the last colon counts. A bare counter names no function.
+CALL_ID = re.compile(r"\s*(?:functions\.)?(.*):[0-9]+\s*", re.DOTALL)
 RETURN = "## Return of {id}\n"
-# `functions.name:3`; names may hold anything but the colon is the last one. A bare counter names no function.
-CALL_ID = re.compile(r"\s*(?:functions\.)?(.*):(\d+)\s*", re.DOTALL)
+# Messages under these names are not tool results; a tool of such a name answers under `TOOL` (the id has its name).
 RESERVED = ("system", "tool_declare")
+TOOL = "tool"
+# The one argument of a call whose arguments were no JSON object: tools refuse it, and the model reads why.
+UNREADABLE = "unreadable_arguments"
+
+NESTING = {
+    "reasoning": ("reasoning",),
+    "content": ("content",),
+    "section": ("section",),
+    "call": ("section", "call"),
+    "arguments": ("section", "call", "arguments"),
+    "end": (),
+}
+ANYWHERE = {
+    "<|tool_calls_section_begin|>": "section", "<|tool_call_begin|>": "call",
+    "<|im_end|>": "end", "<|im_user|>": "end", "<|im_assistant|>": "end", "<|im_system|>": "end",
+}  # fmt: skip
+IN_SECTION = {**ANYWHERE, "<|tool_call_end|>": "section", "<|tool_calls_section_end|>": "content"}
+TABLE = {
+    "reasoning": {**ANYWHERE, "</think>": "content"},
+    "content": ANYWHERE,
+    "section": IN_SECTION,
+    "call": {**IN_SECTION, "<|tool_call_argument_begin|>": "arguments"},
+    "arguments": IN_SECTION,
+    "end": {},
+}
 
 
 class ChatML(Template):
@@ -41,6 +77,7 @@ class ChatML(Template):
         self.ARGUMENTS = special("<|tool_call_argument_begin|>")
         self.THINK, self.THINK_END = special("<think>"), special("</think>")
         self.stop_ids = (self.END,)
+        self.table = {state: {special(m): to for m, to in row.items()} for state, row in TABLE.items()}
         self._prompt = [self.ASSISTANT, *tokenizer.encode("assistant"), self.MIDDLE, self.THINK]
 
     def _message(self, role: int, name: str, text: str) -> list[int]:
@@ -55,8 +92,8 @@ class ChatML(Template):
         if message.tool_calls:
             out.append(self.SECTION)
             for call in message.tool_calls:
-                arguments = json.dumps(call.arguments, ensure_ascii=False, separators=(",", ":"))
-                out += [self.CALL, *encode(call.id), self.ARGUMENTS, *encode(arguments), self.CALL_END]
+                arguments = encode(jsontext.dump(call.arguments))
+                out += [self.CALL, *encode(call.id), self.ARGUMENTS, *arguments, self.CALL_END]
             out.append(self.SECTION_END)
         return [*out, self.END]
 
@@ -64,130 +101,100 @@ class ChatML(Template):
         if message.role == "user":
             return self._message(self.USER, message.name or "user", message.content)
         if message.role == "tool":
-            name = message.name or "unknown"
-            if name in RESERVED:
-                raise UserError(f"tool name {name!r} is reserved by the chatml template; rename the tool")
-            number = count_calls(before) - self._open_calls(before) + call_position(message, before)
-            text = RETURN.format(id=message.tool_call_id or call_id(name, number)) + message.content
-            return self._message(self.SYSTEM, name, text)
-        declare = self._message(self.SYSTEM, "tool_declare", tools_json(message.tools)) if message.tools else []
-        return declare + self._message(self.SYSTEM, "system", message.content)
-
-    def _open_calls(self, before: Sequence[Message]) -> int:
-        return next((len(m.tool_calls) for m in reversed(before) if m.role == "assistant"), 0)
+            name = "unknown" if message.name is None else message.name
+            identifier = call_id(name, result_number(call_position(message, before), before))
+            header = TOOL if name in RESERVED else name
+            return self._message(self.SYSTEM, header, RETURN.format(id=identifier) + message.content)
+        names = {"tools": "tool_declare", "text": "system"}
+        return [i for kind, text in system_parts(message) for i in self._message(self.SYSTEM, names[kind], text)]
 
     def parser(self, calls_before: int = 0) -> ChatMLParser:
         return ChatMLParser(self, calls_before)
 
     def parse(self, ids: Sequence[int]) -> list[Message]:
         messages: list[Message] = []
-        tools: tuple = ()
-        for part in self._split(ids):
-            if part[0] == self.ASSISTANT:
+        for role, name, body in self._split(ids):
+            text = self.tokenizer.decode(self._plain(body))
+            if role == self.ASSISTANT:
                 parser = self.parser(count_calls(messages))
-                parser.feed(part[len(self._prompt) :])
+                parser.feed(body[1:] if body[:1] == [self.THINK] else body)
                 messages.append(parser.finish())
-                continue
-            middle = part.index(self.MIDDLE)
-            name = self.tokenizer.decode(part[1:middle])
-            text = self.tokenizer.decode(part[middle + 1 : -1 if part[-1] == self.END else None])
-            if part[0] == self.USER:
+            elif role == self.USER:
                 messages.append(Message("user", text, name=None if name == "user" else name))
-            elif name == "tool_declare":
-                tools = tools_from_json(text)
-            elif name == "system":
-                messages.append(Message("system", text, tools=tools))
-                tools = ()
+            elif name == "tool_declare" and (tools := tools_from_json(text)):
+                messages.append(Message("system", tools=tools))
+            elif name in RESERVED:
+                add_system_text(messages, text)
             else:
-                head, _, result = text.partition("\n")
-                messages.append(Message("tool", result, tool_call_id=head.removeprefix("## Return of "), name=name))
+                messages.append(_tool_result(name, text))
         return messages
 
-    def _split(self, ids: Sequence[int]) -> list[list[int]]:
-        """One part per message; a cut assistant turn ends where the next message begins."""
-        parts: list[list[int]] = []
-        for token in ids:
-            if not parts or parts[-1][-1] == self.END or token in (self.USER, self.ASSISTANT, self.SYSTEM):
-                parts.append([])
-            parts[-1].append(token)
+    def _split(self, ids: Sequence[int]) -> list[tuple[int, str, list[int]]]:
+        """(role, name, what follows the header) of each message; a cut turn ends where the next message begins."""
+        parts: list[tuple[int, str, list[int]]] = []
+        skip = 0
+        for at, token in enumerate(ids):
+            if token in (self.USER, self.ASSISTANT, self.SYSTEM):
+                header = self._plain(ids, at + 1)
+                if list(ids[at + 1 + len(header) : at + 2 + len(header)]) == [self.MIDDLE]:
+                    parts.append((token, self.tokenizer.decode(header), []))
+                    skip = len(header) + 2
+            if not parts:
+                raise self._not_a_conversation()
+            if skip:
+                skip -= 1
+            else:
+                parts[-1][2].append(token)
         return parts
 
 
-class ChatMLParser:
-    """A state machine over token ids: `ACTIONS[state][marker] -> next state`; text goes to the state's buffer.
+def _tool_result(header: str, text: str) -> Message:
+    for name in (header, *RESERVED):
+        match = re.match(RETURN.format(id=f"({re.escape(f'functions.{name}')}:[0-9]+)"), text)
+        if match:
+            return Message("tool", text[match.end() :], tool_call_id=match.group(1), name=name)
+    return Message("tool", text, name=header)
 
-    A marker that has no entry is skipped, and the message is then kept verbatim. Opening the tool section without
-    closing the think block ends the think block.
-    """
+
+class ChatMLParser(TurnParser):
+    """Every marker is a terminal of its own. Arguments go out when they are complete, as the JSON the message holds:
+    text that turns out to be no JSON could not be taken back."""
+
+    nesting = NESTING
+    sinks = {"reasoning": "reasoning", "content": "content", "call": "value", "arguments": "value"}
 
     def __init__(self, template: ChatML, calls_before: int) -> None:
-        t = self.template = template
-        self.calls_before = calls_before
-        self.ids: list[int] = []
-        self.state = "reasoning"
-        self.text: dict[str, list[str]] = {"reasoning": [], "content": []}
-        self.calls: list[list[str]] = []  # [id text, arguments text]
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        section = {t.CALL: "id", t.SECTION_END: "content", t.END: "end"}
-        self.actions = {
-            "reasoning": {t.THINK_END: "content", t.SECTION: "section", t.CALL: "id", t.END: "end"},
-            "content": {t.SECTION: "section", t.CALL: "id", t.END: "end"},
-            "section": section,
-            "id": {t.ARGUMENTS: "arguments", t.CALL_END: "section", **section},
-            "arguments": {t.CALL_END: "section", **section},
-            "end": {},
-        }
+        super().__init__(template, template.table, "reasoning", calls_before)
+        self.entering = {"call": self._begin_call, "arguments": self._end_id}
+        self.leaving = {"arguments": self._end_arguments, "call": self._end_call}
+        self.named = False  # whether the id of the open call is complete
 
-    def feed(self, ids: Sequence[int]) -> list[Delta]:
-        out: list[Delta] = []
-        for token in ids:
-            self.ids.append(token)
-            if self.template.tokenizer.is_special(token):
-                following = self.actions[self.state].get(token)
-                if following is not None:
-                    self._enter(following, out)
-            else:
-                self._on_text(self._decoder.decode(self.template.tokenizer.token_bytes(token)), out)
-        return out
+    def _read(self, token: int) -> None:
+        if self.template.tokenizer.is_special(token):
+            self._on(token)
+        else:
+            self._hear(token)
 
-    def finish(self) -> Message:
-        sampled = list(self.ids)
-        self._enter("end", [])
-        calls = []
-        for identifier, arguments in self.calls:
-            try:
-                value = json.loads(arguments)
-            except ValueError:
-                value = None
-            calls.append((_function_name(identifier), value if isinstance(value, dict) else {}))
-        message = Message(
-            "assistant", "".join(self.text["content"]), "".join(self.text["reasoning"]),
-            make_calls(calls, self.calls_before),
-        )  # fmt: skip
-        return self.template.with_verbatim(message, sampled)
+    def _begin_call(self) -> None:
+        self.calls.append(("", {}))
+        self.named = False
 
-    def _enter(self, state: str, out: list[Delta]) -> None:
-        self._on_text(self._decoder.decode(b"", final=True), out)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        if self.state == "id":
-            out.append(Delta("tool_name", _function_name(self.calls[-1][0]), len(self.calls) - 1))
-        if state == "id":
-            self.calls.append(["", ""])
-        self.state = state
+    def _end_id(self) -> None:
+        identifier = self._take_value()
+        match = CALL_ID.fullmatch(identifier)
+        self.calls[-1] = (match.group(1) if match else identifier.strip().removeprefix("functions."), {})
+        self._on_call("tool_name", self.calls[-1][0])
+        self.named = True
 
-    def _on_text(self, text: str, out: list[Delta]) -> None:
-        if not text:
-            return
-        if self.state in self.text:
-            self.text[self.state].append(text)
-            out.append(Delta(self.state, text))
-        elif self.state == "id":
-            self.calls[-1][0] += text
-        elif self.state == "arguments":
-            self.calls[-1][1] += text
-            out.append(Delta("tool_arguments", text, len(self.calls) - 1))
+    def _end_arguments(self) -> None:
+        text = self._take_value()
+        try:
+            value = jsontext.load(text or "{}")
+        except ValueError:
+            value = None
+        self.calls[-1][1].update(value if isinstance(value, dict) else {UNREADABLE: text})
 
-
-def _function_name(identifier: str) -> str:
-    match = CALL_ID.fullmatch(identifier)
-    return match.group(1) if match else identifier.strip().removeprefix("functions.")
+    def _end_call(self) -> None:
+        if not self.named:
+            self._end_id()
+        self._on_call("tool_arguments", jsontext.dump(self.calls[-1][1]))

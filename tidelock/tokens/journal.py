@@ -43,7 +43,10 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """(records, length in bytes of the sound part)."""
-    data = path.read_bytes() if path.exists() else b""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        data = b""
     records, at, number = [], 0, 0
     while at < len(data):
         number += 1
@@ -51,7 +54,9 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         record = None if end < 0 else decode_record(data[at:end])
         if record is None:
             if end >= 0 and end + 1 < len(data):
-                raise UserError(f"damaged journal: {path}, record {number} fails its checksum and is not the last one")
+                raise UserError(
+                    f"damaged journal: {path}, record {number} fails its checksum and is not the last; restore a copy"
+                )
             break
         records.append(record)
         at = end + 1
@@ -59,23 +64,52 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 class Journal:
-    """The single writer of a journal file. Every append is on disk when it returns."""
+    """The single writer of a journal file. Every append is on disk when it returns.
+
+    Raises UserError when another process has it open for writing or a record inside it is damaged.
+    """
 
     def __init__(self, path: str | Path, patience_s: float = 0.0) -> None:
         """`patience_s`: how long to wait for another writer to go away, e.g. one that is being stopped."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab")
+        self._file = open(self.path, "ab", buffering=0)
+        try:
+            self._wait_for_lock(patience_s)
+            self.records, self._sound = _read(self.path)
+            self._cut()
+            _sync_directory(self.path.parent)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, record: dict[str, Any]) -> None:
+        self.append_many([record])
+
+    def append_many(self, records: Iterable[dict[str, Any]]) -> None:
+        """One fsync for all of them. When it fails (a full disk), none of them is left in the file."""
+        data = memoryview(b"".join(encode_record(r) for r in records))
+        if not data:
+            return
+        try:
+            written = 0
+            while written < len(data):
+                written += self._file.write(data[written:])
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._cut()
+            raise
+        self._sound += len(data)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _wait_for_lock(self, patience_s: float) -> None:
         deadline = time.monotonic() + patience_s
         while not self._locked():
             if time.monotonic() >= deadline:
-                self._file.close()
                 raise UserError(f"{self.path} is being written by another process; stop it or use another directory")
             time.sleep(0.05)
-        self._file.seek(0, os.SEEK_END)
-        self.records, sound = _read(self.path)
-        if sound != self._file.tell():
-            self._file.truncate(sound)
 
     def _locked(self) -> bool:
         try:
@@ -84,16 +118,15 @@ class Journal:
         except OSError:
             return False
 
-    def append(self, record: dict[str, Any]) -> None:
-        self.append_many([record])
+    def _cut(self) -> None:
+        """Drop what is behind the sound part: a torn record would damage the one appended after it."""
+        self._file.truncate(self._sound)
 
-    def append_many(self, records: Iterable[dict[str, Any]]) -> None:
-        """One write and one fsync for all of them."""
-        data = b"".join(encode_record(r) for r in records)
-        if data:
-            self._file.write(data)
-            self._file.flush()
-            os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        self._file.close()
+def _sync_directory(path: Path) -> None:
+    """A new file's name is durable only when its directory is."""
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -8,36 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from .errors import UserError
 from .message import Message, ToolCall, ToolSpec
 from .tokenizer import BPETokenizer, ByteTokenizer
+from .turn import Delta, TurnParser, call_id, make_calls
 
-
-@dataclass(frozen=True)
-class Delta:
-    """A piece of a message while it is being sampled. The pieces of one call's `tool_arguments` join to a JSON object."""
-
-    kind: str  # "reasoning" | "content" | "tool_name" | "tool_arguments"
-    text: str
-    call_index: int = 0
-
-
-class StreamParser(Protocol):
-    """Reads one sampled assistant turn: the ids after the generation prompt, in any chunking."""
-
-    def feed(self, ids: Sequence[int]) -> list[Delta]: ...
-
-    def finish(self) -> Message:
-        """The message so far. Never raises; `verbatim` keeps the ids whenever its rendering would differ from them."""
-        ...
+__all__ = ["Delta", "Template", "TurnParser", "canonical", "count_calls", "get_template"]
 
 
 class Template:
-    """Base of the formats. `stop_ids` end an assistant turn and belong to it."""
+    """Base of the formats. `stop_ids` end an assistant turn and belong to it.
+
+    prefix_stable: the ids of a longer conversation start with the ids of the shorter one. hash: short and stable, over
+    the format, its special ids and the tokenizer; equal hashes mean equal ids for equal messages.
+    """
 
     name: str
     version = 1
@@ -50,6 +37,7 @@ class Template:
         self.hash = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> list[int]:
+        """Ids of a canonical conversation (see `canonical`)."""
         return self.extend([], [], messages, generation_prompt)
 
     def extend(
@@ -76,12 +64,16 @@ class Template:
         """The ids a model would sample to say this assistant message, from its text, stop id included."""
         raise NotImplementedError
 
-    def parser(self, calls_before: int = 0) -> StreamParser:
-        """`calls_before`: tool calls made earlier in the conversation, which number the ids of the new ones."""
+    def parser(self, calls_before: int = 0) -> TurnParser:
+        """Reads one sampled turn. `calls_before`: tool calls made earlier in the conversation, which number the new."""
         raise NotImplementedError
 
     def parse(self, ids: Sequence[int]) -> list[Message]:
-        """The messages of a whole conversation: the inverse of `render`."""
+        """The messages of a whole conversation: the inverse of `render`.
+
+        Raises UserError when `ids` do not start with a message of this format. Anything wrong further on is read as
+        well as it can be; a turn that itself sampled the header of another message reads as two.
+        """
         raise NotImplementedError
 
     def _input(self, message: Message, before: Sequence[Message]) -> list[int]:
@@ -90,6 +82,16 @@ class Template:
     def with_verbatim(self, message: Message, sampled: Sequence[int]) -> Message:
         """The message, carrying its ids when its text alone would not give them back."""
         return message if self.sampled(message) == list(sampled) else replace(message, verbatim=tuple(sampled))
+
+    def _plain(self, ids: Sequence[int], start: int = 0) -> list[int]:
+        """The ids from `start` up to the next special one."""
+        end = start
+        while end < len(ids) and not self.tokenizer.is_special(ids[end]):
+            end += 1
+        return list(ids[start:end])
+
+    def _not_a_conversation(self) -> UserError:
+        return UserError(f"these ids do not start with a message of the {self.name} template; check the tokenizer")
 
 
 def get_template(name: str, tokenizer: BPETokenizer | ByteTokenizer) -> Template:
@@ -102,53 +104,75 @@ def get_template(name: str, tokenizer: BPETokenizer | ByteTokenizer) -> Template
     return formats[name](tokenizer)
 
 
-def call_id(name: str, n: int) -> str:
-    """`functions.{name}:{n}`, n counting every call of the conversation from 0 (K2 report, App. B)."""
-    return f"functions.{name}:{n}"
-
-
 def count_calls(messages: Sequence[Message]) -> int:
     return sum(len(m.tool_calls) for m in messages)
 
 
-def call_position(message: Message, before: Sequence[Message]) -> int:
-    """0-based position, within the assistant message it answers, of the call a tool message belongs to.
+def last_calls(messages: Sequence[Message]) -> tuple[ToolCall, ...]:
+    """The calls of the latest assistant message: those a tool message can answer."""
+    return next((m.tool_calls for m in reversed(messages) if m.role == "assistant"), ())
 
-    By id where the id is known; otherwise results answer calls in order.
+
+def call_position(message: Message, before: Sequence[Message]) -> int:
+    """0-based position, among `last_calls`, of the call a tool message answers.
+
+    By id where the id is known; otherwise results answer calls in order (and may outnumber them).
     """
+    ids = [call.id for call in last_calls(before)]
+    if message.tool_call_id in ids:
+        return ids.index(message.tool_call_id)
     answered = 0
     for earlier in reversed(before):
-        if earlier.role == "tool":
-            answered += 1
-        elif earlier.role == "assistant":
-            ids = [c.id for c in earlier.tool_calls]
-            return ids.index(message.tool_call_id) if message.tool_call_id in ids else answered
-        else:
+        if earlier.role == "assistant":
             break
+        answered += earlier.role == "tool"
     return answered
 
 
+def result_number(position: int, before: Sequence[Message]) -> int:
+    """The number, in the whole conversation, of the call at `position` of the latest assistant message."""
+    return count_calls(before) - len(last_calls(before)) + position
+
+
 def canonical(messages: Sequence[Message]) -> list[Message]:
-    """The same conversation with call ids derived from position, whatever ids a client used."""
+    """The same conversation in the one form that rendering and parsing agree on, whatever form a client used.
+
+    Call ids follow from position. Each role keeps the fields it has, a name that only repeats the role is dropped, and
+    a declaration of tools without text joins the system text after it.
+    """
     out: list[Message] = []
-    n = 0
     for i, m in enumerate(messages):
         if m.role == "assistant":
-            m = replace(m, tool_calls=tuple(replace(c, id=call_id(c.name, n + j)) for j, c in enumerate(m.tool_calls)))
-            n += len(m.tool_calls)
+            calls = make_calls([(c.name, c.arguments) for c in m.tool_calls], count_calls(out))
+            out.append(Message("assistant", m.content, m.reasoning, calls, verbatim=m.verbatim))
         elif m.role == "tool":
-            position = call_position(m, messages[:i])
-            calls = next((e.tool_calls for e in reversed(out) if e.role == "assistant"), ())
-            if position < len(calls):
-                m = replace(m, tool_call_id=calls[position].id, name=calls[position].name)
-            else:
-                m = replace(m, tool_call_id=call_id(m.name or "unknown", position), name=m.name or "unknown")
-        out.append(m)
+            position, calls = call_position(m, messages[:i]), last_calls(out)
+            name = calls[position].name if position < len(calls) else m.name or "unknown"
+            number = result_number(position, out)
+            out.append(Message("tool", m.content, tool_call_id=call_id(name, number), name=name))
+        elif m.role == "user":
+            out.append(Message("user", m.content, name=None if m.name in ("", "user") else m.name))
+        elif out and out[-1].role == "system" and out[-1].tools and not out[-1].content and not m.tools:
+            out[-1] = replace(out[-1], content=m.content)
+        else:
+            out.append(Message("system", m.content, tools=m.tools))
     return out
 
 
-def make_calls(raw: Sequence[tuple[str, dict]], calls_before: int) -> tuple[ToolCall, ...]:
-    return tuple(ToolCall(call_id(name, calls_before + i), name, args) for i, (name, args) in enumerate(raw))
+def system_parts(message: Message) -> Iterator[tuple[str, str]]:
+    """A system message as formats spell it: ("tools", declaration), then ("text", content) unless only tools."""
+    if message.tools:
+        yield "tools", tools_json(message.tools)
+    if message.content or not message.tools:
+        yield "text", message.content
+
+
+def add_system_text(messages: list[Message], text: str) -> None:
+    """The inverse of `system_parts`: text right after a declaration belongs to the same message."""
+    if messages and messages[-1].role == "system" and messages[-1].tools and not messages[-1].content:
+        messages[-1] = replace(messages[-1], content=text)
+    else:
+        messages.append(Message("system", text))
 
 
 def tools_json(tools: Sequence[ToolSpec]) -> str:
@@ -156,6 +180,10 @@ def tools_json(tools: Sequence[ToolSpec]) -> str:
     return json.dumps([t.openai() for t in tools], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def tools_from_json(text: str) -> tuple[ToolSpec, ...]:
-    functions = [entry["function"] for entry in json.loads(text)]
-    return tuple(ToolSpec(f["name"], f["description"], f["parameters"]) for f in functions)
+def tools_from_json(text: str) -> tuple[ToolSpec, ...] | None:
+    """None when the text declares nothing."""
+    try:
+        functions = [entry["function"] for entry in json.loads(text)]
+        return tuple(ToolSpec(f["name"], f["description"], f["parameters"]) for f in functions)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from .errors import UserError
 
+CACHED_CHARS = 2048  # a tool declaration fits; longer texts are documents, seldom seen twice, and would fill the memory
 SPECIALS = (
     "<|eod|>",  # end of a document
     # XTML (K3)
@@ -70,11 +71,16 @@ class BPETokenizer(_Specials):
         stand_in = {c: b for b, c in _byte_alphabet().items()}
         self._bytes = [bytes(stand_in[c] for c in library.id_to_token(i)) for i in range(self.base)]
         self.identity = hashlib.blake2b(library.to_str().encode(), digest_size=8).hexdigest()
-        self._encode = functools.lru_cache(maxsize=65536)(lambda text: tuple(library.encode(text).ids))
+        self._encode_cached = functools.lru_cache(maxsize=16384)(self._encode)
 
     @staticmethod
     def train(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-        """Learn merges until `vocab_size` ids, special tokens included."""
+        """Learn merges until `vocab_size` ids, special tokens included (fewer when the texts have no more to merge).
+
+        Raises UserError when `vocab_size` does not even hold the bytes and the special tokens.
+        """
+        if vocab_size < 256 + len(SPECIALS):
+            raise UserError(f"a vocabulary of {vocab_size} is too small; give at least {256 + len(SPECIALS)}")
         library = Tokenizer(models.BPE())
         library.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(PIECES), "isolated"),
@@ -90,8 +96,14 @@ class BPETokenizer(_Specials):
         return BPETokenizer(library)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; never a special id, whatever the text says."""
-        return list(self._encode(text))
+        """Ids of plain text; never a special id, whatever the text says. Lone surrogates become U+FFFD."""
+        return list(self._encode_cached(text) if len(text) <= CACHED_CHARS else self._encode(text))
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._library.encode(text).ids
+        except (UnicodeError, TypeError):  # what the library raises for surrogates depends on its version
+            return self._library.encode(_well_formed(text)).ids
 
     def _base_bytes(self, token: int) -> bytes:
         return self._bytes[token]
@@ -124,10 +136,14 @@ class ByteTokenizer(_Specials):
         super().__init__(256)
 
     def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+        return list(_well_formed(text).encode())
 
     def _base_bytes(self, token: int) -> bytes:
         return bytes([token])
+
+
+def _well_formed(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _byte_alphabet() -> dict[int, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from .template import Template
 
 @dataclass(frozen=True)
 class Node:
-    """One message of a conversation and the ids it added.
+    """One message of a conversation and the ids it added. Make one with `Node.of`, which derives the id.
 
     sampled: how many of the trailing ids were sampled (0 for messages that came in); `logprobs` belong to those.
     weights_versions: (version, count) spans over the sampled ids. redactions: [start, end) ranges of `ids` kept out of
@@ -44,14 +45,22 @@ class Node:
     redactions: tuple[tuple[int, int], ...] = ()
     finish_reason: str | None = None
     exact: bool = False
-    created: float = 0.0
+    created: float = 0.0  # seconds since 1970
+
+    def __post_init__(self) -> None:
+        spanned = sum(count for _, count in self.weights_versions)
+        if not len(self.ids) >= self.sampled == len(self.logprobs) == spanned:
+            raise ValueError(
+                f"a node of {len(self.ids)} ids, {self.sampled} of them sampled, needs a logprob and a weights version "
+                f"for each sampled id, not {len(self.logprobs)} and {spanned}"
+            )
 
     @staticmethod
     def of(parent: str | None, message: Message, ids: Sequence[int], *, scope: str, **rest: Any) -> Node:
         """A node with its id derived from what it is and where it hangs: adding it twice adds it once."""
         identity = json.dumps([parent, scope, digest(message), list(ids)]).encode()
         node_id = hashlib.blake2b(identity, digest_size=16).hexdigest()
-        return Node(node_id, parent, scope, message, tuple(ids), **rest)
+        return Node(node_id, parent, scope, message, tuple(ids), **{"created": time.time(), **rest})
 
 
 @dataclass(frozen=True)
@@ -127,11 +136,13 @@ def node_from_dict(data: dict[str, Any]) -> Node:
 class Trace:
     """Nodes and outcomes in memory: the read side. `TraceStore` adds the journal."""
 
+    template_hash: str | None = None  # None: `match` takes the ids of any template
+
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
         self.withdrawn: set[str] = set()  # scopes whose owner took consent back
         self._children: dict[str | None, list[str]] = defaultdict(list)
-        self._by_message: dict[tuple[str, str | None, str], str] = {}
+        self._by_message: dict[tuple[str, str | None, str], list[str]] = defaultdict(list)
         self._outcomes: dict[str, list[Outcome]] = defaultdict(list)
 
     @staticmethod
@@ -154,20 +165,29 @@ class Trace:
     def _index(self, node: Node) -> None:
         self.nodes[node.id] = node
         self._children[node.parent].append(node.id)
-        self._by_message[node.scope, node.parent, digest(node.message)] = node.id  # the latest of equal siblings
+        self._by_message[node.scope, node.parent, digest(node.message)].append(node.id)
 
     def get(self, node_id: str) -> Node | None:
         return self.nodes.get(node_id)
 
     def match(self, scope: str, messages: Sequence[Message]) -> tuple[Node | None, int]:
-        """The deepest node of `scope` whose conversation is a prefix of `messages`, and how many it covers."""
-        node_id, n = None, 0
-        for message in messages:
-            following = self._by_message.get((scope, node_id, digest(message)))
-            if following is None:
-                break
-            node_id, n = following, n + 1
-        return (self.nodes[node_id] if node_id else None), n
+        """The deepest node of `scope` whose conversation is a prefix of `messages`, and how many it covers.
+
+        Messages compare by `digest`. The same words may have been sampled more than once, as other ids: every such
+        sibling is followed, and the latest of the deepest is taken.
+        """
+        found: list[str] = []
+        level: list[str | None] = [None]
+        for n, message in enumerate(messages):
+            key = digest(message)
+            following = [i for parent in level for i in self._by_message.get((scope, parent, key), ()) if self._fits(i)]
+            if not following:
+                return (self.nodes[found[-1]] if found else None), n
+            level, found = list(following), following
+        return (self.nodes[found[-1]] if found else None), len(messages)
+
+    def _fits(self, node_id: str) -> bool:
+        return self.template_hash is None or self.nodes[node_id].template == self.template_hash
 
     def path(self, node_id: str) -> list[Node]:
         """Root first."""
@@ -190,16 +210,22 @@ class Trace:
     def leaves(self) -> list[Node]:
         return [n for n in self.nodes.values() if not self._children.get(n.id)]
 
-    def outcomes(self, node_id: str) -> list[Outcome]:
-        return list(self._outcomes.get(node_id, ()))
+    def outcomes(self, node_id: str | None = None) -> list[Outcome]:
+        """The verdicts on one conversation, or all there are."""
+        if node_id is not None:
+            return list(self._outcomes.get(node_id, ()))
+        return [outcome for outcomes in self._outcomes.values() for outcome in outcomes]
 
 
 class TraceStore(Trace):
-    """The trace of a running service: what it adds is in the journal before the call returns."""
+    """The trace of a running service: what it adds is on disk before the call returns.
+
+    Opening recovers (see `journal`). `match` ignores nodes that another template or tokenizer wrote.
+    """
 
     def __init__(self, path: str | Path, template: Template, patience_s: float = 0.0) -> None:
         super().__init__()
-        self.template = template
+        self.template_hash = template.hash
         self._journal = Journal(path, patience_s)
         for record in self._journal.records:
             self._take(record)
@@ -210,8 +236,13 @@ class TraceStore(Trace):
         return self.add_many([node]) == 1
 
     def add_many(self, nodes: Iterable[Node]) -> int:
-        """How many were new. One fsync for all."""
-        new = {node.id: node for node in nodes if node.id not in self.nodes}
+        """How many were new. Parents first; one fsync for all. Raises KeyError for an unknown parent."""
+        new: dict[str, Node] = {}
+        for node in nodes:
+            if node.parent is not None and node.parent not in self.nodes and node.parent not in new:
+                raise KeyError(node.parent)
+            if node.id not in self.nodes:
+                new.setdefault(node.id, node)
         self._journal.append_many({"kind": "node", "node": node_to_dict(n)} for n in new.values())
         for node in new.values():
             self._index(node)
@@ -221,7 +252,7 @@ class TraceStore(Trace):
         """False when the same verdict is already recorded. Raises KeyError for an unknown node."""
         if outcome.node not in self.nodes:
             raise KeyError(outcome.node)
-        if outcome in self._outcomes[outcome.node]:
+        if outcome in self.outcomes(outcome.node):
             return False
         self._journal.append({"kind": "outcome", "outcome": outcome.__dict__})
         self._outcomes[outcome.node].append(outcome)

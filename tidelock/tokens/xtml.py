@@ -11,31 +11,56 @@ Format: K3 report, App. F (facts in the model reference).
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
 from collections.abc import Sequence
 
+from . import jsontext
 from .message import Message
 from .template import (
-    Delta,
     Template,
-    call_id,
+    add_system_text,
     call_position,
     count_calls,
-    make_calls,
+    result_number,
+    system_parts,
     tools_from_json,
-    tools_json,
 )
+from .turn import TurnParser, call_id
 
 HEADER = re.compile(r'(\w+)((?: \w+="[^"]*")*)')
 ATTRIBUTE = re.compile(r' (\w+)="([^"]*)"')
+ROLES = ("system", "user", "assistant", "tool")
 DECLARE = "# Tools\nHere are the available tools, described in JSONSchema.\n\n```json\n"
 DECLARE_END = "\n```"
+TYPES = {
+    str: "string", bool: "boolean", int: "number", float: "number", type(None): "null", dict: "object", list: "array",
+}  # fmt: skip
 
-# Which element may open inside which. A channel also opens when an earlier one was left unclosed.
-CHANNELS = ("think", "response", "tools")
-PARENT = {"think": "message", "response": "message", "tools": "message", "call": "tools", "argument": "call"}
+# What is open in each state, outermost first.
+NESTING = {
+    "message": ("message",),
+    "think": ("message", "think"),
+    "response": ("message", "response"),
+    "tools": ("message", "tools"),
+    "call": ("message", "tools", "call"),
+    "argument": ("message", "tools", "call", "argument"),
+    "end": (),
+}
+# A channel or call may open anywhere: what was still open ends there. Another message's header, like the stop token,
+# ends the turn.
+ANYWHERE = {
+    "think": "think", "response": "response", "tools": "tools", "call": "call",
+    "/message": "message", "message": "end", "end_of_msg": "end",
+}  # fmt: skip
+TABLE = {
+    "message": ANYWHERE,
+    "think": {**ANYWHERE, "/think": "message"},
+    "response": {**ANYWHERE, "/response": "message"},
+    "tools": {**ANYWHERE, "/tools": "message"},
+    "call": {**ANYWHERE, "argument": "argument", "/call": "tools", "/tools": "message"},
+    "argument": {**ANYWHERE, "argument": "argument", "/argument": "call", "/call": "tools", "/tools": "message"},
+    "end": {},
+}
 
 
 def _escape(value: str) -> str:
@@ -50,12 +75,11 @@ def _header(tag: str, **attributes: object) -> str:
     return tag + "".join(f' {key}="{_escape(str(value))}"' for key, value in attributes.items())
 
 
-def _typed(value: object) -> tuple[str, str]:
-    """(type name, text) of an argument."""
-    if isinstance(value, str):
-        return "string", value
-    names = {bool: "boolean", int: "number", float: "number", type(None): "null", dict: "object", list: "array"}
-    return names[type(value)], json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def _tag_and_attributes(header: str) -> tuple[str, dict[str, str]]:
+    match = HEADER.fullmatch(header)
+    if match is None:
+        return "", {}
+    return match.group(1), {key: _unescape(value) for key, value in ATTRIBUTE.findall(match.group(2))}
 
 
 class XTML(Template):
@@ -67,7 +91,8 @@ class XTML(Template):
         names = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
         self.OPEN, self.CLOSE, self.SEP, self.END = (tokenizer.special(n) for n in names)
         self.stop_ids = (self.END,)
-        self._prompt = self._open("message", role="assistant") + self._open("think")
+        self._think = self._open("think")
+        self._prompt = self._open("message", role="assistant") + self._think
 
     def _open(self, tag: str, **attributes: object) -> list[int]:
         return [self.OPEN, *self.tokenizer.encode(_header(tag, **attributes)), self.SEP]
@@ -91,198 +116,134 @@ class XTML(Template):
             for index, call in enumerate(message.tool_calls, 1):
                 out += self._open("call", tool=call.name, index=index)
                 for key, value in call.arguments.items():
-                    kind, text = _typed(value)
-                    out += [*self._open("argument", key=key, type=kind), *encode(text), *self._close("argument")]
+                    text = value if isinstance(value, str) else jsontext.dump(value)
+                    out += [*self._open("argument", key=key, type=TYPES[type(value)]), *encode(text)]
+                    out += self._close("argument")
                 out += self._close("call")
             out += self._close("tools")
         return [*out, *self._close("message"), self.END]
 
     def _input(self, message: Message, before: Sequence[Message]) -> list[int]:
         if message.role == "tool":
-            index = call_position(message, before) + 1
-            return self._message(message.content, role="tool", tool=message.name or "unknown", index=index)
-        declare = []
-        if message.tools:
-            declare = self._message(DECLARE + tools_json(message.tools) + DECLARE_END, role="system", type="tool-declare")
-        name = {} if message.name is None else {"name": message.name}
-        return declare + self._message(message.content, role=message.role, **name)
+            name, index = "unknown" if message.name is None else message.name, call_position(message, before) + 1
+            return self._message(message.content, role="tool", tool=name, index=index)
+        if message.role == "user":
+            name = {} if message.name is None else {"name": message.name}
+            return self._message(message.content, role="user", **name)
+        out: list[int] = []
+        for kind, text in system_parts(message):
+            if kind == "tools":
+                out += self._message(DECLARE + text + DECLARE_END, role="system", type="tool-declare")
+            else:
+                out += self._message(text, role="system")
+        return out
 
     def parser(self, calls_before: int = 0) -> XTMLParser:
         return XTMLParser(self, calls_before)
 
     def parse(self, ids: Sequence[int]) -> list[Message]:
         messages: list[Message] = []
-        tools: tuple = ()
-        for part in self._split(ids):
-            if part[: len(self._prompt)] == self._prompt:
+        for header, body in self._split(ids):
+            role, text = header["role"], self.tokenizer.decode(self._plain(body))
+            if role == "assistant":
                 parser = self.parser(count_calls(messages))
-                parser.feed(part[len(self._prompt) :])
+                parser.feed(body[len(self._think) :] if body[: len(self._think)] == self._think else body)
                 messages.append(parser.finish())
-                continue
-            header, text = self._header_and_text(part)
-            role = header.get("role")
-            if role == "system" and header.get("type") == "tool-declare":
-                tools = tools_from_json(text[len(DECLARE) : -len(DECLARE_END)])
-            elif role == "system":
-                messages.append(Message("system", text, name=header.get("name"), tools=tools))
-                tools = ()
             elif role == "tool":
-                messages.append(self._tool_result(header, text, messages))
-            else:
+                name, index = header.get("tool", "unknown"), header.get("index", "")
+                position = int(index) - 1 if re.fullmatch("[0-9]{1,9}", index) else 0
+                identifier = call_id(name, result_number(position, messages))
+                messages.append(Message("tool", text, tool_call_id=identifier, name=name))
+            elif role == "user":
                 messages.append(Message("user", text, name=header.get("name")))
+            else:
+                tools = None
+                if header.get("type") == "tool-declare":
+                    tools = tools_from_json(text.removeprefix(DECLARE).removesuffix(DECLARE_END))
+                if tools:
+                    messages.append(Message("system", tools=tools))
+                else:
+                    add_system_text(messages, text)
         return messages
 
-    def _split(self, ids: Sequence[int]) -> list[list[int]]:
-        """One part per message. A cut assistant turn has no end marker: the next message header ends it."""
-        parts, part = [], []
-        for i, token in enumerate(ids):
-            if part and token == self.OPEN and self._starts_message(ids, i):
-                parts.append(part)
-                part = []
-            part.append(token)
-            if token == self.END:
-                parts.append(part)
-                part = []
-        return parts + ([part] if part else [])
-
-    def _starts_message(self, ids: Sequence[int], at: int) -> bool:
-        header = []
-        for token in ids[at + 1 : at + 64]:
-            if self.tokenizer.is_special(token):
-                break
-            header.append(token)
-        return self.tokenizer.decode(header).startswith("message ")
-
-    def _header_and_text(self, part: list[int]) -> tuple[dict[str, str], str]:
-        sep = part.index(self.SEP)
-        last = len(part) - 1 - part[::-1].index(self.CLOSE)
-        return _attributes(self.tokenizer.decode(part[1:sep])), self.tokenizer.decode(part[sep + 1 : last])
-
-    def _tool_result(self, header: dict[str, str], text: str, before: list[Message]) -> Message:
-        calls = next((m.tool_calls for m in reversed(before) if m.role == "assistant"), ())
-        position = int(header["index"]) - 1
-        known = 0 <= position < len(calls)
-        name = header["tool"]
-        return Message("tool", text, tool_call_id=calls[position].id if known else call_id(name, position), name=name)
+    def _split(self, ids: Sequence[int]) -> list[tuple[dict[str, str], list[int]]]:
+        """(attributes, what follows the header) of each message. A cut turn ends where the next message begins."""
+        parts: list[tuple[dict[str, str], list[int]]] = []
+        skip = 0
+        for at, token in enumerate(ids):
+            if token == self.OPEN:
+                header = self._plain(ids, at + 1)
+                closed = ids[at + 1 + len(header) : at + 2 + len(header)]
+                tag, attributes = _tag_and_attributes(self.tokenizer.decode(header))
+                if tag == "message" and attributes.get("role") in ROLES and list(closed) == [self.SEP]:
+                    parts.append((attributes, []))
+                    skip = len(header) + 2
+            if not parts:
+                raise self._not_a_conversation()
+            if skip:
+                skip -= 1
+            else:
+                parts[-1][1].append(token)
+        return parts
 
 
-def _attributes(header: str) -> dict[str, str]:
-    return {key: _unescape(value) for key, value in ATTRIBUTE.findall(header)}
+class XTMLParser(TurnParser):
+    """Ids between <|open|> or <|close|> and <|sep|> collect into a header, whose tag is one terminal of the table."""
 
-
-class XTMLParser:
-    """A state machine over token ids. The state is the innermost open element; markers move it, text feeds it.
-
-    Between <|open|> or <|close|> and <|sep|> ids collect into a header. Whatever does not fit is skipped: the message
-    then re-renders to other ids and is kept verbatim.
-    """
+    nesting = NESTING
+    sinks = {"think": "reasoning", "response": "content", "argument": "value"}
 
     def __init__(self, template: XTML, calls_before: int) -> None:
-        self.template, self.calls_before = template, calls_before
-        self.ids: list[int] = []
-        self.element = "think"
-        self.marker: int | None = None  # OPEN or CLOSE while a header is being read
-        self.header: list[int] = []
-        self.reasoning: list[str] = []
-        self.content: list[str] = []
-        self.calls: list[tuple[str, dict]] = []
-        self.key, self.kind, self.value = "", "string", []
-        self._new_text()
+        super().__init__(template, TABLE, "think", calls_before)
+        self.marks = template
+        self.entering = {"call": self._begin_call, "argument": self._begin_argument}
+        self.leaving = {"call": self._end_call, "argument": self._end_argument}
+        self.header: list[int] | None = None  # ids of the header being read
+        self.closing = False  # whether that header is a closing one
+        self.attributes: dict[str, str] = {}
+        self.key, self.kind = "", "string"  # of the argument being read
 
-    def feed(self, ids: Sequence[int]) -> list[Delta]:
-        out: list[Delta] = []
-        t = self.template
-        for token in ids:
-            self.ids.append(token)
-            if token == t.OPEN or token == t.CLOSE:
-                self.marker, self.header = token, []
-            elif token == t.SEP and self.marker is not None:
-                header = t.tokenizer.decode(self.header)
-                marker, self.marker = self.marker, None
-                self._on_open(header, out) if marker == t.OPEN else self._on_close(header, out)
-            elif self.marker is not None:
-                self.header.append(token)
-            elif not t.tokenizer.is_special(token):
-                self._on_text(self._decoder.decode(t.tokenizer.token_bytes(token)), out)
-        return out
-
-    def finish(self) -> Message:
-        sampled = list(self.ids)
-        self._leave("message", [])
-        message = Message(
-            "assistant", "".join(self.content), "".join(self.reasoning), make_calls(self.calls, self.calls_before)
-        )
-        return self.template.with_verbatim(message, sampled)
-
-    def _new_text(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def _on_open(self, header: str, out: list[Delta]) -> None:
-        match = HEADER.fullmatch(header)
-        tag = match.group(1) if match else ""
-        attributes = _attributes(header)
-        if tag not in PARENT:
-            return
-        if tag in CHANNELS:
-            self._leave("message", out)
-        elif tag == "call":
-            self._leave("tools", out)
-            self.calls.append((attributes.get("tool", ""), {}))
-            out.append(Delta("tool_name", self.calls[-1][0], len(self.calls) - 1))
+    def _read(self, token: int) -> None:
+        marks = self.marks
+        if token == marks.OPEN or token == marks.CLOSE:
+            self.header, self.closing = [], token == marks.CLOSE
+        elif token == marks.END:
+            self.header = None
+            self._on("end_of_msg")
+        elif self.header is None:
+            if not marks.tokenizer.is_special(token):
+                self._hear(token)
+        elif token == marks.SEP:
+            tag, self.attributes = _tag_and_attributes(marks.tokenizer.decode(self.header))
+            self.header = None
+            self._on("/" + tag if self.closing else tag, self.closing)
+        elif marks.tokenizer.is_special(token):
+            self.header = None
         else:
-            self._leave("call", out)
-            if not self.calls:
-                return
-            self.key, self.kind, self.value = attributes.get("key", ""), attributes.get("type", "string"), []
-            lead = ", " if self.calls[-1][1] else "{"
-            quote = '"' if self.kind == "string" else ""
-            text = f"{lead}{json.dumps(self.key, ensure_ascii=False)}: {quote}"
-            out.append(Delta("tool_arguments", text, len(self.calls) - 1))
-        self.element = tag
-        self._new_text()
+            self.header.append(token)
 
-    def _on_close(self, header: str, out: list[Delta]) -> None:
-        if header in PARENT:
-            self._leave(PARENT[header], out)
-        elif header == "message":
-            self._leave("message", out)
+    def _begin_call(self) -> None:
+        self.calls.append((self.attributes.get("tool", ""), {}))
+        self._on_call("tool_name", self.calls[-1][0])
 
-    def _leave(self, target: str, out: list[Delta]) -> None:
-        """Close elements from the innermost outwards until `target` is the current one (or is not an ancestor)."""
-        depth = {"message": 0, "think": 1, "response": 1, "tools": 1, "call": 2, "argument": 3}
-        while depth[self.element] > depth[target]:
-            self._on_text(self._decoder.decode(b"", final=True), out)
-            if self.element == "argument":
-                self._end_argument(out)
-            elif self.element == "call":
-                out.append(Delta("tool_arguments", "}" if self.calls[-1][1] else "{}", len(self.calls) - 1))
-            self.element = PARENT[self.element]
-            self._new_text()
+    def _end_call(self) -> None:
+        self._on_call("tool_arguments", "}" if self.calls[-1][1] else "{}")
 
-    def _end_argument(self, out: list[Delta]) -> None:
-        text = "".join(self.value)
+    def _begin_argument(self) -> None:
+        self.key, self.kind = self.attributes.get("key", ""), self.attributes.get("type", "string")
+        self._streams_value = self.kind == "string"
+        lead, quote = ", " if self.calls[-1][1] else "{", '"' if self._streams_value else ""
+        self._on_call("tool_arguments", f"{lead}{jsontext.dump(self.key)}: {quote}")
+
+    def _end_argument(self) -> None:
+        """A value that is not what its type says stays the text it was; the message is then verbatim."""
+        text = self._take_value()
         value: object = text
-        if self.kind == "string":
-            out.append(Delta("tool_arguments", '"', len(self.calls) - 1))
-        else:
+        if not self._streams_value:
             try:
-                value = json.loads(text)
+                value = jsontext.load(text)
             except ValueError:
-                pass  # keep the raw text; the message will be verbatim
-            out.append(Delta("tool_arguments", json.dumps(value, ensure_ascii=False), len(self.calls) - 1))
+                pass
+        self._on_call("tool_arguments", '"' if self._streams_value else jsontext.dump(value))
         self.calls[-1][1][self.key] = value
-
-    def _on_text(self, text: str, out: list[Delta]) -> None:
-        if not text:
-            return
-        if self.element == "think":
-            self.reasoning.append(text)
-            out.append(Delta("reasoning", text))
-        elif self.element == "response":
-            self.content.append(text)
-            out.append(Delta("content", text))
-        elif self.element == "argument":
-            self.value.append(text)
-            if self.kind == "string":
-                escaped = json.dumps(text, ensure_ascii=False)[1:-1]
-                out.append(Delta("tool_arguments", escaped, len(self.calls) - 1))
+        self._streams_value = False

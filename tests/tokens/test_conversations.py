@@ -1,0 +1,129 @@
+"""Rendering and parsing under any names, keys, types and orders, and under anything a model may have sampled."""
+
+import pytest
+from conversations import assistants, conversations, every_template, exactly, law, malformed, messages, turns
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidelock.tokens.errors import UserError
+from tidelock.tokens.message import Message, ToolCall, ToolSpec
+from tidelock.tokens.template import canonical, count_calls, get_template
+from tidelock.tokens.tokenizer import ByteTokenizer
+
+
+@every_template
+@law
+@given(conversation=conversations)
+def test_parse_is_the_inverse_of_render(t, conversation):
+    assert exactly(t.parse(t.render(conversation))) == exactly(conversation)
+
+
+@every_template
+@law
+@given(conversation=conversations)
+def test_a_longer_conversation_starts_with_the_ids_of_the_shorter_one(t, conversation):
+    whole = t.render(conversation)
+    for k in range(len(conversation) + 1):
+        start = t.render(conversation[:k])
+        assert whole[: len(start)] == start
+        assert t.extend(start, conversation[:k], conversation[k:]) == whole
+
+
+@every_template
+@law
+@given(message=messages)
+def test_no_text_can_add_a_special_id(t, message):
+    """Every text of a message replaced by a harmless one: the markers stay exactly what they were."""
+    (message,) = canonical([message])
+    if message.role == "assistant":
+        calls = tuple(ToolCall(c.id, "x", {str(i): 0 for i in range(len(c.arguments))}) for c in message.tool_calls)
+        plain = Message("assistant", "x", "x", calls)
+    elif message.role == "system":
+        plain = Message("system", "x" if message.content else "", tools=(ToolSpec("x", "x", {}),) * len(message.tools))
+    else:
+        plain = Message(message.role, "x", tool_call_id=message.tool_call_id, name=message.name and "x")
+    marks = [[i for i in t.render([m]) if t.tokenizer.is_special(i)] for m in (message, plain)]
+    assert marks[0] == marks[1]
+
+
+@law
+@given(conversation=st.lists(messages, max_size=6))
+def test_canonical_is_idempotent_and_numbers_calls_through_the_conversation(conversation):
+    once = canonical(conversation)
+    assert canonical(once) == once
+    calls = [c for m in once for c in m.tool_calls]
+    assert [c.id for c in calls] == [f"functions.{c.name}:{n}" for n, c in enumerate(calls)]
+
+
+@every_template
+def test_results_keep_to_their_calls_in_whatever_order_they_come(t):
+    earlier, a, b = ToolCall("x", "f", {}), ToolCall("a", "first", {}), ToolCall("b", "second", {})
+    conversation = canonical([
+        Message("assistant", tool_calls=(earlier,)), Message("tool", "0", tool_call_id="x"),
+        Message("assistant", tool_calls=(a, b)),
+        Message("tool", "2", tool_call_id="b"), Message("tool", "1", tool_call_id="a"),
+    ])  # fmt: skip
+    parsed = t.parse(t.render(conversation))
+    assert [(m.tool_call_id, m.name, m.content) for m in parsed[3:]] == [
+        ("functions.second:2", "second", "2"),
+        ("functions.first:1", "first", "1"),
+    ]
+
+
+@every_template
+@law
+@given(conversation=conversations, data=st.data())
+def test_what_was_sampled_stays_as_it_was_in_every_later_rendering(t, conversation, data):
+    """Malformed, cut, foreign splits: the ids come back untouched, and `verbatim` is set only where it is needed."""
+    sampled = data.draw(turns(t))
+    parser = t.parser(count_calls(conversation))
+    parser.feed(sampled)
+    message = parser.finish()
+    whole = t.render([*conversation, message])
+    assert whole == t.render(conversation, generation_prompt=True) + sampled
+    text_only = t.sampled(Message("assistant", message.content, message.reasoning, message.tool_calls))
+    assert (message.verbatim is None) == (text_only == sampled)
+
+
+@every_template
+@law
+@given(conversation=conversations, data=st.data())
+def test_a_conversation_with_a_cut_turn_parses_to_itself(t, conversation, data):
+    turn = t.sampled(data.draw(assistants))
+    parser = t.parser(count_calls(conversation))
+    parser.feed(turn[: data.draw(st.integers(0, len(turn)))])
+    whole = [*conversation, parser.finish(), Message("user", "go on")]
+    assert exactly(t.parse(t.render(whole))) == exactly(whole)
+
+
+@every_template
+@law
+@given(data=st.data())
+def test_parsing_whatever_follows_a_first_message_never_raises(t, data):
+    t.parse(t.render([Message("user", "hi")], generation_prompt=True) + data.draw(malformed(t)))
+
+
+@every_template
+def test_ids_that_are_no_conversation_are_refused(t):
+    assert t.parse([]) == []
+    with pytest.raises(UserError, match=t.name):
+        t.parse(t.tokenizer.encode("hello"))
+
+
+@every_template
+def test_a_declaration_without_text_adds_no_empty_system_prompt(t):
+    tools = (ToolSpec("f", "does f", {"type": "object"}),)
+    text = t.render([Message("system", "be brief")])
+    assert t.render([Message("system", "be brief", tools=tools)]) == t.render([Message("system", tools=tools)]) + text
+
+
+@pytest.mark.parametrize("name", ["xtml", "chatml"])
+def test_text_that_is_not_unicode_is_rendered_all_the_same(name):
+    """Tool results may be read from files with `surrogateescape`."""
+    t = get_template(name, ByteTokenizer())
+    assert t.parse(t.render([Message("user", "a\ud800b")])) == [Message("user", "a\ufffdb")]
+
+
+def test_an_unknown_template_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="chatml, xtml"):
+        get_template("jinja", ByteTokenizer())
