@@ -112,9 +112,13 @@ def test_advantages_are_centred_within_a_task_and_groups_without_contrast_are_dr
     assert got == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
 
 
-def test_balancing_gives_rare_demand_its_share():
+def test_balancing_gives_rare_demand_its_share_and_passes_over_all_of_it():
+    from itertools import islice
+
     from tidelock.train.packing import Sample
 
-    few, many = [Sample([1], [0.0])], [Sample([2], [0.0])] * 50
-    chosen = balanced([few, many, []], 40, seed=0)
-    assert sum(s.ids == [1] for s in chosen) == 20
+    few, many = [Sample([1], [0.0])], [Sample([2 + i], [0.0]) for i in range(50)]
+    chosen = [s.ids[0] for s in islice(balanced([few, many, []], seed=0), 200)]
+    assert chosen.count(1) == 100
+    assert sorted(i for i in chosen if i > 1) == sorted(2 * list(range(2, 52)))
+    assert not list(balanced([[], []], seed=0))

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidelock.train.packing import Sample, batches, make_pack, pack
+from tidelock.train.packing import Sample, make_pack, pack
 
 samples_strategy = st.lists(
     st.lists(st.tuples(st.integers(0, 999), st.floats(0, 2, width=32)), min_size=1, max_size=20).map(
@@ -31,12 +31,3 @@ def test_a_row_predicts_its_successor_in_the_same_sample(samples):
         assert p.weights[a : b - 1].tolist() == s.weights[1:]
         assert p.extras["a"][a : b - 1].tolist() == s.extras["a"][1:]
         assert p.weights[b - 1] == 0  # nothing follows a sample's last token
-
-
-def test_batches_repeat_every_sample_each_epoch_in_a_seeded_order():
-    samples = [Sample([i, i], [0.0, 1.0]) for i in range(6)]
-    def first(seed, n=6):
-        stream = batches(samples, 2, seed)
-        return [int(next(stream).ids[0]) for _ in range(n)]
-    assert sorted(first(0)) == list(range(6)) == sorted(first(0, 12)[6:])
-    assert first(0, 12) == first(0, 12) != first(1, 12)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from random import Random
 
 from tidelock.tokens.trace import Node, Outcome, Trace
 from tidelock.train.objectives import group_advantages
@@ -143,11 +144,15 @@ def _rl_sample(s: TraceSample, advantage: float) -> Sample:
     return Sample(s.ids, weights, {"advantage": [advantage * w for w in weights], "old_logp": list(s.logprobs)})
 
 
-def balanced(groups: Iterable[list[Sample]], n: int, seed: int) -> list[Sample]:
-    """`n` samples, equally many from each group, repeating small groups: rare demand counts as much as common."""
-    from random import Random
+def balanced(groups: Iterable[list[Sample]], seed: int) -> Iterator[Sample]:
+    """Endless samples, one from each group in turn: rare demand counts as much as common. A group is passed over
+    whole, in a new order each time, before any of its samples comes again."""
+    rng = Random(seed)
+    passes = [_passes(g, rng) for g in groups if g]
+    while passes:
+        yield from (next(p) for p in passes)
 
-    rng, filled = Random(seed), [g for g in groups if g]
-    chosen = [rng.choice(filled[i % len(filled)]) for i in range(n)] if filled else []
-    rng.shuffle(chosen)
-    return chosen
+
+def _passes(group: list[Sample], rng: Random) -> Iterator[Sample]:
+    while True:
+        yield from rng.sample(group, len(group))

@@ -32,7 +32,7 @@ from tidelock.tokens.trace import Trace
 from tidelock.train.corpus import read_texts, stdlib_files, user_files
 from tidelock.train.loop import Recipe, train
 from tidelock.train.objectives import cross_entropy
-from tidelock.train.packing import Sample, batches, stream
+from tidelock.train.packing import Sample, stream
 from tidelock.train.rl import RLRecipe, reinforce
 
 from . import doctor
@@ -243,8 +243,7 @@ class Demo:
         if not groups:
             save_checkpoint(self.run.checkpoint("candidate"), model, {"stage": "candidate", "parent": current.version})
             return {"curve": [], "groups": {}}
-        n = 64 * s.candidate.steps
-        packs = batches(balanced(groups.values(), n, s.seed), s.tokens_per_step, s.seed)
+        packs = stream(balanced(groups.values(), s.seed), s.tokens_per_step)
         with self.console.progress("candidate", s.candidate.steps, "steps") as bar:
             curve = train(model, packs, s.candidate, cross_entropy, lambda i, f: bar.advance(1, loss=f["loss"]))
         save_checkpoint(self.run.checkpoint("candidate"), model, {"stage": "candidate", "parent": current.version})

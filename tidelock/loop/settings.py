@@ -26,12 +26,12 @@ class DemoSettings:
     rl_group: int = 6
     heldout: int = 200  # tasks per family, before and after
     gate: int = 150  # tasks per family, both models
-    traffic_base: int = 160  # tasks per base family that users bring
+    traffic_base: int = 280  # tasks per base family that users bring
     traffic_new: int = 160  # tasks per new-demand family
     attempts: int = 3  # how often a user asks before giving up
     traffic_temperature: float = 1.0
     decline_every: int = 6  # every n-th user does not consent to training
-    candidate: Recipe = field(default_factory=lambda: Recipe(lr=0.003, steps=160, warmup=5, schedule="cosine", floor=0.03))
+    candidate: Recipe = field(default_factory=lambda: Recipe(lr=0.0015, steps=320, warmup=5, schedule="cosine", floor=0.03))
     examined: int = 1500  # conversations whose log-probabilities the report recomputes (doctor: all)
     max_tokens: int = 160  # per turn
     concurrency: int = 96

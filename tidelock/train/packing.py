@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -75,14 +74,3 @@ def stream(samples: Iterator[Sample], max_tokens: int) -> Iterator[Pack]:
             current, size = [], 0
         current.append(sample)
         size += len(sample.ids)
-
-
-def batches(samples: Sequence[Sample], max_tokens: int, seed: int) -> Iterator[Pack]:
-    """Endless packs: epoch after epoch, each in an order of its own fixed by `seed`. Raises ValueError for no samples."""
-    if not samples:
-        raise ValueError("no samples to make batches of")
-    rng = random.Random(seed)
-    while True:
-        order = list(samples)
-        rng.shuffle(order)
-        yield from pack(order, max_tokens)
