@@ -107,7 +107,7 @@ def test_what_we_write_loads_in_transformers_and_gives_the_same_logits_and_gradi
     g = gradient["model.layers.2.mlp.experts.gate_up_proj"]
     assert (a - g).norm() <= 1e-4 * g.norm()
     for chunks in ([512], [200, 1, 1, 310], [509, 1, 1, 1]):
-        torch.testing.assert_close(decoded(model.eval(), b.ids, chunks), ours.detach(), rtol=1e-4, atol=1e-4)  # bitwise at widths in 16s only
+        assert torch.equal(decoded(model.eval(), b.ids, chunks), ours.detach()), chunks
 
 
 @pytest.mark.parametrize("config", [K2_SHAPES["query rank and YaRN"], LINEAR], ids=["k2", "kimi linear"])

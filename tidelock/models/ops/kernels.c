@@ -20,6 +20,17 @@ typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
 
 INLINE v8 load(const float *p) { return *(const v8 *)p; }
 INLINE void store(float *p, v8 x) { *(v8 *)p = x; }
+/* a * b + c in one rounding, by name: left to the compiler, whether a product is fused may differ between two copies of
+ * one loop, and a row's last bits would depend on how many rows came along. */
+#ifdef __FMA__
+#include <immintrin.h>
+INLINE v8 fma8(v8 a, v8 b, v8 c) { return (v8)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#else
+INLINE v8 fma8(v8 a, v8 b, v8 c) {
+    for (int i = 0; i < 8; i++) c[i] = fmaf(a[i], b[i], c[i]);
+    return c;
+}
+#endif
 INLINE v8 splat(float x) { return (v8){x, x, x, x, x, x, x, x}; }
 INLINE float hsum(v8 x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 INLINE v8 pick(i8 mask, v8 a, v8 b) { return (v8)(((i8)a & mask) | ((i8)b & ~mask)); }
@@ -89,8 +100,8 @@ INLINE void tile(const int R, long N, long K, const float *A, long ar, long ac, 
             v8 b0 = load(B + k * ldb + n), b1 = load(B + k * ldb + n + 8);
             for (int r = 0; r < R; r++) {
                 v8 a = splat(A[r * ar + k * ac]);
-                c0[r] += a * b0;
-                c1[r] += a * b1;
+                c0[r] = fma8(a, b0, c0[r]);
+                c1[r] = fma8(a, b1, c1[r]);
             }
         }
         for (int r = 0; r < R; r++) {
@@ -103,7 +114,7 @@ INLINE void tile(const int R, long N, long K, const float *A, long ar, long ac, 
         for (int r = 0; r < R; r++) c0[r] = add ? load(C + r * ldc + n) : splat(0);
         for (long k = 0; k < K; k++) {
             v8 b0 = load(B + k * ldb + n);
-            for (int r = 0; r < R; r++) c0[r] += splat(A[r * ar + k * ac]) * b0;
+            for (int r = 0; r < R; r++) c0[r] = fma8(splat(A[r * ar + k * ac]), b0, c0[r]);
         }
         for (int r = 0; r < R; r++) store(C + r * ldc + n, c0[r]);
     }
