@@ -21,14 +21,34 @@ class PolicyError(Exception):
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What the sampled text must match. Compiled and cached by whoever samples."""
+
+    kind: str  # "json_schema" | "regex" | "lark" (a grammar in Lark's syntax, special tokens as <name>)
+    text: str
+
+
+@dataclass(frozen=True)
 class SamplingParams:
-    """How to sample. `seed` makes the draw reproducible whatever else shares the batch."""
+    """How to sample, and with what urgency. `seed` makes the draw reproducible whatever else shares the batch."""
 
     max_tokens: int = 256
     temperature: float = 1.0  # 0 = greedy
     top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0  # drop tokens below min_p times the likeliest one's probability
+    presence_penalty: float = 0.0  # subtracted once from the logit of every id sampled so far
+    frequency_penalty: float = 0.0  # subtracted per occurrence of the id among those sampled so far
+    repetition_penalty: float = 1.0  # divides (or multiplies, if negative) the logits of ids seen in prompt or output
+    logit_bias: tuple[tuple[int, float], ...] = ()
     stop_ids: tuple[int, ...] = ()  # sampling one of these ends the turn; the id is part of the output
+    stop: tuple[str, ...] = ()  # ends the turn once the decoded output contains one, across token boundaries
     seed: int | None = None
+    top_logprobs: int = 0  # how many of the likeliest tokens to report beside each sampled one
+    constraint: Constraint | None = None
+    tenant: str = ""  # whose request it is: waiting tenants are served in turn
+    priority: int = 0  # lower is more urgent; turns are taken within one priority
+    deadline_s: float | None = None  # from arrival; a request that is not done by then ends with "deadline"
 
 
 @dataclass(frozen=True)
@@ -38,8 +58,12 @@ class Chunk:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # log softmax of the raw logits at the sampled id (temperature 1), fp32
     weights_version: int  # version that produced every token of this chunk; -1 = unknown (text-only policy)
-    finish_reason: str | None = None  # "stop" | "length" | "abort"
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "deadline"
     cached_tokens: int = 0  # on the last chunk: prompt tokens that were not prefilled again
+    sampled_logprobs: tuple[float, ...] = ()  # under the distribution that was drawn from; empty = same as logprobs
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # per token (id, logprob), likeliest first
+    kept: tuple[tuple[int, ...] | None, ...] = ()  # per token the ids left by cut-offs and constraint; None = all
+    stop: str | None = None  # on the last chunk: the stop string that was found
 
 
 class Policy(Protocol):
