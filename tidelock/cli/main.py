@@ -24,8 +24,7 @@ def set_threads() -> None:
 
     Waiting OpenMP threads spin by default, 300,000 times; beside another busy process that makes a training step several
     times slower (`benchmarks/threads.py`). A short spin costs next to nothing on a quiet machine and then sleeps.
-    glibc is told to keep freed memory, because training frees and takes the same big
-    buffers in every step.
+    glibc is told to keep freed memory, because training frees and takes the same big buffers in every step.
     """
     threads = os.environ.get("TIDELOCK_THREADS") or str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                                                        else os.cpu_count() or 1)  # fmt: skip
