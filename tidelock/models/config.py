@@ -60,7 +60,7 @@ class ModelConfig:
     activation_situ_beta: float
     activation_situ_linear_beta: float
     # depth
-    attn_res_block_size: int | None  # Attention Residuals, layers per block; None: plain residual stream
+    attn_res_block_size: int | None  # Attention Residuals: layers per block; 0: full form; None: plain residual stream
     rms_norm_eps: float
     initializer_range: float
     max_position_embeddings: int
@@ -77,6 +77,8 @@ class ModelConfig:
                             f"<= n_routed_experts, got {self.n_shared_experts}, {self.num_experts_per_tok}, {self.n_routed_experts}")
         if self.hidden_act not in ("silu", "situ"):
             raise UserError(f"model config {self.name!r}: unknown hidden_act {self.hidden_act!r}, use silu or situ")
+        if (self.attn_res_block_size or 0) < 0:
+            raise UserError(f"model config {self.name!r}: attn_res_block_size must not be negative, got {self.attn_res_block_size}")
         widths = {
             "hidden_size": self.hidden_size,
             "q_lora_rank": self.q_lora_rank or 8,

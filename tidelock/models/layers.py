@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import balance, ops
 from .batch import Batch
 from .config import ModelConfig
+from .ops.reference import wide
 from .rope import Rope
 
 LOW_RANK_EPS = 1e-6  # of the norms on MLA's low-rank vectors, whatever rms_norm_eps says (DeepSeek-V3 and K3 code)
@@ -118,11 +119,11 @@ class MLA(nn.Module):
 
         w_uk, w_uv = self.kv_b_proj.weight.view(self.heads, -1, self.rank).split([self.nope, self.v_dim], dim=1)
         q = torch.cat([op.head_linear(q_nope, w_uk), q_rope], dim=-1) * self.scale
-        o, self.max_logit = op.mla(q, rows, self.rank, batch, pages)
-        o = op.head_linear(o, w_uv.transpose(1, 2)).reshape(n, -1)
+        o, self.max_logit = op.mla(q, rows, self.rank, batch, pages)  # o stays fp32 until W_o (K3 §2.2)
+        o = op.head_linear(o, w_uv.transpose(1, 2).to(o.dtype)).reshape(n, -1)
         if self.g_proj is not None:
             o = op.sigmoid_gate(o, self.g_proj(x))
-        return self.o_proj(o)
+        return self.o_proj(o.to(x.dtype))
 
     @torch.no_grad()
     def clip_qk(self, tau: float) -> int:
@@ -148,7 +149,7 @@ def write_pages(pages: Tensor, rows: Tensor, batch: Batch) -> None:
     size, position = pages.shape[1], batch.positions()
     owner = torch.repeat_interleave(batch.cu[1:] - batch.cu[:-1])
     page = batch.table[owner, position // size].long()
-    pages.view(-1, pages.shape[-1])[page * size + position % size] = rows
+    pages.view(-1, pages.shape[-1])[page * size + position % size] = rows.to(pages.dtype)
 
 
 class GLU(nn.Module):
@@ -190,7 +191,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         op = ops.backend(x)
-        logits = self.gate(x)
+        logits = op.linear(wide(x), wide(self.gate.weight))
         idx, p = op.route(logits, self.e_score_correction_bias, self.k, self.scale)
         if self.training:
             self.load, self.scores = torch.bincount(idx.flatten(), minlength=self.experts), logits.detach().sigmoid()
@@ -222,4 +223,5 @@ class Mix(nn.Module):
         self.proj.weight.optim = "adamw"
 
     def forward(self, sources: list[Tensor]) -> Tensor:
-        return ops.backend(sources[0]).mix(sources, self.norm.weight * self.proj.weight[0], self.norm.eps)
+        w = wide(self.norm.weight) * wide(self.proj.weight[0])
+        return ops.backend(sources[0]).mix(sources, w, self.norm.eps)

@@ -97,7 +97,7 @@ class TransformerLM(nn.Module):
         if view is not None:
             batch = Batch(batch.ids, batch.cu, batch.start, view)
         embedded = self.embed_tokens(batch.ids)
-        run = self._plain if self.config.attn_res_block_size is None else self._attention_residuals
+        run = {None: self._plain, 0: self._full_attention_residuals}.get(self.config.attn_res_block_size, self._attention_residuals)
         return self.norm(run(embedded, batch, cache))
 
     def _mixer(self, index: int, x: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
@@ -112,6 +112,16 @@ class TransformerLM(nn.Module):
             x = x + self._mixer(i, x, batch, cache)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return x
+
+    def _full_attention_residuals(self, embedded: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+        """Attention Residuals (K3 Eq. 8-9): every sub-layer reads a mixture of the embedding and all outputs before it."""
+        sources = [embedded]
+        for i, layer in enumerate(self.layers):
+            x = layer.self_attention_res(sources) if i else embedded
+            sources.append(self._mixer(i, x, batch, cache))
+            x = layer.mlp_res(sources)
+            sources.append(layer.mlp(layer.post_attention_layernorm(x)))
+        return self.output_res(sources)
 
     def _attention_residuals(self, embedded: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
         """Block Attention Residuals (K3 Eq. 10): `bank` holds finished block sums, `partial` the running one."""

@@ -147,15 +147,17 @@ def _as_published(data: dict[str, Any]) -> dict[str, Any]:
 
 def layout_of(c: ModelConfig) -> str:
     """Which published layout holds this shape: "deepseek_v3" | "kimi_linear" | "kimi_k3"."""
-    if "kda" not in c.mixers and not (c.mla_use_nope or c.mla_use_output_gate or c.attn_res_block_size
-                                      or c.routed_expert_hidden_size):  # fmt: skip
+    residuals = c.attn_res_block_size is not None
+    if "kda" not in c.mixers and not (c.mla_use_nope or c.mla_use_output_gate or residuals or c.routed_expert_hidden_size):
         return "deepseek_v3"
-    k3 = (c.attn_res_block_size, c.routed_expert_hidden_size, c.gate_lower_bound, c.mla_use_output_gate)
+    k3 = (residuals, c.routed_expert_hidden_size, c.gate_lower_bound, c.mla_use_output_gate)
     return "kimi_k3" if any(k3) or ("kda" in c.mixers and c.kda_gate_rank is None) else "kimi_linear"
 
 
 def to_hf(c: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """The config.json of `c`. Raises UserError where no published layout can say it."""
+    if c.attn_res_block_size == 0:
+        raise UserError(f"model {c.name!r} has no published layout: its Attention Residuals are of the full form, K3's of blocks")
     layout, dense = layout_of(c), c.ffns.index("moe") if "moe" in c.ffns else c.num_layers
     shared = dict(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
