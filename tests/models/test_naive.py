@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from naive import Naive
-from test_hf import K3, LINEAR, batch, decoded, lively
+from shapes import K3, LINEAR, batch, decoded, lively
 
 from tidelock.models import TransformerLM
 from tidelock.models.hf import load_hf, save_hf

@@ -65,6 +65,7 @@ class ModelConfig:
     initializer_range: float
     max_position_embeddings: int
     num_mtp_layers: int  # multi-token prediction layers behind the last one (DeepSeek-V3 2.2)
+    expert_format: str | None = None  # "int4" | "mxfp4": routed experts compute in 4 bits, trained through rounding (QAT)
 
     def __post_init__(self) -> None:
         if len(self.mixers) != len(self.ffns):
@@ -77,6 +78,12 @@ class ModelConfig:
                             f"<= n_routed_experts, got {self.n_shared_experts}, {self.num_experts_per_tok}, {self.n_routed_experts}")
         if self.hidden_act not in ("silu", "situ"):
             raise UserError(f"model config {self.name!r}: unknown hidden_act {self.hidden_act!r}, use silu or situ")
+        inner = self.routed_expert_hidden_size or self.hidden_size
+        if self.expert_format not in (None, "int4", "mxfp4"):
+            raise UserError(f"model config {self.name!r}: unknown expert_format {self.expert_format!r}, use int4 or mxfp4")
+        if self.expert_format and (inner % 32 or self.moe_intermediate_size % 32):
+            raise UserError(f"model config {self.name!r}: {self.expert_format} experts need widths that are multiples of 32, "
+                            f"got {inner} and {self.moe_intermediate_size}")
         if (self.attn_res_block_size or 0) < 0:
             raise UserError(f"model config {self.name!r}: attn_res_block_size must not be negative, got {self.attn_res_block_size}")
         widths = {
@@ -107,8 +114,9 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ModelConfig:
-        fields = {f.name for f in dataclasses.fields(ModelConfig)}
-        missing, unknown = fields - data.keys(), data.keys() - fields
+        fields = dataclasses.fields(ModelConfig)
+        missing = {f.name for f in fields if f.default is dataclasses.MISSING} - data.keys()
+        unknown = data.keys() - {f.name for f in fields}
         if missing or unknown:
             raise UserError(f"model config: missing {sorted(missing)}, unknown {sorted(unknown)}")
         data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import balance, ops
+from . import balance, ops, quant
 from .batch import Batch
 from .config import ModelConfig
 from .ops.reference import wide
@@ -169,7 +169,8 @@ class MoE(nn.Module):
     """Sparse mixture of experts, optionally in a latent width (Stable LatentMoE, K3 Eq. 11).
 
     u = sum_{i in top-k} p_i E_i(W_down x);  y = shared(x) + W_up RMSNorm(u).  Without a latent width: y = shared(x) + u.
-    The router's selection bias follows the load (`balance`); it never enters p.
+    The router's selection bias follows the load (`balance`); it never enters p. With a 4-bit `format` every forward,
+    training's too, computes with the experts as that format rounds them (K2 Thinking, K3 §4: QAT).
     """
 
     def __init__(self, c: ModelConfig) -> None:
@@ -186,6 +187,8 @@ class MoE(nn.Module):
             self.routed_expert_down_proj, self.routed_expert_up_proj = Linear(d, latent), Linear(latent, d)
             self.routed_expert_norm = RMSNorm(latent, c.rms_norm_eps) if c.latent_moe_use_norm else nn.Identity()
         self.act = (c.hidden_act == "situ", c.activation_situ_beta, c.activation_situ_linear_beta)
+        self.format = c.expert_format
+        self.packed: dict[str, quant.Packed] = {}  # instead of w_in and w_out, once packed
         self.load: Tensor | None = None  # [E], choices per expert in the last training forward
         self.scores: Tensor | None = None  # [N, E], the router's scores in it
 
@@ -197,11 +200,27 @@ class MoE(nn.Module):
             self.load, self.scores = torch.bincount(idx.flatten(), minlength=self.experts), logits.detach().sigmoid()
         h = self.routed_expert_down_proj(x) if self.latent else x
         h, offsets, where = op.dispatch(h, idx, self.experts)
-        h = op.glu(op.experts_linear(h, offsets, self.w_in), *self.act)
-        u = op.combine(op.experts_linear(h, offsets, self.w_out), where, p)
+        h = op.glu(self._experts("w_in", h, offsets), *self.act)
+        u = op.combine(self._experts("w_out", h, offsets), where, p)
         if self.latent:
             u = self.routed_expert_up_proj(self.routed_expert_norm(u))
         return self.shared_experts(x) + u
+
+    def _experts(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
+        """Every row times its expert's matrix, as it is served. x [rows sorted by expert, in] -> [rows, out]."""
+        if name in self.packed:
+            return quant.packed_experts_linear(x, offsets, self.packed[name])
+        w = getattr(self, name)
+        if self.format is not None:
+            w = (quant.fake_quant if torch.is_grad_enabled() else quant.served)(w, self.format, dim=1)
+        return ops.backend(x).experts_linear(x, offsets, w)
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Replace the experts by their 4 bits, an eighth of the memory. For serving: there is no way back."""
+        for name in ("w_in", "w_out"):
+            self.packed[name] = quant.pack(getattr(self, name).transpose(1, 2), self.format)
+            delattr(self, name)
 
     @torch.no_grad()
     def balance(self, method: str, rate: float) -> None:

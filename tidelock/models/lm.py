@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor, nn
+
+from tidelock.tokens.errors import UserError
 
 from .batch import Batch, Cache, CacheView
 from .config import ModelConfig
@@ -152,6 +155,23 @@ class TransformerLM(nn.Module):
             out.append(hidden)
             next_ids = next_ids.roll(-1)
         return out
+
+    def set_expert_format(self, format: str | None) -> None:
+        """From now on routed experts compute as "int4" or "mxfp4" rounds them, in training and after; None: as they are."""
+        self.config = dataclasses.replace(self.config, expert_format=format)
+        for moe in self._moes():
+            moe.format = format
+
+    def pack_experts(self) -> None:
+        """Keep only the 4 bits of routed experts that `expert_format` names; the same numbers in an eighth of the memory.
+        A packed model serves; it can neither be trained nor saved."""
+        if self.config.expert_format is None:
+            raise UserError(f"model {self.config.name!r} has no expert_format to pack its experts in; use int4 or mxfp4")
+        for moe in self._moes():
+            moe.pack()
+
+    def _moes(self) -> list[MoE]:
+        return [m for m in self.modules() if isinstance(m, MoE)]
 
     def parameter_counts(self) -> tuple[int, int]:
         """(total, active per token without the input embedding)."""

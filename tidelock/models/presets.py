@@ -56,12 +56,13 @@ K2 = dict(
     num_mtp_layers=0,
 )
 
-# Kimi K2 Thinking: the same shape on 256k context.
+# Kimi K2 Thinking: the same shape on 256k context, experts in INT4.
 K2_THINKING = dict(
     K2,
     rope_scaling=Yarn(factor=64.0, original_max_position_embeddings=4096, beta_fast=1.0),
     rms_norm_eps=1e-5,
     max_position_embeddings=262144,
+    expert_format="int4",
 )
 
 # Moonlight (2502.16982): DeepSeek-V3's layers at 16B, no query rank, no YaRN.
@@ -131,6 +132,7 @@ K3 = dict(
     rms_norm_eps=1e-5,
     initializer_range=0.006,
     max_position_embeddings=1048576,
+    expert_format="mxfp4",
 )
 
 # For one GPU: 50 to 150 M active parameters.
@@ -154,6 +156,7 @@ SMALL_K3 = dict(
     moe_intermediate_size=320,
     routed_expert_hidden_size=384,
     attn_res_block_size=2,
+    expert_format=None,
     initializer_range=0.02,
     max_position_embeddings=32768,
 )
@@ -198,6 +201,7 @@ NANO_K3 = dict(
     moe_intermediate_size=64,
     routed_expert_hidden_size=64,
     attn_res_block_size=1,
+    expert_format=None,
     initializer_range=0.02,
     max_position_embeddings=2048,
 )

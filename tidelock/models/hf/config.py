@@ -7,6 +7,7 @@ from typing import Any
 
 from tidelock.tokens.errors import UserError
 
+from .. import quant
 from ..config import ModelConfig, Yarn
 
 UNUSED_KDA = dict(kda_num_heads=0, kda_head_dim=0, short_conv_kernel_size=4, gate_lower_bound=None, kda_gate_rank=None)
@@ -15,9 +16,10 @@ SITU = dict(activation_situ_beta=4.0, activation_situ_linear_beta=25.0)  # K3 §
 
 def from_hf(data: dict[str, Any], name: str = "model") -> ModelConfig:
     """The shape that a Hugging Face config describes. Raises UserError naming the field that we cannot follow."""
-    kind = data.get("model_type")
+    kind, quantization = data.get("model_type"), data.get("quantization_config")
     if kind in ("kimi_k3", "kimi_k25") and "text_config" in data:
         data = data["text_config"]
+        data = {**data, "quantization_config": data.get("quantization_config") or quantization}
         kind = data.get("model_type", "kimi_linear" if kind == "kimi_k3" else "kimi_k2")
     if kind in ("deepseek_v3", "kimi_k2"):
         return _deepseek(data, name)
@@ -67,7 +69,20 @@ def _common(data: dict[str, Any], name: str) -> dict[str, Any]:
         rms_norm_eps=float(_read(data, "rms_norm_eps", 1e-6)),
         initializer_range=float(_read(data, "initializer_range", 0.02)),
         num_mtp_layers=_read(data, "num_nextn_predict_layers", 0) or 0,
+        expert_format=_expert_format(data.get("quantization_config") or {}),
     )
+
+
+def _expert_format(quantization: dict[str, Any]) -> str | None:
+    """Which 4 bits the routed experts are in; FP8 blocks are a storage format only, so None."""
+    if not quantization or quantization.get("quant_method") == "fp8":
+        return None
+    kind = quantization.get("format")
+    for ours, theirs in quant.FORMATS.items():
+        if kind == theirs:
+            return ours
+    raise UserError(f"config.json: quantization_config of method {quantization.get('quant_method')!r} and format {kind!r} is not "
+                    f"supported; use fp8 or {', '.join(quant.FORMATS.values())}")
 
 
 def _deepseek(data: dict[str, Any], name: str) -> ModelConfig:
@@ -217,4 +232,6 @@ def _used(c: ModelConfig, field: str) -> bool:
         return c.hidden_act == "situ"
     if field in ("rope_theta", "rope_scaling"):
         return not c.mla_use_nope
+    if field == "expert_format":
+        return False  # said by quantization_config, where the experts are written packed
     return field != "latent_moe_use_norm" or c.routed_expert_hidden_size is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..checkpoint import atomic_directory
 from ..config import ModelConfig
 from ..lm import TransformerLM
 from .config import from_hf, layout_of, to_hf
-from .names import ISLANDS, Part, parts
+from .names import IGNORED, ISLANDS, Part, parts
 from .shards import Planned, Shards, write_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,9 +102,22 @@ class HFSource:
         self.path, self.config = Path(path), read_any_config(path)
         self.shards = Shards(self.path)
         self.prefix = next((p for p in ("language_model.", "") if f"{p}model.embed_tokens.weight" in self.shards), "")
+        self.refuse_strangers()
 
     def parts(self) -> Iterator[Part]:
+        """Published tensors by the names this checkpoint uses, in the order of ours."""
         return parts(self.config, layout_of(self.config), self.prefix)
+
+    def refuse_strangers(self) -> None:
+        """A tensor that no part of ours stands for would be dropped in silence: a bias, say, that belongs to the model."""
+        known = {p.name for p in self.parts()} | {p.name.replace(".mlp.", ".block_sparse_moe.") for p in self.parts()}
+        for name, entry in self.shards.entries.items():
+            stem = name
+            for suffix in ("_packed", "_scale", "_shape", "_scale_inv"):
+                stem = stem.removesuffix(suffix)
+            ahead = re.match(r"(?:language_model\.)?model\.layers\.(\d+)\.", name)  # MTP layers that the config does not count
+            if stem not in known and not any(x in name for x in IGNORED) and not (ahead and int(ahead[1]) >= self.config.num_layers):
+                raise UserError(f"{entry.file}: tensor {name!r} has no place in a model of this config")
 
     def groups(self) -> Iterator[tuple[str, list[Part]]]:
         """Our tensors in order, each with the published ones that make it up."""
