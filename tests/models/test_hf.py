@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,7 +22,7 @@ from tidelock.models.config import ModelConfig  # noqa: E402
 from tidelock.models.hf import convert, from_hf, load_hf, save_hf, to_hf  # noqa: E402
 from tidelock.models.hf.config import layout_of  # noqa: E402
 from tidelock.models.hf.names import parts  # noqa: E402
-from tidelock.models.hf.shards import INDEX, Shards  # noqa: E402
+from tidelock.models.shards import INDEX, Shards  # noqa: E402
 from tidelock.tokens.errors import UserError  # noqa: E402
 
 def their_model(path, kind):
@@ -213,3 +215,84 @@ def test_configs_without_a_layout_say_so():
 def test_from_dict_still_reads_what_to_dict_writes():
     for config in (*K2_SHAPES.values(), LINEAR, K3):
         assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def fp8_checkpoint(path, config):
+    """A K2-layout checkpoint whose linear layers are FP8 in blocks of 128 x 128 (K2 Instruct), and the values it stands for."""
+    source = Shards(save_hf(lively(config), path / "plain"))
+    stored, meant = {}, {}
+    for name in source.entries:
+        w = stored[name] = meant[name] = source.read(name)
+        if w.dim() == 2 and not any(part in name for part in ("embed_tokens", "lm_head", "mlp.gate.weight")):
+            meant[name], scales = w.clone(), torch.zeros(-(-w.shape[0] // 128), -(-w.shape[1] // 128))
+            stored[name] = torch.zeros(w.shape, dtype=torch.float8_e4m3fn)
+            for i in range(scales.shape[0]):
+                for j in range(scales.shape[1]):
+                    block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+                    scales[i, j] = w[block].abs().max() / 448
+                    stored[name][block] = (w[block] / scales[i, j]).to(torch.float8_e4m3fn)
+                    meant[name][block] = stored[name][block].float() * scales[i, j]
+            stored[f"{name}_scale_inv"] = scales
+    (path / "fp8").mkdir()
+    save_file(stored, path / "fp8" / "model.safetensors")
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    (path / "fp8" / "config.json").write_text(json.dumps({**to_hf(config), "quantization_config": fp8}))
+    return path / "fp8", meant
+
+
+def test_fp8_blocks_are_read(tmp_path):
+    config = dataclasses.replace(K2_SHAPES["query rank and YaRN"], hidden_size=192, intermediate_size=320, kv_lora_rank=136)
+    directory, meant = fp8_checkpoint(tmp_path, config)
+    state = load_hf(directory).state_dict()
+    for part in parts(config):
+        torch.testing.assert_close(part.view(state[part.native]), meant[part.name], rtol=1e-6, atol=0)
+    tensors = load_file(directory / "model.safetensors")
+    victim = "model.layers.1.self_attn.o_proj.weight_scale_inv"
+    for change, words in ((lambda t: t.pop(victim), "lacks tensor"), (lambda t: t.update({victim: torch.ones(1, 1)}), "needs")):
+        damaged = dict(tensors)
+        change(damaged)
+        save_file(damaged, directory / "model.safetensors")
+        with pytest.raises(UserError, match=words) as e:
+            load_hf(directory)
+        assert victim in str(e.value)
+
+
+def test_a_tensor_that_has_no_place_is_named_and_a_vision_tower_is_left_alone(tmp_path):
+    directory = save_hf(lively(K3), tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    tensors |= {"vision_tower.blocks.0.weight": torch.ones(3), "mm_projector.0.bias": torch.ones(3),
+                "language_model.model.layers.4.eh_proj.weight": torch.ones(3)}  # fmt: skip
+    save_file(tensors, directory / "model.safetensors")
+    assert torch.equal(load_hf(directory).lm_head.weight, tensors["language_model.lm_head.weight"])
+    stranger = "language_model.model.layers.1.self_attn.g_b_proj.bias"
+    save_file(tensors | {stranger: torch.ones(3)}, directory / "model.safetensors")
+    with pytest.raises(UserError, match=f"model.safetensors: tensor '{stranger}' has no place"):
+        load_hf(directory)
+    with pytest.raises(UserError, match=stranger):
+        convert(directory, tmp_path / "out", to="tidelock")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("damage,words", [
+    (lambda t: t.pop("model.layers.2.mlp.experts.3.down_proj.weight_scale"), "lacks tensor"),
+    (lambda t: t.update({"model.layers.2.mlp.experts.3.down_proj.weight_scale": torch.ones(2, 2)}), "do not fit"),
+    (lambda t: t.pop("model.layers.2.mlp.experts.3.down_proj.weight_packed"), "lacks tensor"),
+])  # fmt: skip
+def test_damaged_packed_weights_are_named_and_leave_nothing(tmp_path, damage, words):
+    directory = save_hf(lively(K2_SHAPES["plain"]), tmp_path / "m", quantize="int4")
+    tensors = load_file(directory / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    for read in (load_hf, lambda p: convert(p, tmp_path / "out", to="tidelock"), lambda p: convert(p, tmp_path / "out")):
+        with pytest.raises(UserError, match=words) as e:
+            read(directory)
+        assert "model.layers.2.mlp.experts.3.down_proj.weight" in str(e.value)
+        assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_conversion_holds_less_than_the_largest_layer_and_a_tenth():
+    """Measured in a process of its own, all ways, against the fp32 size of the largest layer."""
+    script = Path(__file__).parents[2] / "benchmarks" / "convert_memory.py"
+    rows = json.loads(subprocess.run([sys.executable, str(script), "--experts", "16", "--json"], capture_output=True, check=True, text=True).stdout)
+    assert len(rows) >= 4
+    assert all(row["peak_mib"] <= 1.1 * row["largest_layer_mib"] for row in rows), rows

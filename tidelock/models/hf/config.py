@@ -75,7 +75,10 @@ def _common(data: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _expert_format(quantization: dict[str, Any]) -> str | None:
     """Which 4 bits the routed experts are in; FP8 blocks are a storage format only, so None."""
-    if not quantization or quantization.get("quant_method") == "fp8":
+    if not quantization:
+        return None
+    if quantization.get("quant_method") == "fp8":
+        _require(quantization, weight_block_size=([128, 128],), fmt="e4m3")
         return None
     kind = quantization.get("format")
     for ours, theirs in quant.FORMATS.items():

@@ -18,9 +18,9 @@ from .. import quant
 from ..checkpoint import atomic_directory
 from ..config import ModelConfig
 from ..lm import TransformerLM
+from ..shards import Planned, Shards, write_shards
 from .config import from_hf, layout_of, to_hf
 from .names import IGNORED, ISLANDS, Part, parts
-from .shards import Planned, Shards, write_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5 << 30
@@ -141,9 +141,7 @@ class HFSource:
         if name not in shards and (alias := name.replace(".mlp.", ".block_sparse_moe.")) in shards:
             name = alias  # transformers' Kimi Linear class renames dense layers too when it saves
         if name in shards:
-            t = shards.read(name)
-            if f"{name}_scale_inv" in shards:
-                t = fp8_blocks(t, shards.read(f"{name}_scale_inv"))
+            t = self._fp8(name) if shards.entries[name].dtype == torch.float8_e4m3fn else shards.read(name)
         elif f"{name}_packed" in shards:
             t = quant.unpack(self._packed(name))
         else:
@@ -155,11 +153,25 @@ class HFSource:
             raise UserError(f"corrupt checkpoint: {where}: {name!r} is {list(t.shape)}, the config asks for {list(shape)}")
         return t
 
+    def _with_scale(self, name: str, scale: str) -> tuple[Tensor, Tensor]:
+        if scale not in self.shards:
+            raise UserError(f"corrupt checkpoint: {self.path} lacks tensor {scale!r}")
+        return self.shards.read(name), self.shards.read(scale)
+
+    def _fp8(self, name: str) -> Tensor:
+        w, scale = self._with_scale(name, f"{name}_scale_inv")
+        blocks = [-(-n // FP8_BLOCK) for n in w.shape]
+        if list(scale.shape) != blocks:
+            raise UserError(f"corrupt checkpoint: {self.shards.entries[name].file}: {f'{name}_scale_inv'!r} is {list(scale.shape)}, "
+                            f"{list(w.shape)} in blocks of {FP8_BLOCK} needs {blocks}")
+        return fp8_blocks(w, scale)
+
     def _packed(self, name: str) -> quant.Packed:
-        packed = self.shards.read(f"{name}_packed")
-        if f"{name}_scale" not in self.shards:
-            raise UserError(f"corrupt checkpoint: {self.path} lacks tensor {f'{name}_scale'!r}")
-        return quant.from_tensors("mxfp4" if packed.dtype == torch.uint8 else "int4", packed, self.shards.read(f"{name}_scale"))
+        packed, scale = self._with_scale(f"{name}_packed", f"{name}_scale")
+        try:
+            return quant.from_tensors("mxfp4" if packed.dtype == torch.uint8 else "int4", packed, scale)
+        except UserError as e:
+            raise UserError(f"corrupt checkpoint: {self.shards.entries[f'{name}_packed'].file}: {name!r}: {e}") from None
 
 
 def fp8_blocks(w: Tensor, scale: Tensor) -> Tensor:
