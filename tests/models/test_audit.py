@@ -8,6 +8,7 @@ import pytest
 from tidelock.cli.main import main
 from tidelock.models import PRESETS, TransformerLM, preset, save_checkpoint
 from tidelock.models.audit import audit
+from tidelock.models.drawing import human
 
 
 def digits(n, unit, places):
@@ -23,6 +24,7 @@ def test_published_totals_to_the_digits_they_are_given_in():
     assert k2["cache_bytes_per_token"] == 70_272 and k2["state_bytes_per_sequence"] == 0
     assert digits(k3["total_params"], 1e12, 4) == 2.7795
     assert digits(k3["active_params_without_embedding"], 1e9, 2) == 104.19
+    assert digits(k3["weight_bytes"], 1e9, 0) == 1560  # 1,446 GB of MXFP4 and 113.5 GB of bf16
     assert k3["cache_bytes_per_token"] == 27_648 and digits(k3["state_bytes_per_sequence"], 1e6, 0) == 434
     assert digits(linear["total_params"], 1e9, 1) == 49.1 and digits(linear["active_params_without_embedding"], 1e9, 1) == 3.1
     assert digits(moonlight["total_params"], 1e9, 0) == 16 and digits(moonlight["active_params"], 1e9, 0) == 3
@@ -58,8 +60,17 @@ def test_every_family_has_a_picture(tmp_path, capsys, name):
     assert {"total_params", "active_params", "active_params_without_embedding", "cache_bytes_per_token",
             "state_bytes_per_sequence", "flops_per_token"} <= printed.keys()  # fmt: skip
     assert set(printed["flops_per_token"]) == {"train", "decode"}
-    root = ElementTree.parse(tmp_path / "a.svg").getroot()
-    assert len(root.findall(".//{*}rect")) > 2 * preset(name).num_layers
+    root, c = ElementTree.parse(tmp_path / "a.svg").getroot(), preset(name)
+    titles = [t.text for t in root.findall(".//{*}title")]
+    for i, (mixer, ffn) in enumerate(zip(c.mixers, c.ffns), 1):
+        assert {f"layer {i}: {mixer.upper()}", f"layer {i}: {'dense FFN' if ffn == 'dense' else 'routed experts'}"} <= set(titles)
+    blocks = 0 if c.attn_res_block_size is None else -(-c.num_layers // c.attn_res_block_size)
+    assert sum("residual block" in t for t in titles) == blocks
+    words = " ".join(t.text for t in root.findall(".//{*}text"))
+    assert all(human(r["total"]) in words for r in printed["components"])
+    width, height = (float(x) for x in root.get("viewBox").split()[2:])
+    for box in root.findall(".//{*}rect"):
+        assert float(box.get("x", 0)) + float(box.get("width")) <= width and float(box.get("y", 0)) + float(box.get("height")) <= height
 
 
 def test_convert_round_trip_from_the_command_line(tmp_path, capsys):

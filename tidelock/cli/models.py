@@ -78,7 +78,8 @@ def table(figures: dict) -> str:
     for r in figures["components"]:
         lines.append(f"{r['name']:22}{r['count']:>8,}{r['total']:>22,}{r['active']:>20,}{human(r['flops_decode']):>16}")
     flops = figures["flops_per_token"]
-    lines += ["", f"cache            {figures['cache_bytes_per_token']:,} bytes per token (bf16)",
+    lines += ["", f"weights          {figures['weight_bytes']:,} bytes as published (bf16, routed experts in their own format)",
+              f"cache            {figures['cache_bytes_per_token']:,} bytes per token (bf16)",
               f"KDA state        {figures['state_bytes_per_sequence']:,} bytes per sequence (fp32), "
               f"convolution tails {figures['conv_tail_bytes_per_sequence']:,}",
               f"FLOPs per token  train {human(flops['train'])}, decode {human(flops['decode'])} at {figures['context']:,} tokens"]  # fmt: skip

@@ -1,6 +1,6 @@
 """What a shape costs, counted on the meta device: parameters, cache, state and FLOPs, component by component.
 
-Conventions: one multiply-add is 2 FLOPs; the router, norms, gates and softmax are not counted, matrix products are.
+Conventions: one multiply-add is 2 FLOPs; matrix products are counted, norms, nonlinearities and softmax are not.
 Training is forward plus backward, three times the forward's products, on a sequence of `context` tokens; decode is one
 token after `context` cached ones, with MLA in absorbed form.
 """
@@ -17,6 +17,7 @@ from .config import ModelConfig
 from .lm import TransformerLM
 
 BF16, FP32 = 2, 4
+EXPERT_BITS = {None: 16, "int4": 4 + 16 / 32, "mxfp4": 4 + 8 / 32}  # with the scale of every group of 32
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def audit(c: ModelConfig, context: int = 8192) -> dict[str, Any]:
         "mtp_params": total["MTP"],
         "active_params": everything,
         "active_params_without_embedding": everything - total["embedding"],
+        "weight_bytes": int(total["routed experts"] * EXPERT_BITS[c.expert_format] / 8)
+        + BF16 * (sum(total.values()) - total["MTP"] - total["routed experts"]),
         "cache_bytes_per_token": mla * c.latent_row * BF16,
         "state_bytes_per_sequence": state,
         "conv_tail_bytes_per_sequence": kda * 3 * c.kda_num_heads * c.kda_head_dim * (c.short_conv_kernel_size - 1) * FP32,
