@@ -15,6 +15,9 @@ from .config import ModelConfig
 from .layers import GLU, KDA, MLA, Linear, Mix, MoE, RMSNorm
 
 
+ISLANDS = ("A_log", "dt_bias", "e_score_correction_bias", ".conv", "o_norm.weight")  # stay fp32 in any dtype
+
+
 class Layer(nn.Module):
     """A token mixer and an FFN, with their norms and (with Attention Residuals) their depth mixers."""
 
@@ -155,6 +158,12 @@ class TransformerLM(nn.Module):
             out.append(hidden)
             next_ids = next_ids.roll(-1)
         return out
+
+    def cast(self, dtype: torch.dtype) -> TransformerLM:
+        """Weights in `dtype`, but the fp32 islands of the published checkpoints (K3 §2, config note on fp32 tensors) stay."""
+        for name, t in (*self.named_parameters(), *self.named_buffers()):
+            t.data = t.data.to(torch.float32 if name.endswith(ISLANDS) else dtype)
+        return self
 
     def set_expert_format(self, format: str | None) -> None:
         """From now on routed experts compute as "int4" or "mxfp4" rounds them, in training and after; None: as they are."""
