@@ -32,6 +32,61 @@ def test_published_totals_to_the_digits_they_are_given_in():
     assert digits(with_mtp["total_params"] + with_mtp["mtp_params"], 1e12, 4) == pytest.approx(1.0436, abs=2e-4)
 
 
+RATIOS = {  # model reference, section 10
+    "heads": lambda c: c.num_attention_heads * c.v_head_dim / c.hidden_size,
+    "KDA heads": lambda c: c.kda_num_heads * c.kda_head_dim / c.hidden_size,
+    "expert": lambda c: c.moe_intermediate_size / c.hidden_size,
+    "latent": lambda c: (c.routed_expert_hidden_size or 0) / c.hidden_size,
+    "dense": lambda c: c.intermediate_size / c.hidden_size,
+    "shared": lambda c: c.n_shared_experts * c.moe_intermediate_size / c.hidden_size,
+    "query rank": lambda c: (c.q_lora_rank or 0) / c.hidden_size,
+    "sparsity": lambda c: c.n_routed_experts / c.num_experts_per_tok,
+}
+
+
+@pytest.mark.parametrize("family", ["k2", "k3"])
+def test_small_shapes_keep_the_proportions_of_the_large_and_nano_shapes_those_of_widths(family):
+    large, small, nano = (preset(f"{size}{family}") for size in ("", "small-", "nano-"))
+    for name, ratio in RATIOS.items():
+        assert ratio(small) == pytest.approx(ratio(large), rel=0.05), name
+        if name not in ("query rank", "sparsity"):
+            assert 0.5 * ratio(large) <= ratio(nano) <= 2 * ratio(large), name
+    assert 50e6 <= audit(small)["active_params_without_embedding"] <= 150e6
+    if family == "k3":
+        for c in (large, small):
+            assert 7 <= -(-c.num_layers // c.attn_res_block_size) <= 8
+            assert c.mixers.count("kda") / c.num_layers == pytest.approx(0.75, abs=0.06) and c.mixers[-2:] == ("mla", "mla")
+
+
+def test_every_number_of_the_published_presets():
+    """The model reference, sections 1.1, 2, 4.4 and 6.1, in its own words."""
+    k2, thinking, linear, k3 = (preset(n) for n in ("k2", "k2-thinking", "kimi-linear-48b", "k3"))
+    mla = dict(hidden_size=7168, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+               vocab_size=163840)  # fmt: skip
+    yarn = dict(original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0, beta_slow=1.0, beta_fast=1.0)
+    for c, factor, eps, length in ((k2, 32, 1e-6, 131072), (thinking, 64, 1e-5, 262144)):
+        holds(c, **mla, num_layers=61, intermediate_size=18432, num_attention_heads=64, n_routed_experts=384, num_experts_per_tok=8,
+              n_shared_experts=1, moe_intermediate_size=2048, routed_scaling_factor=2.827, hidden_act="silu", rms_norm_eps=eps,
+              rope_theta=50000.0, max_position_embeddings=length, num_mtp_layers=0, mla_use_nope=False, attn_res_block_size=None)
+        holds(c.rope_scaling, factor=factor, **yarn)
+    holds(linear, hidden_size=2304, num_layers=27, num_attention_heads=32, kda_num_heads=32, kda_head_dim=128, intermediate_size=9216,
+          moe_intermediate_size=1024, kv_lora_rank=512, q_lora_rank=None, routed_scaling_factor=2.446, vocab_size=163840,
+          n_routed_experts=256, num_experts_per_tok=8, n_shared_experts=1, mla_use_nope=True, gate_lower_bound=None, kda_gate_rank=128)
+    assert [i for i, m in enumerate(linear.mixers, 1) if m == "mla"] == [4, 8, 12, 16, 20, 24, 27]
+    holds(k3, **mla, num_layers=93, intermediate_size=33792, num_attention_heads=96, kda_num_heads=96, kda_head_dim=128,
+          short_conv_kernel_size=4, gate_lower_bound=-5.0, kda_gate_rank=None, mla_use_nope=True, mla_use_output_gate=True,
+          n_routed_experts=896, num_experts_per_tok=16, n_shared_experts=2, moe_intermediate_size=3072, routed_expert_hidden_size=3584,
+          latent_moe_use_norm=True, routed_scaling_factor=1.0, hidden_act="situ", activation_situ_beta=4.0,
+          activation_situ_linear_beta=25.0, attn_res_block_size=12, rms_norm_eps=1e-5, initializer_range=0.006,
+          max_position_embeddings=1048576, num_mtp_layers=0)  # fmt: skip
+    assert [i for i, m in enumerate(k3.mixers, 1) if m == "mla"] == [*range(4, 93, 4), 93]
+    assert all(c.ffns == ("dense",) + ("moe",) * (c.num_layers - 1) for c in (k2, thinking, linear, k3))
+
+
+def holds(thing, **numbers):
+    assert {n: getattr(thing, n) for n in numbers} == numbers
+
+
 def test_per_layer_figures_of_k3():
     rows = {r["name"]: r for r in audit(preset("k3"))["components"]}
     assert digits(rows["MLA"]["total"] / 24, 1e6, 1) == 232.2
