@@ -117,8 +117,8 @@ def test_bad_input_is_refused_in_one_line():
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_one_switch_trains_what_is_served(format):
-    """Training computes with the rounded experts, evaluation with the very same bits, packed experts with the same numbers;
-    the master weights underneath stay unrounded and learn."""
+    """Training computes with the rounded experts, evaluation with the very same bits; the master weights underneath stay
+    unrounded and learn."""
     model, b = lively(K3), batch(40)
     plain = model.logits(model(b)).detach()
     before = model.layers[1].mlp.w_in.detach().clone()
@@ -132,9 +132,6 @@ def test_one_switch_trains_what_is_served(format):
         served = model.eval().logits(model(b))
         assert torch.equal(served, trained)
         assert not torch.allclose(served, plain, atol=1e-2)
-        model.pack_experts()
-        torch.testing.assert_close(model.logits(model(b)), served, rtol=1e-4, atol=1e-4)
-    assert not any(name.endswith(("w_in", "w_out")) for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("format,config", [("int4", K2_SHAPES["plain"]), ("mxfp4", K3)], ids=FORMATS)
@@ -152,5 +149,3 @@ def test_a_preset_says_how_it_was_published():
     assert (preset("k3").expert_format, preset("k2-thinking").expert_format, preset("k2").expert_format) == ("mxfp4", "int4", None)
     with pytest.raises(UserError, match="multiples of 32"):
         dataclasses.replace(preset("k3"), moe_intermediate_size=3080)
-    with pytest.raises(UserError, match="no expert_format"):
-        lively(K3).pack_experts()

@@ -119,11 +119,11 @@ class MLA(nn.Module):
 
         w_uk, w_uv = self.kv_b_proj.weight.view(self.heads, -1, self.rank).split([self.nope, self.v_dim], dim=1)
         q = torch.cat([op.head_linear(q_nope, w_uk), q_rope], dim=-1) * self.scale
-        o, self.max_logit = op.mla(q, rows, self.rank, batch, pages)  # o stays fp32 until W_o (K3 §2.2)
-        o = op.head_linear(o, w_uv.transpose(1, 2).to(o.dtype)).reshape(n, -1)
+        o, self.max_logit = op.mla(q, rows, self.rank, batch, pages)
+        o = op.head_linear(o, w_uv.transpose(1, 2)).reshape(n, -1)
         if self.g_proj is not None:
             o = op.sigmoid_gate(o, self.g_proj(x))
-        return self.o_proj(o.to(x.dtype))
+        return self.o_proj(o)
 
     @torch.no_grad()
     def clip_qk(self, tau: float) -> int:
@@ -188,39 +188,28 @@ class MoE(nn.Module):
             self.routed_expert_norm = RMSNorm(latent, c.rms_norm_eps) if c.latent_moe_use_norm else nn.Identity()
         self.act = (c.hidden_act == "situ", c.activation_situ_beta, c.activation_situ_linear_beta)
         self.format = c.expert_format
-        self.packed: dict[str, quant.Packed] = {}  # instead of w_in and w_out, once packed
         self.load: Tensor | None = None  # [E], choices per expert in the last training forward
         self.scores: Tensor | None = None  # [N, E], the router's scores in it
 
     def forward(self, x: Tensor) -> Tensor:
         op = ops.backend(x)
-        logits = op.linear(wide(x), wide(self.gate.weight))
+        logits = self.gate(x)
         idx, p = op.route(logits, self.e_score_correction_bias, self.k, self.scale)
         if self.training:
             self.load, self.scores = torch.bincount(idx.flatten(), minlength=self.experts), logits.detach().sigmoid()
         h = self.routed_expert_down_proj(x) if self.latent else x
         h, offsets, where = op.dispatch(h, idx, self.experts)
-        h = op.glu(self._experts("w_in", h, offsets), *self.act)
-        u = op.combine(self._experts("w_out", h, offsets), where, p)
+        h = op.glu(op.experts_linear(h, offsets, self._served(self.w_in)), *self.act)
+        u = op.combine(op.experts_linear(h, offsets, self._served(self.w_out)), where, p)
         if self.latent:
             u = self.routed_expert_up_proj(self.routed_expert_norm(u))
         return self.shared_experts(x) + u
 
-    def _experts(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
-        """Every row times its expert's matrix, as it is served. x [rows sorted by expert, in] -> [rows, out]."""
-        if name in self.packed:
-            return quant.packed_experts_linear(x, offsets, self.packed[name])
-        w = getattr(self, name)
-        if self.format is not None:
-            w = (quant.fake_quant if torch.is_grad_enabled() else quant.served)(w, self.format, dim=1)
-        return ops.backend(x).experts_linear(x, offsets, w)
-
-    @torch.no_grad()
-    def pack(self) -> None:
-        """Replace the experts by their 4 bits, an eighth of the memory. For serving: there is no way back."""
-        for name in ("w_in", "w_out"):
-            self.packed[name] = quant.pack(getattr(self, name).transpose(1, 2), self.format)
-            delattr(self, name)
+    def _served(self, w: Tensor) -> Tensor:
+        """Experts [E, in, out] as they are computed with: rounded to the 4-bit format, where there is one."""
+        if self.format is None:
+            return w
+        return (quant.fake_quant if torch.is_grad_enabled() else quant.served)(w, self.format, dim=1)
 
     @torch.no_grad()
     def balance(self, method: str, rate: float) -> None:

@@ -8,14 +8,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from tidelock.tokens.errors import UserError
-
 from .batch import Batch, Cache, CacheView
 from .config import ModelConfig
 from .layers import GLU, KDA, MLA, Linear, Mix, MoE, RMSNorm
 
 
-ISLANDS = ("A_log", "dt_bias", "e_score_correction_bias", ".conv", "o_norm.weight")  # stay fp32 in any dtype
+# What stays fp32 in any dtype: the published checkpoints' fp32 tensors, and the router, whose products are fp32.
+ISLANDS = ("A_log", "dt_bias", "e_score_correction_bias", ".conv", "o_norm.weight", "mlp.gate.weight")
 
 
 class Layer(nn.Module):
@@ -160,7 +159,7 @@ class TransformerLM(nn.Module):
         return out
 
     def cast(self, dtype: torch.dtype) -> TransformerLM:
-        """Weights in `dtype`, but the fp32 islands of the published checkpoints (K3 §2, config note on fp32 tensors) stay."""
+        """Weights in `dtype`, all but the fp32 islands."""
         for name, t in (*self.named_parameters(), *self.named_buffers()):
             t.data = t.data.to(torch.float32 if name.endswith(ISLANDS) else dtype)
         return self
@@ -168,19 +167,9 @@ class TransformerLM(nn.Module):
     def set_expert_format(self, format: str | None) -> None:
         """From now on routed experts compute as "int4" or "mxfp4" rounds them, in training and after; None: as they are."""
         self.config = dataclasses.replace(self.config, expert_format=format)
-        for moe in self._moes():
-            moe.format = format
-
-    def pack_experts(self) -> None:
-        """Keep only the 4 bits of routed experts that `expert_format` names; the same numbers in an eighth of the memory.
-        A packed model serves; it can neither be trained nor saved."""
-        if self.config.expert_format is None:
-            raise UserError(f"model {self.config.name!r} has no expert_format to pack its experts in; use int4 or mxfp4")
-        for moe in self._moes():
-            moe.pack()
-
-    def _moes(self) -> list[MoE]:
-        return [m for m in self.modules() if isinstance(m, MoE)]
+        for module in self.modules():
+            if isinstance(module, MoE):
+                module.format = format
 
     def parameter_counts(self) -> tuple[int, int]:
         """(total, active per token without the input embedding)."""

@@ -1,7 +1,7 @@
 """The 4-bit formats of the published weights: INT4 in groups of 32 (K2 Thinking) and MXFP4 (K3), routed experts only.
 
-One scheme for training (`fake_quant`), checkpoints (`pack`, `tensors`) and serving (`served`, or `packed_experts_linear`
-where memory counts): the same numbers.
+One scheme for training (`fake_quant`), checkpoints (`pack`, `tensors`) and serving (`served`, or products straight from the
+packed bits where memory counts): the same numbers.
 """
 
 from __future__ import annotations

@@ -22,13 +22,13 @@ def wide(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, *weights: Tensor) -> Tensor:
-    """x [M, K], weights [N_i, K] -> [M, sum N_i]."""
-    return torch.cat([x @ w.t() for w in weights], dim=-1)
+    """x [M, K], weights [N_i, K] -> [M, sum N_i], in the dtype of the weights (an fp32 router reads half-precision rows)."""
+    return torch.cat([x.to(w.dtype) @ w.t() for w in weights], dim=-1)
 
 
 def head_linear(x: Tensor, w: Tensor) -> Tensor:
-    """x [M, H, K], w [H, K, N] -> [M, H, N]."""
-    return torch.einsum("mhk,hkn->mhn", x, w)
+    """x [M, H, K], w [H, K, N] -> [M, H, N], in the dtype of x (attention's output is fp32 until W_o, K3 §2.2)."""
+    return torch.einsum("mhk,hkn->mhn", x, w.to(x.dtype))
 
 
 def experts_linear(x: Tensor, offsets: Tensor, w: Tensor) -> Tensor:
