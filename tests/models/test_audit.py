@@ -92,6 +92,9 @@ def test_per_layer_figures_of_k3():
     assert digits(rows["MLA"]["total"] / 24, 1e6, 1) == 232.2
     assert digits(rows["KDA"]["total"] / 69, 1e6, 1) == 443.7
     assert digits(rows["dense FFN"]["total"], 1e6, 1) == 726.7
+    assert digits(rows["router"]["total"] / 92, 1e6, 2) == 6.42
+    assert digits(rows["latent projections"]["total"] / 92, 1e6, 1) == 51.4
+    assert digits(rows["shared experts"]["total"] / 92, 1e6, 1) == 132.1
     assert digits(rows["routed experts"]["total"] / rows["routed experts"]["count"], 1e6, 2) == 33.03
 
 

@@ -296,3 +296,16 @@ def test_conversion_holds_less_than_the_largest_layer_and_a_tenth():
     rows = json.loads(subprocess.run([sys.executable, str(script), "--experts", "16", "--json"], capture_output=True, check=True, text=True).stdout)
     assert len(rows) >= 4
     assert all(row["peak_mib"] <= 1.1 * row["largest_layer_mib"] for row in rows), rows
+
+
+def test_the_text_tower_of_a_multimodal_k2_is_read(tmp_path):
+    """K2.5 to K2.7: a wrapper's config and a prefix around K2."""
+    model = lively(K2_SHAPES["query rank and YaRN"])
+    plain = Shards(save_hf(model, tmp_path / "m"))
+    tensors = {f"language_model.{n}": plain.read(n) for n in plain.entries} | {"vision_tower.patch_embed.weight": torch.ones(2)}
+    (tmp_path / "k25").mkdir()
+    save_file(tensors, tmp_path / "k25" / "model.safetensors")
+    config = {"model_type": "kimi_k25", "text_config": {**to_hf(model.config), "model_type": "kimi_k2"}, "vision_config": {}}
+    (tmp_path / "k25" / "config.json").write_text(json.dumps(config))
+    state = load_hf(tmp_path / "k25").state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())

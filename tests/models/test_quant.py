@@ -140,9 +140,14 @@ def test_a_quantised_checkpoint_says_so_and_serves_the_numbers_it_was_trained_fo
     model.set_expert_format(format)
     with torch.no_grad():
         wanted = model.eval().logits(model(b))
-        again = load_hf(save_hf(model, tmp_path / "q", quantize=format)).eval()
+        again = load_hf(save_hf(model, tmp_path / "q")).eval()
         assert again.config.expert_format == format
         assert torch.equal(again.logits(again(b)), wanted)
+        convert(tmp_path / "q", tmp_path / "ours", to="tidelock")
+        convert(tmp_path / "ours", tmp_path / "back")  # packed again, for the shape says so
+        for name in Shards(tmp_path / "q").entries:
+            assert torch.equal(Shards(tmp_path / "back").read(name), Shards(tmp_path / "q").read(name)), name
+        assert not any("_packed" in n for n in Shards(save_hf(model, tmp_path / "plain", quantize="none")).entries)
 
 
 def test_a_preset_says_how_it_was_published():

@@ -24,7 +24,7 @@ def add(subparsers) -> None:
     c.add_argument("target", type=Path)
     c.add_argument("--to", choices=("hf", "tidelock"), default="hf")
     c.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of what is not an fp32 island")
-    c.add_argument("--quantize", choices=("int4", "mxfp4"), help="pack the routed experts")
+    c.add_argument("--quantize", choices=("int4", "mxfp4", "none"), help="pack the routed experts (default: as the shape says)")
     c.add_argument("--shard-gib", type=float, default=5.0, help="largest file (default 5)")
 
 

@@ -66,7 +66,7 @@ def audit(c: ModelConfig, context: int = 8192) -> dict[str, Any]:
     active.pop("MTP", None)  # a training target, not on a token's way
 
     moe, mla, kda = c.ffns.count("moe"), c.mixers.count("mla"), c.mixers.count("kda")
-    counts = {"embedding": 1, "head": 1, "MLA": mla, "KDA": kda, "dense FFN": c.num_layers - moe, "MTP": c.num_mtp_layers,
+    counts = {"embedding": 1, "head": 1, "attention residuals": 2 * c.num_layers + 1, "norms": 2 * c.num_layers + 1, "MLA": mla, "KDA": kda, "dense FFN": c.num_layers - moe, "MTP": c.num_mtp_layers,
               "routed experts": moe * c.n_routed_experts}  # fmt: skip
     rows = [Component(n, counts.get(n, moe if n in ("router", "shared experts", "latent projections") else c.num_layers),
                       total[n], active.get(n, 0), _products(n, active, c) + _sequence(n, c, context, decode=True))

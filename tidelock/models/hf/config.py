@@ -209,6 +209,7 @@ def to_hf(c: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
             model_max_length=c.max_position_embeddings,
         )  # fmt: skip
         if layout == "kimi_k3":
+            data["max_position_embeddings"] = data.pop("model_max_length")
             linear.update(gate_lower_bound=c.gate_lower_bound, use_full_rank_gate=c.kda_gate_rank is None)
             data.update(
                 mla_use_output_gate=c.mla_use_output_gate, routed_expert_hidden_size=c.routed_expert_hidden_size,

@@ -43,8 +43,9 @@ def save_hf(
     model: TransformerLM, path: str | Path, dtype: str = "float32", quantize: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:  # fmt: skip
-    """Write `model` in the published layout of its shape, whole or not at all. `quantize`: "int4" | "mxfp4" for the
-    routed experts; `dtype` for the rest, but the fp32 islands (router bias, decays, convolutions) stay fp32."""
+    """Write `model` in the published layout of its shape, whole or not at all. `quantize`: "int4" | "mxfp4" packs the
+    routed experts, "none" does not, None does as the shape's expert_format says; `dtype` for the rest, but the fp32
+    islands (router bias, decays, convolutions) stay fp32."""
     state = model.state_dict()
     listed = list(parts(model.config))
     tensors = (part.view(state[part.native]) for part in listed)
@@ -56,7 +57,8 @@ def convert(
     max_shard_bytes: int = SHARD_BYTES, on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Rewrite the checkpoint directory `source` (ours or Hugging Face) as `target` in the layout `to` ("hf" |
-    "tidelock"), holding no more than one of our tensors at a time. `on_tensor(done, total)` counts published tensors."""
+    "tidelock"), holding no more than one of our tensors at a time. `dtype` and `quantize` as in `save_hf`.
+    `on_tensor(done, total)` counts published tensors."""
     source, target = Path(source), Path(target)
     ours = "model" in _read_json(source / "config.json")
     if ours and to == "tidelock":
@@ -192,7 +194,9 @@ def _views(shards: Shards, listed: list[Part], source: Path) -> Iterator[Tensor]
 def _write_hf(path, config, listed, tensors, state, dtype, quantize, max_shard_bytes) -> Path:
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
-    data = to_hf(config, dtype)
+    data, quantize = to_hf(config, dtype), quantize or config.expert_format
+    if quantize == "none":
+        quantize = None
     if quantize:
         data.get("text_config", data)["quantization_config"] = quant.quantization_config(quantize)
 
