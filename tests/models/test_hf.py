@@ -22,7 +22,7 @@ from tidelock.models.config import ModelConfig  # noqa: E402
 from tidelock.models.hf import convert, from_hf, load_hf, save_hf, to_hf  # noqa: E402
 from tidelock.models.hf.config import layout_of  # noqa: E402
 from tidelock.models.hf.names import parts  # noqa: E402
-from tidelock.models.shards import INDEX, Shards  # noqa: E402
+from tidelock.models.hf.shards import INDEX, Shards  # noqa: E402
 from tidelock.tokens.errors import UserError  # noqa: E402
 
 def their_model(path, kind):

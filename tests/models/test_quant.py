@@ -12,7 +12,7 @@ from shapes import K2_SHAPES, K3, batch, lively
 
 from tidelock.models import preset, quant
 from tidelock.models.hf import convert, load_hf, save_hf
-from tidelock.models.shards import Shards
+from tidelock.models.hf.shards import Shards
 from tidelock.tokens.errors import UserError
 from tidelock.train.loop import Recipe, Trainer
 from tidelock.train.objectives import cross_entropy

@@ -17,7 +17,6 @@ from tidelock.tokens.errors import UserError
 
 from .config import ModelConfig
 from .lm import TransformerLM
-from .shards import Shards
 
 
 def save_checkpoint(path: str | Path, model: TransformerLM, extra: dict[str, Any] | None = None) -> Path:
@@ -64,6 +63,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def load_checkpoint(path: str | Path, device: str = "cpu") -> TransformerLM:
     """The model saved at `path`. Raises UserError naming the file, and the tensor where one is missing or misshapen."""
+    from .hf.shards import Shards  # here, for `hf` as a whole builds on this module
+
     config = ModelConfig.from_dict(read_config(path)["model"])
     file = Path(path) / "model.safetensors"
     if not file.exists():

@@ -18,9 +18,9 @@ from .. import quant
 from ..checkpoint import atomic_directory
 from ..config import ModelConfig
 from ..lm import TransformerLM
-from ..shards import Planned, Shards, write_shards
 from .config import from_hf, layout_of, to_hf
 from .names import IGNORED, ISLANDS, Part, parts
+from .shards import Planned, Shards, write_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5 << 30
