@@ -18,12 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from . import reference
-from .reference import combine, dispatch, experts_linear, glu, head_linear, kda_gate, linear, mix, rms_norm, route, sigmoid_gate, wide
-
-__all__ = [
-    "combine", "dispatch", "experts_linear", "glu", "head_linear", "kda", "kda_gate", "linear", "mix", "mla", "rms_norm", "route",
-    "short_conv", "sigmoid_gate",
-]  # fmt: skip
+from .reference import wide
 
 TOP_ROWS = 1024  # queries whose scores are formed at a time when only their maximum is wanted
 
@@ -37,6 +32,11 @@ def fla() -> ModuleType | None:
         return importlib.import_module("fla.ops.kda")
     except ImportError:
         return None
+
+
+def __getattr__(name: str):
+    """Every operation that is not defined here."""
+    return getattr(reference, name)
 
 
 def kda(qkv: Tensor, g: Tensor, beta: Tensor, seq, states: Tensor | None) -> Tensor:
