@@ -199,17 +199,20 @@ class MoE(nn.Module):
             self.load, self.scores = torch.bincount(idx.flatten(), minlength=self.experts), logits.detach().sigmoid()
         h = self.routed_expert_down_proj(x) if self.latent else x
         h, offsets, where = op.dispatch(h, idx, self.experts)
-        h = op.glu(op.experts_linear(h, offsets, self._served(self.w_in)), *self.act)
-        u = op.combine(op.experts_linear(h, offsets, self._served(self.w_out)), where, p)
+        w_in, w_out = self.served(x)
+        h = op.glu(op.experts_linear(h, offsets, w_in), *self.act)
+        u = op.combine(op.experts_linear(h, offsets, w_out), where, p)
         if self.latent:
             u = self.routed_expert_up_proj(self.routed_expert_norm(u))
         return self.shared_experts(x) + u
 
-    def _served(self, w: Tensor) -> Tensor:
-        """Experts [E, in, out] as they are computed with: rounded to the 4-bit format, where there is one."""
-        if self.format is None:
-            return w
-        return (quant.fake_quant if torch.is_grad_enabled() else quant.served)(w, self.format, dim=1)
+    def served(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts' matrices [E, in, out] as they are computed with: rounded to the 4-bit format, where there is one.
+        What records a forward instead of running it packs them itself; its `x` is no tensor."""
+        if self.format is None or not isinstance(x, Tensor):
+            return self.w_in, self.w_out
+        rounded = quant.fake_quant if torch.is_grad_enabled() else quant.served
+        return rounded(self.w_in, self.format, dim=1), rounded(self.w_out, self.format, dim=1)
 
     @torch.no_grad()
     def balance(self, method: str, rate: float) -> None:
