@@ -30,6 +30,8 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * w over the last dimension, times sigmoid(gate) where one is given."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
@@ -161,6 +163,7 @@ class GLU(nn.Module):
         self.act = (c.hidden_act == "situ", c.activation_situ_beta, c.activation_situ_linear_beta)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, d] -> [N, d]."""
         op = ops.backend(x)
         return self.down_proj(op.glu(op.linear(x, self.gate_proj.weight, self.up_proj.weight), *self.act))
 
@@ -192,6 +195,7 @@ class MoE(nn.Module):
         self.scores: Tensor | None = None  # [N, E], the router's scores in it
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, d] -> [N, d]; each of N rows becomes k rows of width d or latent, sorted by expert, and one again."""
         op = ops.backend(x)
         logits = self.gate(x)
         idx, p = op.route(logits, self.e_score_correction_bias, self.k, self.scale)
@@ -234,5 +238,6 @@ class Mix(nn.Module):
         self.proj.weight.optim = "adamw"
 
     def forward(self, sources: list[Tensor]) -> Tensor:
+        """Sources [N, d] in the order of depth -> [N, d], weighted by softmax over them of (norm w) . RMSNorm(source)."""
         w = wide(self.norm.weight) * wide(self.proj.weight[0])
         return ops.backend(sources[0]).mix(sources, w, self.norm.eps)
