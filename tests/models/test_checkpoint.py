@@ -75,6 +75,7 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(saved):
 
 
 @pytest.mark.parametrize("change,words", [({"mixers": ["mla", "rnn"]}, "ffns"), ({"hidden_size": 100}, "multiples of 8"),
+                                          ({"intermediate_size": 50}, "multiples of 8"), ({"qk_rope_head_dim": 9}, "even"),
                                           ({"mixers": ["rnn"] * 4}, "rnn")])  # fmt: skip
 def test_impossible_configurations_say_what_is_impossible(change, words):
     with pytest.raises(UserError, match=words):

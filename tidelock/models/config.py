@@ -93,10 +93,14 @@ class ModelConfig:
             "qk_nope_head_dim": self.qk_nope_head_dim,
             "v_head_dim": self.v_head_dim,
             "kda_head_dim": self.kda_head_dim,
+            "kda_gate_rank": self.kda_gate_rank or 8,
+            "intermediate_size": self.intermediate_size,
             "moe_intermediate_size": self.moe_intermediate_size,
             "routed_expert_hidden_size": self.routed_expert_hidden_size or 8,
         }
         odd = [f"{k}={v}" for k, v in widths.items() if v % 8]
+        if self.qk_rope_head_dim % 2:
+            raise UserError(f"model config {self.name!r}: qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
         if odd:
             raise UserError(f"model config {self.name!r}: widths must be multiples of 8, got {', '.join(odd)}")
 
