@@ -14,7 +14,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from tidelock.models import Batch, CacheView
 from tidelock.tokens.policy import Chunk, PolicyError
 
 from .admission import Admission
@@ -23,12 +22,11 @@ from .limits import Limits, Stats
 from .line import Line
 from .memory import Memory
 from .offload import Store
+from .runner import Work, forward, plan
 from .sampling import sample
 from .sequence import DONE, RUNNING, WAITING, Sequence
 from .tree import Tree, common
 from .weights import Weights
-
-Work = list[tuple[Sequence, int]]  # sequences and how many of their rows run in this step
 
 NOT_A_NUMBER = PolicyError("the model produced a value that is not a number", status=500, kind="server_error")
 
@@ -111,7 +109,7 @@ class Scheduler:
         """Admit, run one packed forward per set of weights, sample, deliver."""
         self.expire()
         self._admit()
-        work = self._plan()
+        work = plan(self.running, self.limits.step_tokens, self.line.level)
         for weights in dict.fromkeys(seq.weights for seq, _ in work):
             self._run(weights, [(seq, rows) for seq, rows in work if seq.weights is weights])
         if work:
@@ -143,7 +141,7 @@ class Scheduler:
         self.line.charge(seq, seq.longest - seq.computed)
         seq.state = RUNNING
         self.running.append(seq)
-        seq.stops = {len(seq.ids)}
+        seq.stops = {len(seq.ids)} if self.memory.hybrid else set()
         if self.memory.hybrid and self.limits.reuse:
             known = min(sum(n for _, n in path), len(seq.ids) - 1)
             if known - seq.computed >= self.limits.page_size:  # a second child: the branch gets a state of its own
@@ -166,36 +164,16 @@ class Scheduler:
                 continue
             have = self.tree.reach(path, last) if have is None else have
             if shared - have >= self.limits.page_size:
-                other.stops.add(shared)
+                if self.memory.hybrid:
+                    other.stops.add(shared)
                 other.urgency = min(other.urgency, seq.urgency)
                 return True
         return False
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def _plan(self) -> Work:
-        """Decoding sequences first, those that ran longest ago before others. What is left of the budget goes to
-        prompts, the more urgent first and evenly among equals, so that a long one does not hold up the short."""
-        work, budget = [], self.limits.step_tokens
-        prompts: dict[int, list[Sequence]] = {}
-        for seq in sorted(self.running, key=lambda s: s.last_step):
-            if seq.pending > 1:
-                prompts.setdefault(self.line.level(seq), []).append(seq)
-            elif budget:
-                work.append((seq, 1))
-                budget -= 1
-        for level in sorted(prompts):
-            group = sorted(prompts[level], key=lambda s: (s.pending, s.number))
-            for i, seq in enumerate(group):
-                share = -(-budget // (len(group) - i))
-                rows = min(share, (seq.next_stop if self.memory.hybrid else len(seq.ids)) - seq.computed)
-                if rows:
-                    work.append((seq, rows))
-                    budget -= rows
-        return work
-
     def _run(self, weights: Weights, work: Work) -> None:
-        hidden, last_rows = self._forward(weights, work)
+        hidden, last_rows = forward(weights.model, self.memory, work)
         ready = []
         for i, (seq, rows) in enumerate(work):
             decoding = rows == 1 and seq.sampled > 0
@@ -210,23 +188,8 @@ class Scheduler:
                 ready.append(i)
         if ready:
             with torch.no_grad():
-                logits = weights.model.logits(hidden[torch.from_numpy(last_rows[ready])])
+                logits = weights.model.logits(hidden[last_rows[ready]])
             self._sample([work[i][0] for i in ready], logits)
-
-    def _forward(self, weights: Weights, work: Work) -> tuple[torch.Tensor, np.ndarray]:
-        """Hidden states of all rows, and which row is each sequence's last."""
-        cu = np.zeros(len(work) + 1, dtype=np.int32)
-        np.cumsum([rows for _, rows in work], out=cu[1:])
-        ids = np.concatenate([s.ids[s.computed : s.computed + rows] for s, rows in work])
-        start = np.array([s.computed for s, _ in work], dtype=np.int32)
-        table = np.zeros((len(work), max(len(s.pages) for s, _ in work)), dtype=np.int32)
-        for row, (s, _) in zip(table, work):
-            row[: len(s.pages)] = s.pages
-        slots = np.array([max(s.slot, 0) for s, _ in work], dtype=np.int32)
-        batch = Batch(*(torch.from_numpy(a) for a in (ids.astype(np.int64), cu, start)))
-        with torch.no_grad():
-            hidden = weights.model(batch, self.memory.cache, CacheView(torch.from_numpy(table), torch.from_numpy(slots)))
-        return hidden, cu[1:].astype(np.int64) - 1
 
     def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> None:
         ids, logprobs = sample(
