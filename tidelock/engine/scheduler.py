@@ -139,7 +139,7 @@ class Scheduler:
         self.tree.touch(path)
         self.line.leave(seq)
         self.line.charge(seq, seq.longest - seq.computed)
-        seq.state = RUNNING
+        seq.state, seq.follows = RUNNING, None
         self.running.append(seq)
         seq.stops = {len(seq.ids)} if self.memory.hybrid else set()
         if self.memory.hybrid and self.limits.reuse:
@@ -163,10 +163,10 @@ class Scheduler:
             if shared <= other.computed:
                 continue
             have = self.tree.reach(path, last) if have is None else have
-            if shared - have >= self.limits.page_size:
+            if seq.follows is other or shared - have >= self.limits.page_size:
                 if self.memory.hybrid:
                     other.stops.add(shared)
-                other.urgency = min(other.urgency, seq.urgency)
+                other.urgency, seq.follows = min(other.urgency, seq.urgency), other
                 return True
         return False
 

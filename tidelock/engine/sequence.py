@@ -35,6 +35,7 @@ class Sequence:
     urgency: int = 0  # params.priority, or that of a more urgent request that waits for this one's prefix
     waiting_since: int = 0  # on the clock of served tokens
     number: int = 0  # order of arrival
+    follows: Sequence | None = None  # while it waits for a running prompt with the same beginning
     charge: int = 0  # tokens the tenant was charged on admission
     spent: int = 0  # rows run since then
     # while running
