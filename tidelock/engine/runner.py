@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,18 +36,18 @@ def forward(model: TransformerLM, memory: Memory, work: Work) -> tuple[Tensor, T
     return hidden, torch.from_numpy(cu[1:].astype(np.int64) - 1)
 
 
-def plan(running: list[Sequence], budget: int, level) -> Work:
-    """The next step's work. Decoding sequences first, those that ran longest ago before others. What is left of the
-    budget (in tokens) goes to prompts, the more urgent first (`level` of a sequence, lower first) and evenly among
-    equals, so that a long prompt does not hold up the short ones."""
-    work: Work = []
+def plan(running: list[Sequence], budget: int, level: Callable[[Sequence], int]) -> Work:
+    """The next step's work, at most `budget` tokens. Decoding sequences first, those that ran longest ago before others;
+    but a quarter of the budget is for prompts, and what the others leave: the more urgent first (`level`, lower first),
+    evenly among equals, so that a long prompt does not hold up the short ones."""
+    decoding = sorted((s for s in running if s.pending == 1), key=lambda s: s.last_step)
     prompts: dict[int, list[Sequence]] = {}
-    for seq in sorted(running, key=lambda s: s.last_step):
+    for seq in running:
         if seq.pending > 1:
             prompts.setdefault(level(seq), []).append(seq)
-        elif budget:
-            work.append((seq, 1))
-            budget -= 1
+    theirs = min(max(budget // 4, 1), sum(s.pending for group in prompts.values() for s in group))
+    work = [(seq, 1) for seq in decoding[: budget - theirs]]
+    budget -= len(work)
     for urgency in sorted(prompts):
         group = sorted(prompts[urgency], key=lambda s: (s.pending, s.number))
         for i, seq in enumerate(group):
