@@ -49,9 +49,9 @@ def test_the_next_turn_runs_its_new_tokens_and_the_one_that_was_never_run(name):
 
 
 @each_model
-@pytest.mark.parametrize("chunk", [5, 512])
-def test_a_group_of_samples_prefills_its_prompt_once(name, chunk):
-    d, prompt = Driver(MODELS[name], step_tokens=chunk), list(range(30)) * 2
+@pytest.mark.parametrize(("chunk", "batch"), [(5, 64), (512, 64), (512, 1)])
+def test_a_group_of_samples_prefills_its_prompt_once(name, chunk, batch):
+    d, prompt = Driver(MODELS[name], step_tokens=chunk, max_batch=batch), list(range(30)) * 2
     group = [d.submit(prompt, seed=s) for s in range(8)]
     d.drain()
     assert d.stats.prefilled == len(prompt) + 7  # the others run the last token, to have something to sample from

@@ -8,7 +8,7 @@ queueing: a tenant that was away gets no credit for it), and a tenant's own requ
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 
 from .limits import Limits, Stats
@@ -25,6 +25,7 @@ class Line:
         self._floor = 0  # what the tenant admitted last had been charged: newcomers start here
         self._arrivals = 0
         self._length = 0
+        self._prompts: Counter[int] = Counter()  # by fingerprint
 
     def __len__(self) -> int:
         return self._length
@@ -40,15 +41,11 @@ class Line:
     def join(self, seq: Sequence) -> None:
         self._arrivals += 1
         seq.number, seq.waiting_since = self._arrivals, self._stats.served
-        self._queue(seq)[seq] = None
-        self._length += 1
+        self._enter(seq)
 
     def rejoin(self, seq: Sequence) -> None:
         """Back to the head of its queue; the time it waited and what it has paid for still count."""
-        queue = self._queue(seq)
-        queue[seq] = None
-        queue.move_to_end(seq, last=False)
-        self._length += 1
+        self._enter(seq).move_to_end(seq, last=False)
 
     def leave(self, seq: Sequence) -> None:
         key = (seq.params.tenant, seq.params.priority)
@@ -56,6 +53,13 @@ class Line:
         if not self._queues[key]:
             del self._queues[key]
         self._length -= 1
+        self._prompts[seq.fingerprint] -= 1
+        if not self._prompts[seq.fingerprint]:
+            del self._prompts[seq.fingerprint]
+
+    def has_twin(self, seq: Sequence) -> bool:
+        """Whether a request with the same prompt waits."""
+        return seq.fingerprint in self._prompts
 
     def candidates(self) -> Iterator[Sequence]:
         """Waiting requests in the order of admission. The caller may take (`leave`, `charge`) the one it was given
@@ -77,8 +81,12 @@ class Line:
         if seq is not None:
             heapq.heappush(heap, (self.level(seq), self._owed(seq), seq.number, seq, rest))
 
-    def _queue(self, seq: Sequence) -> OrderedDict[Sequence, None]:
-        return self._queues.setdefault((seq.params.tenant, seq.params.priority), OrderedDict())
+    def _enter(self, seq: Sequence) -> OrderedDict[Sequence, None]:
+        queue = self._queues.setdefault((seq.params.tenant, seq.params.priority), OrderedDict())
+        queue[seq] = None
+        self._length += 1
+        self._prompts[seq.fingerprint] += 1
+        return queue
 
     # -- what tenants have been served --------------------------------------------------------------------------------
 

@@ -146,6 +146,8 @@ class Scheduler:
             known = min(sum(n for _, n in path), len(seq.ids) - 1)
             if known - seq.computed >= self.limits.page_size:  # a second child: the branch gets a state of its own
                 seq.stops.add(known)
+            if self.line.has_twin(seq):  # which needs one token to run, to have something to sample from
+                seq.stops.add(len(seq.ids) - 1)
             if seq.computed == 0 and self._boundary is not None:
                 ends = np.flatnonzero(seq.prompt == self._boundary)
                 if len(ends) > 1:  # a fresh conversation: its system and tools, all that comes before the last message

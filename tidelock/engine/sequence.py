@@ -53,6 +53,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.urgency = self.params.priority
         self._buffer, self._length = self.prompt, len(self.prompt)
+        self.fingerprint = hash(self.prompt.tobytes())  # equal prompts have equal ones
 
     @property
     def ids(self) -> np.ndarray:
