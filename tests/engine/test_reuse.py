@@ -8,7 +8,8 @@ from benchmarks.agent_replay import run as replay
 from benchmarks.schedules import END, VOCAB, make, run
 from tests.engine.driving import Driver
 from tidelock.engine.limits import Limits
-from tidelock.models import ops
+from tidelock.engine.memory import Memory
+from tidelock.models import ops, preset
 
 exact = pytest.mark.skipif(not ops.exact(), reason="bitwise only with the compiled kernels")
 each_model = pytest.mark.parametrize("name", ["nano-k3", "nano-k2"])
@@ -138,3 +139,18 @@ def test_a_tool_loop_prefills_what_is_new():
     for name in ("nano-k2", "nano-k3"):
         r = replay(name, conversations=8, turns=5, limits=Limits(n_pages=1024, n_slots=128))
         assert r.prefilled <= 1.05 * r.new and r.prefilled + r.cached == r.sent
+
+
+@each_model
+def test_what_the_last_tier_lost_is_forgotten(name):
+    d = Driver(MODELS[name], n_pages=12, n_slots=4, host_bytes=60_000)
+    for i in range(60):
+        d.ask([10 + i % 20, 10 + i // 20, *range(1, 30), *range(1, 30)], max_tokens=1)
+    assert d.stats.evicted > 50
+    assert len(list(d.scheduler.tree)) < 30 and d.scheduler.store._host_bytes <= 60_000
+
+
+def test_a_large_models_cache_is_sized_in_bytes():
+    memory = Memory(preset("small-k3", VOCAB), Limits(cache_bytes=64 << 20))
+    assert memory.pages.size * memory.page_bytes <= 32 << 20 and memory.slots.size * memory.slot_bytes <= 32 << 20
+    assert (memory.pages.size, memory.slots.size) == (819, 5)

@@ -78,6 +78,8 @@ class Engine:
         self._count_in(seq)
         try:
             self._commands.put(lambda: self._scheduler.submit(seq))
+            if self._dead is not None:  # it died meanwhile, and may not have seen us
+                raise self._dead
             while True:
                 item = await inbox.get()
                 if isinstance(item, PolicyError):
@@ -171,7 +173,7 @@ class Engine:
         if longest > self.context:
             raise _bad(f"prompt of {len(prompt_ids)} tokens + max_tokens {params.max_tokens} "
                        f"exceeds the context of {self.context}")  # fmt: skip
-        if longest > self.limits.n_pages * self.limits.page_size:
+        if longest > self._scheduler.memory.capacity:
             raise _bad(f"{longest} tokens are more than the engine's cache holds")
         if len(self._live) >= self.limits.queue:
             raise _full()
@@ -246,6 +248,8 @@ class Engine:
             loop.call_soon_threadsafe(done.set)
 
         self._commands.put(work)
+        if self._dead is not None:
+            raise self._dead
         await done.wait()
 
     def _abort_all(self) -> None:

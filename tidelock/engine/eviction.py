@@ -24,6 +24,8 @@ class Eviction:
         """Whether so many pages and slots are free now, after forgetting as little as that takes (and a bit ahead)."""
         if self.memory.hybrid and slots > self.memory.slots.free:
             self._evict(self._state_candidates(), self._drop_state, self.memory.slots, slots)
+        if pages > self.memory.pages.free and self.tree.store.open:
+            self.tree.prune()
         while pages > self.memory.pages.free:
             candidates = self._page_candidates()
             if not candidates:

@@ -11,9 +11,10 @@ class Limits:
 
     max_batch: int = 64  # requests that run at the same time
     step_tokens: int = 2048  # rows of one forward, decoding and prefill together
-    n_pages: int = 8192  # latent pages of `page_size` tokens
-    page_size: int = 16
-    n_slots: int = 1024  # KDA states: one per running request, the others are snapshots
+    page_size: int = 16  # tokens
+    n_pages: int | None = None  # latent pages; None: what fits into its part of cache_bytes, at most 8192
+    n_slots: int | None = None  # KDA states, one per running request and snapshot; None: likewise, at most 1024
+    cache_bytes: int = 1 << 30
     queue: int = 4096  # requests accepted and not finished; one more is refused at once
     queue_bytes: int = 64 << 20  # of their prompts (4 bytes per token)
     stream_every: int = 4  # tokens per chunk of a stream

@@ -52,12 +52,21 @@ class Memory:
     def __init__(self, config: ModelConfig, limits: Limits) -> None:
         self.hybrid = "kda" in config.mixers  # a model with KDA resumes only where a state was kept
         self.page_size = limits.page_size
-        self.cache = Cache(config, limits.n_pages, limits.page_size, limits.n_slots if self.hybrid else 1)
-        self.pages, self.slots = Pool(limits.n_pages), Pool(limits.n_slots)
+        one = Cache(config, 1, limits.page_size, 1)
+        self.page_bytes = sum(t.nbytes for t in one.pages if t is not None)
+        self.slot_bytes = sum(t.nbytes for t in (*one.states, *one.tails) if t is not None)
+        part = limits.cache_bytes // (2 if self.hybrid else 1)
+        n_pages = limits.n_pages or max(1, min(8192, part // max(self.page_bytes, 1)))
+        n_slots = limits.n_slots or max(1, min(1024, part // max(self.slot_bytes, 1)))
+        self.cache = Cache(config, n_pages, limits.page_size, n_slots if self.hybrid else 1)
+        self.pages, self.slots = Pool(n_pages), Pool(n_slots)
         self._latents = [t for t in self.cache.pages if t is not None]
         self._states = [t for t in (*self.cache.states, *self.cache.tails) if t is not None]
-        self.page_bytes = sum(t[0].nbytes for t in self._latents)
-        self.slot_bytes = sum(t[0].nbytes for t in self._states)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens."""
+        return self.pages.size * self.page_size
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

@@ -44,11 +44,14 @@ class Store:
         if blob.nbytes > max(self._host_budget, self._disk_budget):
             return None
         key = next(self._keys)
-        self._host[key], self._host_bytes = blob, self._host_bytes + blob.nbytes
-        while self._host_bytes > self._host_budget:
-            old, tensor = self._host.popitem(last=False)
-            self._host_bytes -= tensor.nbytes
-            self._to_disk(old, tensor)
+        if blob.nbytes > self._host_budget:
+            self._to_disk(key, blob)
+        else:
+            self._host[key], self._host_bytes = blob, self._host_bytes + blob.nbytes
+            while self._host_bytes > self._host_budget:
+                old, tensor = self._host.popitem(last=False)
+                self._host_bytes -= tensor.nbytes
+                self._to_disk(old, tensor)
         return key if key in self else None
 
     def get(self, key: int) -> Tensor | None:

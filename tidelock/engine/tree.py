@@ -181,6 +181,12 @@ class Tree:
             node.rows_key = node.state_key = None
             stack.extend(node.children.values())
 
+    def prune(self) -> None:
+        """Take out the ends of paths whose latents are nowhere any more (pushed out of the store's last tier)."""
+        for node in reversed(list(self)):
+            if not node.children and not node.pins and not self.has_rows(node):
+                self.remove(node)
+
     def drop(self, weights: Hashable) -> None:
         """Forget everything that was computed with these weights."""
         root = self._roots.pop(weights, None)
