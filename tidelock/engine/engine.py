@@ -143,7 +143,7 @@ class Engine:
             await self._on_thread(self._abort_all)
         else:
             loop, idle = asyncio.get_running_loop(), asyncio.Event()
-            await self._on_thread(lambda: self._when_idle.append(lambda: loop.call_soon_threadsafe(idle.set)))
+            await self._on_thread(lambda: self._drain(lambda: loop.call_soon_threadsafe(idle.set)))
             await idle.wait()
 
     async def resume(self) -> None:
@@ -251,6 +251,10 @@ class Engine:
         if self._dead is not None:
             raise self._dead
         await done.wait()
+
+    def _drain(self, then: Callable[[], None]) -> None:
+        self._frozen = False
+        self._when_idle.append(then)
 
     def _abort_all(self) -> None:
         for seq in (*self._scheduler.running, *self._scheduler.line):
