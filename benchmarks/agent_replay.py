@@ -69,12 +69,19 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--conversations", type=int, default=64)
     p.add_argument("--turns", type=int, default=20)
+    p.add_argument("--pages", type=int, help="latent pages of 16 tokens (default: enough)")
+    p.add_argument("--slots", type=int, help="KDA states (default: enough)")
+    p.add_argument("--host-mib", type=int, default=0, help="offload evicted data to this much host memory")
+    p.add_argument("--disk-mib", type=int, default=0, help="and to this much of --disk-dir")
+    p.add_argument("--disk-dir")
     p.add_argument("--check", action="store_true", help="fail unless at most 1.05 times the new tokens were prefilled")
     args = p.parse_args()
+    limits = Limits(n_pages=args.pages, n_slots=args.slots, host_bytes=args.host_mib << 20, disk_bytes=args.disk_mib << 20,
+                    disk_dir=args.disk_dir)  # fmt: skip
     print(f"{args.conversations} conversations x {args.turns} turns")
     print(f"{'model':>8} {'new':>8} {'prefilled':>9} {'ratio':>6} {'cached':>9} {'sent':>9} {'seconds':>8}")
     for name in ("nano-k2", "nano-k3"):
-        r = run(name, args.conversations, args.turns)
+        r = run(name, args.conversations, args.turns, limits)
         print(f"{name:>8} {r.new:>8} {r.prefilled:>9} {r.ratio:>6.3f} {r.cached:>9} {r.sent:>9} {r.seconds:>8.1f}")
         if args.check and r.ratio > 1.05:
             raise SystemExit(f"{name} prefilled {r.ratio:.3f} times the new tokens")
