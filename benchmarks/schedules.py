@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from tidelock.engine.limits import Limits
-from tidelock.engine.sampling import sample
+from tidelock.engine.sampling import uniform
 from tidelock.engine.scheduler import Scheduler
 from tidelock.engine.sequence import DONE, Sequence
 from tidelock.engine.weights import Weights
@@ -70,11 +70,23 @@ class Naive:
         ids = np.array([*seq.prompt, *asked.ids], dtype=np.int32)
         for i, (token, logprob, version) in enumerate(zip(asked.ids, asked.logprobs, asked.versions)):
             row = self.logits(asked.weights_of[version], ids)[len(seq.prompt) + i - 1]
-            one = np.array([params.temperature]), np.array([params.top_p]), np.array([seq.seed], np.uint64)
-            want, its_logprob = sample(row[None], *one, np.array([i], np.uint64))
-            assert int(want[0]) == token, f"{seq.request_id}: token {i} is {token}, alone it is {int(want[0])}"
-            off = abs(float(its_logprob[0]) - logprob)
+            want = draw(row.numpy(), params.temperature, params.top_p, asked.seed, i)
+            assert want == token, f"{seq.request_id}: token {i} is {token}, alone it is {want}"
+            off = abs(float(torch.log_softmax(row, -1)[token]) - logprob)
             assert off == 0 or (not ops.exact() and off < 1e-4), f"{seq.request_id}: token {i} is off by {off} nats"
+
+
+def draw(logits: np.ndarray, temperature: float, top_p: float, seed: int, position: int) -> int:
+    """One token, by the book."""
+    if temperature == 0:
+        return int(logits.argmax())
+    p = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    order = np.argsort(-p, kind="stable")
+    kept = order[np.cumsum(p[order]) - p[order] < top_p * p.sum()]
+    p[np.setdiff1d(order, kept)] = 0
+    edges = np.cumsum(p)
+    u = uniform(np.array([seed], np.uint64), np.array([position], np.uint64))[0]
+    return int(np.searchsorted(edges, u * edges[-1], side="right"))
 
 
 @dataclass
@@ -82,6 +94,7 @@ class Asked:
     """A request and what came back."""
 
     seq: Sequence
+    seed: int
     weights_of: dict[int, int]  # version -> index of the model
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -147,9 +160,9 @@ class Schedule:
                 top_p=rng.choice([1.0, 0.8]), stop_ids=(END,), tenant=rng.choice("abc"), priority=rng.choice([-1, 0, 0, 5]),
             )  # fmt: skip
             deadline = self.now + rng.randint(0, 30) if rng.random() < 0.1 else None
-            asked = Asked(None, self.weights_of)
+            asked = Asked(None, rng.getrandbits(63), self.weights_of)
             asked.seq = Sequence(f"r{len(self.asked)}", np.array(prompt, dtype=np.int32), params, asked.take,
-                                 rng.getrandbits(63), deadline)  # fmt: skip
+                                 asked.seed, deadline)  # fmt: skip
             self.asked.append(asked)
             self.scheduler.submit(asked.seq)
 
