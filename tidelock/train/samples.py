@@ -11,10 +11,9 @@ from .packing import Sample
 
 
 def text_samples(texts: Iterable[str], tokenizer, length: int, weight: float = 1.0) -> Iterator[Sample]:
-    """Documents cut into pieces of at most `length` ids, every token predicted. A document ends with `<|eod|>`."""
-    end = tokenizer.special("<|eod|>")
+    """Documents cut into pieces of at most `length` ids, every token predicted. Documents end as the tokenizer ends them."""
     for text in texts:
-        ids = [*tokenizer.encode(text), end]
+        ids = [*tokenizer.encode(text), tokenizer.document_end]
         for at in range(0, len(ids), length):
             piece = ids[at : at + length]
             if len(piece) > 1:
