@@ -56,7 +56,7 @@ def test_canonical_is_idempotent_and_numbers_calls_through_the_conversation(conv
 
 
 @every_template
-def test_results_keep_to_their_calls_in_whatever_order_they_come(t):
+def test_results_come_in_the_order_of_their_calls_whatever_order_they_were_given_in(t):
     earlier, a, b = ToolCall("x", "f", {}), ToolCall("a", "first", {}), ToolCall("b", "second", {})
     conversation = canonical([
         Message("assistant", tool_calls=(earlier,)), Message("tool", "0", tool_call_id="x"),
@@ -65,8 +65,8 @@ def test_results_keep_to_their_calls_in_whatever_order_they_come(t):
     ])  # fmt: skip
     parsed = t.parse(t.render(conversation))
     assert [(m.tool_call_id, m.name, m.content) for m in parsed[3:]] == [
-        ("functions.second:2", "second", "2"),
         ("functions.first:1", "first", "1"),
+        ("functions.second:2", "second", "2"),
     ]
 
 
@@ -125,5 +125,5 @@ def test_text_that_is_not_unicode_is_rendered_all_the_same(name):
 
 
 def test_an_unknown_template_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="chatml, xtml"):
+    with pytest.raises(UserError, match="chatml, k2, k2-thinking, k2.5, k2.6, k2.7, k3, xtml"):
         get_template("jinja", ByteTokenizer())
