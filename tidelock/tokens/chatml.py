@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from . import jsontext
+from .dialects import CHATML, DIALECTS, Dialect
 from .message import DIRECTIVES, Message, ToolSpec
 from .template import (
     Template,
@@ -35,30 +36,10 @@ from .template import (
 )
 from .turn import TurnParser, call_id
 
-
-@dataclass(frozen=True)
-class Dialect:
-    """What one model of the line does its own way."""
-
-    name: str
-    opened: tuple[str, ...] = ()  # what the generation prompt ends with; a model that is given nothing opens <think> itself
-    thinks: bool = True  # False: a turn has no reasoning, and any that a message brings is left out
-    forgets: bool = False  # reasoning up to the latest answer is left out of the prompt
-    system: str = ""  # the system prompt of a conversation without one; "" = none
-    sorted_tools: bool = True  # keys of a tool declaration, recursively; False: type, function{name, description, ...}
-
-
-KIMI = "You are Kimi, an AI assistant created by Moonshot AI."
-K2 = Dialect("k2", thinks=False, system=KIMI, sorted_tools=False)
-K2_THINKING = Dialect("k2-thinking", forgets=True, system=KIMI, sorted_tools=False)
-K2_5 = Dialect("k2.5", opened=("<think>",), forgets=True)
-INSTANT = Dialect("k2.5-instant", opened=("<think>", "</think>"), thinks=False)
-CHATML = Dialect("chatml", opened=("<think>",))
-
 # `functions.name:3`: the name may hold anything, so the last colon counts.
 CALL_ID = re.compile(r"\s*(?:functions\.)?(.*):[0-9]+\s*", re.DOTALL)
 # A counter alone names no function: which tool is meant can only be told from the arguments.
-BARE_ID = re.compile(r"\s*(?:functions\.?)?:?[0-9]+\s*")
+BARE_ID = re.compile(r"\s*(?:functions\.|:)?[0-9]+\s*")
 RETURN = "## Return of {id}\n"
 # Messages under these names are not tool results; a tool of such a name answers under `TOOL` (the id has its name).
 RESERVED = ("system", "tool_declare", *DIRECTIVES)
@@ -198,14 +179,14 @@ class ChatML(Template):
         return self._without_default(messages)
 
     def _without_default(self, messages: list[Message]) -> list[Message]:
-        """A system prompt that says what is said without one stands for none, where none would bring it back."""
-        if not self.dialect.system or not messages or messages[0].content != self.dialect.system:
+        """A system prompt that says what is said without one stands for none, wherever none would bring it back."""
+        first, rest = messages[0] if messages else Message("user"), messages[1:]
+        if not self.dialect.system or first.role != "system" or first.name or first.content != self.dialect.system:
             return messages
-        first, rest = messages[0], messages[1:]
-        followed = rest[0] if rest else Message("system" if not first.tools else "user")
-        if first.tools and (followed.role != "system" or followed.tools or followed.name):
-            return [replace(first, content=""), *rest]
-        return messages if first.role != "system" or first.tools or first.name or followed.role == "system" else rest
+        if first.tools:
+            joins = rest and rest[0].role == "system" and not rest[0].tools and not rest[0].name
+            return messages if joins else [replace(first, content=""), *rest]
+        return rest if rest and rest[0].role != "system" else messages
 
     def _split(self, ids: Sequence[int]) -> list[tuple[int, str, list[int]]]:
         """(role, name, what follows the header) of each message; a cut turn ends where the next message begins."""
@@ -294,17 +275,10 @@ def _tool_that_takes(arguments: dict[str, object], tools: Sequence[ToolSpec]) ->
 
 
 def _fits(keys: set[str], schema: object) -> bool:
-    properties, required = ({}, []) if not isinstance(schema, dict) else (
-        schema.get("properties", {}), schema.get("required", [])
-    )
-    return keys <= set(properties) and keys >= set(required)
+    if not isinstance(schema, dict):
+        return False
+    known, required = schema.get("properties", {}), schema.get("required", [])
+    return isinstance(known, dict) and keys <= set(known) and isinstance(required, list) and all(k in keys for k in required)
 
 
-FORMATS = {
-    "k2": {False: partial(ChatML, dialect=K2)},
-    "k2-thinking": {True: partial(ChatML, dialect=K2_THINKING)},
-    "k2.5": {True: partial(ChatML, dialect=K2_5), False: partial(ChatML, dialect=INSTANT)},
-    "k2.6": {True: ChatML, False: partial(ChatML, dialect=INSTANT)},
-    "k2.7": {True: ChatML},
-    "chatml": {True: ChatML, False: partial(ChatML, dialect=INSTANT)},
-}
+FORMATS = {name: {d.thinks: partial(ChatML, dialect=d) for d in modes} for name, modes in DIALECTS.items()}

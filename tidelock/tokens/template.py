@@ -66,8 +66,7 @@ class Template:
             out += self._opening(new)
         for message in new:
             if message.role == "assistant":
-                out += self.generation_prompt()
-                out += self.sampled(message) if message.verbatim is None else message.verbatim
+                out += self.generation_prompt() + self.turn(message)
             else:
                 out += self._input(message, before)
             before.append(message)
@@ -86,6 +85,10 @@ class Template:
     def generation_prompt(self) -> list[int]:
         """What comes before the first sampled id of an assistant turn."""
         raise NotImplementedError
+
+    def turn(self, message: Message) -> list[int]:
+        """The ids that were sampled for an assistant message: what follows the generation prompt."""
+        return self.sampled(message) if message.verbatim is None else list(message.verbatim)
 
     def sampled(self, message: Message) -> list[int]:
         """The ids a model would sample to say this assistant message, from its text, stop id included."""
