@@ -175,14 +175,15 @@ def test_each_dialect_reads_its_turns_as_well_as_it_can(name, case):
 TOOLS = (
     ToolSpec("read", "", {"properties": {"path": {}, "lines": {}}, "required": ["path"]}),
     ToolSpec("write", "", {"properties": {"path": {}, "text": {}}, "required": ["path", "text"]}),
-    ToolSpec("now", "", {}),
+    ToolSpec("copy", "", {"properties": {"old": {}, "new": {}}}),
+    ToolSpec("move", "", {"properties": {"old": {}, "new": {}}}),
     ToolSpec("odd", "", {"properties": [{}], "required": {}}),
 )
 
 
 @pytest.mark.parametrize("bare", ["3", ":3", " functions.3 "])
 @pytest.mark.parametrize(("arguments", "name"), [
-    ('{"path":"a","lines":2}', "read"), ('{"path":"a","text":""}', "write"), ("{}", "now"), ('{"path":"a"}', "read"),
+    ('{"path":"a","lines":2}', "read"), ('{"path":"a","text":""}', "write"), ('{"path":"a"}', "read"),
 ])  # fmt: skip
 def test_a_bare_counter_is_understood_by_its_arguments(bare, arguments, name):
     """As models call tools once an engine has shown them ids of its own making."""
@@ -196,8 +197,8 @@ def test_a_bare_counter_is_understood_by_its_arguments(bare, arguments, name):
         assert message.verbatim == tuple(ids)
 
 
-@pytest.mark.parametrize("arguments", ['{"nobody":1}', "not json", '{"path":"a","text":"","lines":1}'])
-def test_a_bare_counter_that_fits_no_tool_stays_one(arguments):
+@pytest.mark.parametrize("arguments", ['{"nobody":1}', "not json", '{"path":"a","text":"","lines":1}', '{"old":"a","new":"b"}', "{}"])
+def test_a_bare_counter_that_fits_no_tool_or_more_than_one_stays_one(arguments):
     t = template("k2", "kimi")
     _, message = streamed(t.parser(0, TOOLS), [chatml_ids(S, C, "3", A, arguments, C_END, S_END, END, t=t)])
     assert [c.name for c in message.tool_calls] == ["3"]

@@ -20,7 +20,7 @@ from pathlib import Path
 import tiktoken
 
 from .errors import UserError
-from .tokenizer import CACHED_CHARS, Vocabulary, well_formed
+from .tokenizer import CACHED_CHARS, Vocabulary
 
 MODEL_FILE, CONFIG_FILE = "tiktoken.model", "tokenizer_config.json"
 RESERVED = 256
@@ -74,7 +74,7 @@ class KimiTokenizer(Vocabulary):
         return list(self._encode_cached(text) if len(text) <= CACHED_CHARS else self._encode(text))
 
     def _encode(self, text: str) -> list[int]:
-        return [i for piece in pieces(well_formed(text)) for i in self._library.encode_ordinary(piece)]
+        return [i for piece in pieces(text) for i in self._library.encode_ordinary(piece)]
 
     def _base_bytes(self, token: int) -> bytes:
         return self._bytes[token]

@@ -125,7 +125,7 @@ class BPETokenizer(Vocabulary):
         try:
             return self._library.encode(text).ids
         except (UnicodeError, TypeError):  # what the library raises for surrogates depends on its version
-            return self._library.encode(well_formed(text)).ids
+            return self._library.encode(_well_formed(text)).ids
 
     def _base_bytes(self, token: int) -> bytes:
         return self._bytes[token]
@@ -159,7 +159,7 @@ class ByteTokenizer(Vocabulary):
         self.document_end = self.special("<|eod|>")
 
     def encode(self, text: str) -> list[int]:
-        return list(well_formed(text).encode())
+        return list(_well_formed(text).encode())
 
     def _base_bytes(self, token: int) -> bytes:
         return bytes([token])
@@ -180,8 +180,7 @@ def load_tokenizer(directory: str | Path) -> Vocabulary:
     raise UserError(f"no tokenizer: {directory} holds neither {MODEL_FILE} nor {JSON_FILE}")
 
 
-def well_formed(text: str) -> str:
-    """`text` with U+FFFD for lone surrogates."""
+def _well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
