@@ -178,6 +178,8 @@ TOOLS = (
     ToolSpec("copy", "", {"properties": {"old": {}, "new": {}}}),
     ToolSpec("move", "", {"properties": {"old": {}, "new": {}}}),
     ToolSpec("odd", "", {"properties": [{}], "required": {}}),
+    ToolSpec("odder", "", {"properties": {"path": {}, "old": {}}, "required": [[], {}]}),
+    ToolSpec("oddest", "", []),
 )
 
 

@@ -270,15 +270,18 @@ class ChatMLParser(TurnParser):
 
 def _tool_that_takes(arguments: dict[str, object], tools: Sequence[ToolSpec]) -> str | None:
     """The one tool whose parameters fit these arguments; None when there is none or more than one."""
-    fitting = [tool.name for tool in tools if _fits(set(arguments), tool.parameters)]
+    fitting = [tool.name for tool in tools if _fits(list(arguments), tool.parameters)]
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _fits(keys: set[str], schema: object) -> bool:
+def _fits(keys: list[str], schema: object) -> bool:
+    """A schema that says its parameters in no way we know fits nothing."""
     if not isinstance(schema, dict):
         return False
     known, required = schema.get("properties", {}), schema.get("required", [])
-    return isinstance(known, dict) and keys <= set(known) and isinstance(required, list) and all(k in keys for k in required)
+    if not isinstance(known, dict) or not isinstance(required, list):
+        return False
+    return all(key in known for key in keys) and all(key in keys for key in required)
 
 
 FORMATS = {name: {d.thinks: partial(ChatML, dialect=d) for d in modes} for name, modes in DIALECTS.items()}

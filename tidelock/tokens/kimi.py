@@ -24,8 +24,8 @@ from .tokenizer import CACHED_CHARS, Vocabulary
 
 MODEL_FILE, CONFIG_FILE = "tiktoken.model", "tokenizer_config.json"
 RESERVED = 256
-# By place behind the vocabulary, whose published size is 163,584. `<think>` and `</think>` are not in the reference: they
-# are what K2 Thinking's own configuration is remembered to say, and count only where no configuration lies by the file.
+# By place behind the vocabulary, whose published size is 163,584. The places of `<think>` and `</think>` are not in the
+# reference and unverified; like all of these they count only where no configuration lies beside the file.
 SPECIALS = {
     0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 4: "<|im_assistant|>", 10: "<|im_system|>",
     11: "<|tool_calls_section_begin|>", 12: "<|tool_calls_section_end|>", 13: "<|tool_call_begin|>",
