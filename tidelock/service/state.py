@@ -55,7 +55,15 @@ def open_state(
     weights_version: int,
     **options: float,
 ) -> ServiceState:
-    """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`."""
+    """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`.
+
+    Raises UserError for a template that would have to render a stored conversation anew to go on with it.
+    """
+    if not template.prefix_stable:
+        raise UserError(
+            f"the {template.name} template drops old reasoning, so stored conversations could not be continued by their "
+            "ids; serve with one that keeps it, such as chatml"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     db = Database(directory / "service.sqlite")
