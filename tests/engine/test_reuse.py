@@ -1,5 +1,8 @@
 """What is cached is not run again, and nothing shows that it was cached."""
 
+import os
+import subprocess
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -10,6 +13,7 @@ from tests.engine.driving import Driver
 from tidelock.engine.limits import Limits
 from tidelock.engine.memory import Memory
 from tidelock.models import ops, preset
+from tidelock.tokens.errors import UserError
 
 exact = pytest.mark.skipif(not ops.exact(), reason="bitwise only with the compiled kernels")
 each_model = pytest.mark.parametrize("name", ["nano-k3", "nano-k2"])
@@ -139,6 +143,18 @@ def test_a_tool_loop_prefills_what_is_new():
     for name in ("nano-k2", "nano-k3"):
         r = replay(name, conversations=8, turns=5, limits=Limits(n_pages=1024, n_slots=128))
         assert r.prefilled <= 1.05 * r.new and r.prefilled + r.cached == r.sent
+
+
+def test_a_place_that_cannot_be_written_is_named_at_the_start_and_a_dead_process_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot offload to .*file"):
+        Driver("nano-k2", disk_bytes=1, disk_dir=str(tmp_path / "file"))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left, mine = tmp_path / f"kv-{gone.pid}-0", tmp_path / f"kv-{os.getpid()}-999"
+    left.mkdir(), mine.mkdir()
+    Driver("nano-k2", disk_bytes=1, disk_dir=str(tmp_path)).scheduler.close()
+    assert not left.exists() and mine.exists()
 
 
 @each_model
