@@ -48,7 +48,7 @@ async def ask(engine, prompt, **params):
 
 def with_engine(work, model, **limits):
     async def inside():
-        engine = Engine(model, 1, limits=Limits(**{"n_pages": 400, "n_slots": 64, **limits}), boundary_id=END, template=TEMPLATE)
+        engine = Engine(model, 1, limits=Limits(**{"n_pages": 400, "n_slots": 64, "draft_tokens": 0, **limits}), boundary_id=END, template=TEMPLATE)
         try:
             out = await work(engine)
             scheduler = engine._scheduler
