@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from . import jsontext
+from . import jsontext, lark
 from .dialects import CHATML, DIALECTS, Dialect
 from .message import DIRECTIVES, Message, ToolSpec
 from .template import (
@@ -153,6 +153,17 @@ class ChatML(Template):
         parts = system_parts(message, self.dialect.sorted_tools)
         out = [i for kind, text in parts for i in self._message(self.SYSTEM, names.get(kind, kind), text)]
         return out if before or message.content or not message.tools else out + self._default_system()
+
+    def _turn(self, content: str, calls: str | None = None) -> str:
+        called = f"{lark.special(self.SECTION)} {calls} {lark.special(self.SECTION_END)} " if calls else ""
+        opening = "" if self._opened or not self.dialect.thinks else f"{lark.special(self.THINK)} "
+        reasoning = f"{opening}text {lark.special(self.THINK_END)} " if self.dialect.thinks else ""
+        return f"{reasoning}{content} {called}{lark.special(self.END)}"
+
+    def _call_rules(self, rule: str, tool: ToolSpec) -> list[str]:
+        head = f"{lark.special(self.CALL)} {lark.literal(f'functions.{tool.name}:')} /[0-9]{{1,4}}/"
+        arguments = lark.json_value(lark.closed(tool.parameters))
+        return [f"{rule}: {head} {lark.special(self.ARGUMENTS)} {arguments} {lark.special(self.CALL_END)}"]
 
     def parser(self, calls_before: int = 0, tools: Sequence[ToolSpec] = ()) -> ChatMLParser:
         return ChatMLParser(self, calls_before, tools)
