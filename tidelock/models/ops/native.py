@@ -15,8 +15,8 @@ from torch.autograd import Function
 
 from .build import library
 
-_BLOCKS = 16  # BLOCKS in kernels.c
-_MARK = 32  # MARK in kernels.c
+_BLOCKS = 16  # BLOCKS in c/common.h
+_MARK = 32  # MARK in c/kda.c
 _F, _L = ctypes.c_float, ctypes.c_long
 
 
