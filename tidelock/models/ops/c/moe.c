@@ -6,10 +6,12 @@
 void tl_router(long M, long E, long k, const float *logits, const float *bias, float scale, int64_t *idx, float *p) {
 #pragma omp parallel for schedule(static) if (M * E > 20000)
     for (long m = 0; m < M; m++) {
-        float s[E];
+        float s[E + 7];
         char taken[E];
         memset(taken, 0, E);
-        for (long e = 0; e < E; e++) s[e] = sigmoid1(logits[m * E + e]);
+        memcpy(s, logits + m * E, E * sizeof(float));
+        memset(s + E, 0, 7 * sizeof(float));
+        for (long e = 0; e < E; e += 8) store(s + e, vsigmoid(load(s + e)));
         float sum = 0;
         for (long j = 0; j < k; j++) {
             long best = -1;

@@ -3,18 +3,20 @@
 
 /* ---- RMSNorm, optionally times sigmoid(gate): y = x / rms(x) * w [* sigmoid(g)] ---------------------------------- */
 
-void tl_rmsnorm(long M, long D, const float *x, const float *w, const float *gate, float eps, float *y, float *rstd) {
+/* Rows of x are xs apart, rows of y ys; gate rows lie one after the other. rstd [M] (or NULL) is kept for the backward. */
+void tl_rmsnorm(long M, long D, const float *x, long xs, const float *w, const float *gate, float eps, float *y, long ys,
+                float *rstd) {
 #pragma omp parallel for schedule(static) if (M * D > 20000)
     for (long m = 0; m < M; m++) {
-        const float *xr = x + m * D;
+        const float *xr = x + m * xs;
         v8 s = splat(0);
         for (long d = 0; d < D; d += 8) s += load(xr + d) * load(xr + d);
         float r = 1.0f / sqrtf(hsum(s) / D + eps);
-        rstd[m] = r;
+        if (rstd) rstd[m] = r;
         for (long d = 0; d < D; d += 8) {
             v8 v = load(xr + d) * splat(r) * load(w + d);
             if (gate) v = v * vsigmoid(load(gate + m * D + d));
-            store(y + m * D + d, v);
+            store(y + m * ys + d, v);
         }
     }
 }
@@ -100,7 +102,7 @@ void tl_glu_bwd(long M, long F, int situ, float beta, float lb, const float *h, 
         }
 }
 
-/* ---- Attention Residuals (K3 Eq. 8-10): h = sum_i softmax_i(w . RMSNorm(v_i)) v_i over J sources ---------------------- */
+/* ---- Attention Residuals (K3 Eq. 8-10): h = sum_i softmax_i(w . RMSNorm(v_i)) v_i over J sources; p, rstd may be NULL ---------------------- */
 
 void tl_attnres(long M, long D, long J, const float *const *v, const float *w, float eps, float *h, float *p, float *rstd) {
 #pragma omp parallel for schedule(static) if (M * D > 10000)
@@ -114,15 +116,18 @@ void tl_attnres(long M, long D, long J, const float *const *v, const float *w, f
                 dot = fma8(x, load(w + d), dot);
             }
             float r = 1.0f / sqrtf(hsum(sq) / D + eps);
-            rstd[m * J + j] = r;
+            if (rstd) rstd[m * J + j] = r;
             logit[j] = hsum(dot) * r;
             mx = logit[j] > mx ? logit[j] : mx;
         }
         for (long j = 0; j < J; j++) sum += logit[j] = vexp(splat(logit[j] - mx))[0];
-        for (long j = 0; j < J; j++) p[m * J + j] = logit[j] / sum;
+        for (long j = 0; j < J; j++) {
+            logit[j] = logit[j] / sum;
+            if (p) p[m * J + j] = logit[j];
+        }
         for (long d = 0; d < D; d += 8) {
             v8 acc = splat(0);
-            for (long j = 0; j < J; j++) acc += splat(p[m * J + j]) * load(v[j] + m * D + d);
+            for (long j = 0; j < J; j++) acc += splat(logit[j]) * load(v[j] + m * D + d);
             store(h + m * D + d, acc);
         }
     }
