@@ -55,8 +55,7 @@ def pack(w: Tensor, kind: str) -> PackedWeight:
 
     Raises UserError for an unknown kind, 4 bits with inputs that are no multiple of 32, and weights that fp16 cannot hold.
     """
-    if kind not in KINDS:
-        raise UserError(f"unknown weight kind {kind!r}; use {', '.join(KINDS)}")
+    known(kind)
     w = w.detach().float()
     w = w if w.dim() == 3 else w[None]
     matrices, n, k = w.shape
@@ -78,6 +77,11 @@ def pack(w: Tensor, kind: str) -> PackedWeight:
         coded = _pairs(_panels(codes).int(), 4).to(torch.uint8)
         scale = _pairs(_panels(scale).view(torch.int16).int(), 16)
     return PackedWeight(kind, matrices, n, k, coded.contiguous(), None if scale is None else scale.contiguous())
+
+
+def known(kind: str) -> None:
+    if kind not in KINDS:
+        raise UserError(f"unknown weight kind {kind!r}; use {', '.join(KINDS)}")
 
 
 def unpack(p: PackedWeight) -> Tensor:
