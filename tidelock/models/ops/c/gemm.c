@@ -88,3 +88,14 @@ void tl_grouped_linear_dw(long G, const int64_t *off, long N, long K, const floa
     for (long g = 0; g < G; g++)
         tl_gemm(K, N, off[g + 1] - off[g], x + off[g] * K, 1, K, dy + off[g] * N, N, dw + g * K * N, N, 0);
 }
+
+float *tl_scratch(long n) {
+    static __thread float *mine;
+    static __thread long room;
+    if (n > room) {
+        free(mine);
+        mine = aligned_alloc(64, (size_t)(n + 15) / 16 * 64);
+        room = n;
+    }
+    return mine;
+}

@@ -229,18 +229,6 @@ static void unpack_any(int kind, long K, const char *w, const char *s, float *to
     }
 }
 
-/* This thread's scratch memory, at least n floats. */
-static float *scratch(long n) {
-    static __thread float *mine;
-    static __thread long room;
-    if (n > room) {
-        free(mine);
-        mine = aligned_alloc(64, (size_t)(n + 15) / 16 * 64);
-        room = n;
-    }
-    return mine;
-}
-
 /* Rows in as even tiles as possible: 13 rows are 7 + 6, not 12 + 1. */
 INLINE long tile_rows(long left, long most) {
     long tiles = (left + most - 1) / most;
@@ -259,7 +247,7 @@ void tl_product(long M, const float *x, long xr, const Weight *W, long e, float 
         } else {
             int kind = W->kind;
             if (kind != F32 && M >= MANY) {
-                float *flat = scratch(K * PANEL);
+                float *flat = tl_scratch(K * PANEL);
                 unpack_any(kind, K, w, s, flat);
                 kind = F32, w = (const char *)flat, s = 0;
             }
@@ -300,7 +288,7 @@ void tl_packed_grouped_linear(long G, const int64_t *off, const float *x, const 
 
 /* Matrix e as fp32 rows [k, n]: what the products above compute with. */
 void tl_unpack(const Weight *W, long e, float *to) {
-    float *flat = scratch(W->k * PANEL);
+    float *flat = tl_scratch(W->k * PANEL);
     const long wp = W->k * row_bytes[W->kind], sp = W->kind >= INT4 ? W->k / GROUP * 64 : 128;
     for (long p = 0; p < W->panels; p++) {
         const char *w = W->w + (e * W->panels + p) * wp;
