@@ -19,15 +19,6 @@ pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler: 
 KINDS = list(packed.KINDS)
 
 
-def product(x, p, library=None):
-    out = torch.empty(x.shape[0], p.n)
-    (library or build.library()).tl_packed_linear(
-        ctypes.c_long(x.shape[0]), ctypes.c_void_p(x.data_ptr()), ctypes.c_long(x.shape[1]), ctypes.byref(p.c),
-        ctypes.c_void_p(out.data_ptr()), ctypes.c_long(p.n),
-    )  # fmt: skip
-    return out
-
-
 @settings(max_examples=60, deadline=None)
 @given(kind=st.sampled_from(KINDS), rows=st.integers(1, 70), outputs=st.integers(1, 170), groups=st.integers(1, 5), seed=st.integers(0, 99))
 def test_a_product_with_packed_weights_is_the_fp32_product_with_what_they_stand_for(kind, rows, outputs, groups, seed):
@@ -37,19 +28,25 @@ def test_a_product_with_packed_weights_is_the_fp32_product_with_what_they_stand_
     p = packed.pack(w, kind)
     plain = packed.unpack(p)[0].contiguous()
     assert torch.equal(plain, packed.rounded(w, kind))
-    together = product(x, p)
+    together = packed.linear(x, p)
     assert torch.equal(together, native.linear(x, plain))
-    assert torch.equal(together, torch.cat([product(x[i : i + 1], p) for i in range(rows)]))
+    assert torch.equal(together, torch.cat([packed.linear(x[i : i + 1], p) for i in range(rows)]))
 
 
 @pytest.mark.parametrize("kind", ["int4", "mxfp4"])
-def test_four_bit_weights_are_those_of_training_and_checkpoints(kind):
-    w = torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(0))
+def test_four_bit_products_are_those_with_the_published_weights_unpacked(kind):
+    rng = torch.Generator().manual_seed(0)
+    w, x = torch.randn(4, 75, 64, generator=rng), torch.randn(10, 64, generator=rng)
     w[0, 0] = 0
-    assert torch.equal(packed.unpack(packed.pack(w, kind)), quant.unpack(quant.pack(w, kind)))
+    published = quant.pack(w, kind)
+    p, plain, offsets = packed.from_published(published), quant.unpack(published), torch.tensor([0, 3, 3, 10, 10])
+    assert torch.equal(packed.unpack(p), plain)
+    assert torch.equal(packed.linear(x, packed.from_published(published[1])), native.linear(x, plain[1].contiguous()))
+    expected = native.experts_linear(x, offsets, plain.transpose(1, 2).contiguous())
+    assert torch.equal(packed.experts_linear(x, offsets, p), expected)
 
 
-def test_eight_and_sixteen_wide_vectors_give_the_same_bits(tmp_path):
+def test_eight_and_sixteen_wide_vectors_give_the_same_bits(tmp_path, monkeypatch):
     """The kernels compiled for AVX2 alone, beside those of this machine."""
     flags = build._cpu_model()
     if "avx512f" not in flags:
@@ -57,13 +54,13 @@ def test_eight_and_sixteen_wide_vectors_give_the_same_bits(tmp_path):
     narrow, sources = tmp_path / "narrow.so", [str(f) for f in build.SOURCES if f.stem in ("packed", "gemm")]
     words = ["gcc", *build.FLAGS, "-O1", "-mno-avx512f", "-shared", *sources, "-o", str(narrow), "-lm"]
     subprocess.run(words, check=True, capture_output=True)
-    library = ctypes.CDLL(str(narrow))
     rng = torch.Generator().manual_seed(0)
-    for kind in KINDS:
-        p = packed.pack(torch.randn(75, 64, generator=rng), kind)
-        for rows in (1, 2, 3, 5, 8, 13, 50):
-            x = torch.randn(rows, 64, generator=rng)
-            assert torch.equal(product(x, p), product(x, p, library)), (kind, rows)
+    cases = [(torch.randn(rows, 64, generator=rng), packed.pack(torch.randn(75, 64, generator=rng), kind))
+             for kind in KINDS for rows in (1, 2, 3, 5, 8, 13, 50)]  # fmt: skip
+    wide = [packed.linear(x, p) for x, p in cases]
+    monkeypatch.setattr(packed, "library", lambda: ctypes.CDLL(str(narrow)))
+    for (x, p), expected in zip(cases, wide):
+        assert torch.equal(packed.linear(x, p), expected), (p.kind, x.shape[0])
 
 
 def model_of(name):
@@ -142,6 +139,22 @@ def test_routed_experts_alone_can_be_narrow():
     with torch.no_grad():
         assert torch.equal(served(batch), plain(batch))
     assert served.nbytes < serving_copy(model, "bf16").nbytes
+
+
+def test_experts_trained_in_four_bits_are_served_in_them_and_their_choices_can_be_read():
+    model, batch = model_of("nano-k3"), batch_of([20, 5])
+    model.set_expert_format("mxfp4")
+    served = serving_copy(model, "fp32")
+    assert torch.equal(served(batch), model(batch).detach())  # QAT's own bits
+    moe = model.layers[-1].mlp
+    rows = []
+    moe.register_forward_hook(lambda module, inputs, _: rows.append(inputs[0]))
+    model(batch)
+    scores = torch.sigmoid(moe.gate(rows[0])) + moe.e_score_correction_bias
+    assert torch.equal(served.choices()[-1].sort(-1).values, scores.topk(moe.k, -1).indices.sort(-1).values)
+    assert served.choices()[0] is None  # a dense layer
+    with pytest.raises(UserError, match="mxfp4"):
+        serving_copy(model, "bf16", experts="int8")
 
 
 def test_rotary_angles_of_a_position_do_not_depend_on_its_company():

@@ -12,6 +12,8 @@ import copy
 import torch
 from torch import Tensor
 
+from tidelock.tokens.errors import UserError
+
 from . import ops
 from .batch import Batch, Cache, CacheView
 from .lm import TransformerLM
@@ -49,6 +51,12 @@ class ServingModel:
         """[M, d] -> [M, V] fp32."""
         return self._head.run(hidden.shape[0], given=hidden.contiguous())
 
+    def choices(self) -> list[Tensor | None]:
+        """The experts that ran for every row of the last forward, int64 [N, k] by layer (None for a dense one); read them
+        before the next forward."""
+        found = iter(self._body.choices())
+        return [next(found) if kind == "moe" else None for kind in self.config.ffns]
+
     def eval(self) -> ServingModel:
         return self
 
@@ -58,7 +66,8 @@ class ServingModel:
 
 def serving_copy(model: TransformerLM, weights: str = "bf16", experts: str | None = None) -> ServingModel | TransformerLM:
     """`model` with packed weights: "fp32" | "bf16" | "fp16" | "int8" | "int4" | "mxfp4"; `experts` for the routed experts
-    alone (the published recipes are "bf16" with experts "int4" or "mxfp4"). Later changes of `model` do not reach it.
+    alone (the published recipes are "bf16" with experts "int4" or "mxfp4"; what a model was trained in is the default
+    and the only choice). Later changes of `model` do not reach it.
 
     Memory: the copy's weights (32, 16, 8, 4.5 bits a number; `nbytes`) beside the original's, and while packing a few
     times the largest weight. What stays fp32 or 16 bits in the narrow kinds: see `weight_kind`.
@@ -66,7 +75,7 @@ def serving_copy(model: TransformerLM, weights: str = "bf16", experts: str | Non
     "fp32" to `model` itself. Without a C compiler the answer is `rounded_copy(model, ...)`: the same numbers, no faster.
     Raises UserError for unknown kinds.
     """
-    experts = experts or weights
+    experts = _experts_kind(model, weights, experts)
     if ops.library() is None or next(model.parameters()).device.type != "cpu":
         return rounded_copy(model, weights, experts)
     return ServingModel(model, weights, experts)
@@ -75,13 +84,24 @@ def serving_copy(model: TransformerLM, weights: str = "bf16", experts: str | Non
 @torch.no_grad()
 def rounded_copy(model: TransformerLM, weights: str, experts: str | None = None) -> TransformerLM:
     """A plain model whose weights are the values that packed ones stand for: what a `serving_copy` computes with."""
-    out = copy.deepcopy(model).eval()
-    for p, kind in weight_kinds(out, weights, experts or weights):
+    experts, out = _experts_kind(model, weights, experts), copy.deepcopy(model).eval()
+    out.set_expert_format(None)  # what follows rounds them, for once
+    for p, kind in weight_kinds(out, weights, experts):
         if p.dim() == 3:  # experts, stored [inputs, outputs]
             p.copy_(rounded(p.transpose(1, 2), kind).transpose(1, 2))
         else:
             p.copy_(rounded(p, kind))
     return out
+
+
+def _experts_kind(model: TransformerLM, weights: str, experts: str | None) -> str:
+    """Experts that were trained in a 4-bit format are served in it."""
+    trained = model.config.expert_format
+    if trained is None:
+        return experts or weights
+    if experts not in (None, trained):
+        raise UserError(f"the experts of this model are trained in {trained}; they cannot be served in {experts}")
+    return trained
 
 
 def weight_kinds(model: TransformerLM, weights: str, experts: str) -> list[tuple[Tensor, str]]:

@@ -19,6 +19,7 @@ from .. import quant
 from .build import library
 
 PANEL = 32
+_L = ctypes.c_long
 KINDS = {"fp32": 0, "bf16": 1, "fp16": 2, "int8": 3, "int4": 4, "mxfp4": 5}  # the enum of c/packed.h
 
 
@@ -73,10 +74,37 @@ def pack(w: Tensor, kind: str) -> PackedWeight:
         codes, scale = _int8(w)
         coded, scale = _panels(codes), _panels(scale)
     else:
-        codes, scale = _four_bits(w, kind)
-        coded = _pairs(_panels(codes).int(), 4).to(torch.uint8)
-        scale = _pairs(_panels(scale).view(torch.int16).int(), 16)
-    return PackedWeight(kind, matrices, n, k, coded.contiguous(), None if scale is None else scale.contiguous())
+        return from_published(quant.pack(w, kind))
+    return PackedWeight(kind, matrices, n, k, coded, scale)
+
+
+def from_published(p: quant.Packed) -> PackedWeight:
+    """A 4-bit weight [n, k] or [matrices, n, k] of a checkpoint, its codes laid out anew and never unpacked."""
+    p = p if p.packed.dim() == 3 else p[None]
+    if p.format == "int4":
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+        codes, scale = (p.packed[..., None] >> shifts & 15).flatten(-2).to(torch.uint8), p.scale
+    else:  # bf16 has fp32's exponents, so it holds UE8M0 exactly
+        codes = torch.stack([p.packed & 15, p.packed >> 4], -1).flatten(-2)
+        scale = torch.ldexp(torch.ones(p.scale.shape), p.scale.int() - 127).to(torch.bfloat16)
+    coded = _pairs(_panels(codes).int(), 4).to(torch.uint8)
+    scale = _pairs(_panels(scale).view(torch.int16).int(), 16)
+    matrices, n, k = p.shape
+    return PackedWeight(p.format, matrices, n, k, coded, scale)
+
+
+def linear(x: Tensor, p: PackedWeight) -> Tensor:
+    """x fp32 [M, k] W^T -> [M, n], straight from the packed weight (its only matrix)."""
+    x, out = x.contiguous(), x.new_empty(x.shape[0], p.n)
+    library().tl_packed_linear(_L(x.shape[0]), _p(x), _L(p.k), ctypes.byref(p.c), _p(out), _L(p.n))
+    return out
+
+
+def experts_linear(x: Tensor, offsets: Tensor, p: PackedWeight) -> Tensor:
+    """x fp32 [rows sorted by expert, k], offsets int64 [matrices + 1] -> [rows, n]. Idle experts are not touched."""
+    x, out = x.contiguous(), x.new_empty(x.shape[0], p.n)
+    library().tl_packed_grouped_linear(_L(p.matrices), _p(offsets), _p(x), ctypes.byref(p.c), _p(out))
+    return out
 
 
 def known(kind: str) -> None:
@@ -104,21 +132,15 @@ def rounded(w: Tensor, kind: str) -> Tensor:
     return quant.unpack(quant.pack(w.detach(), kind))
 
 
+def _p(t: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(t.data_ptr())
+
+
 def _int8(w: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int8 [..., n, k] and scales fp32 [..., n, 1]."""
     scale = w.abs().amax(-1, keepdim=True) / 127
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (w / scale).round().to(torch.int8), scale
-
-
-def _four_bits(w: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [..., n, k] and scales bf16 [..., n, k / 32]; bf16 has fp32's exponents, so it holds UE8M0 exactly."""
-    p = quant.pack(w, kind)
-    if kind == "int4":
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32)
-        return (p.packed[..., None] >> shifts & 15).flatten(-2).to(torch.uint8), p.scale
-    codes = torch.stack([p.packed & 15, p.packed >> 4], -1).flatten(-2)
-    return codes, torch.ldexp(torch.ones(p.scale.shape), p.scale.int() - 127).to(torch.bfloat16)
 
 
 def _panels(x: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class Program:
         self._keep: list = []  # what the ops point to
         self._values: list[list[Rows | None]] = []  # inputs and outputs of each op, in the order of its fields
         self._mixed: dict[int, list[Rows]] = {}
+        self._routes: list[Rows] = []
         self._angles: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._arena = torch.empty(0)
 
@@ -135,7 +136,9 @@ class Program:
         return out
 
     def route(self, logits: Rows, bias: Tensor, k: int, scale: float) -> tuple[Rows, Rows]:
-        return self._emit("route", [logits], 2 * k, k, n=(logits.width, k), f=(scale,), p=(self._own(bias),))
+        idx, p = self._emit("route", [logits], 2 * k, k, n=(logits.width, k), f=(scale,), p=(self._own(bias),))
+        self._routes.append(idx)
+        return idx, p
 
     def dispatch(self, x: Rows, idx: Rows, experts: int) -> tuple[Rows, Rows, Rows]:
         k, d = idx.width // 2, x.width
@@ -226,7 +229,8 @@ class Program:
             for value in [*values, *self._mixed.get(i, [])]:
                 if value is not None:
                     value.first, value.last = i if value.first < 0 else value.first, i
-        out.last = len(self._ops)
+        for value in (out, *self._routes):
+            value.last = len(self._ops)  # to be read when all is done
         slots: list[tuple[int, int]] = []  # width and fixed part of each
         free: dict[tuple[int, int], list[int]] = {}
         given = getattr(self, "_given", None)
@@ -265,7 +269,7 @@ class Program:
         need = int(self._per_row[-1]) * rows + int(self._fixed[-1]) + LINE
         if need > self._arena.numel():
             self._arena = torch.empty(need)
-        out = torch.empty(rows, self._out.width)
+        self._rows, out = rows, torch.empty(rows, self._out.width)
         base = -(-self._arena.data_ptr() // 64) * 64
         where = base + 4 * (self._per_row * rows + self._fixed)
         if given is not None:
@@ -282,6 +286,15 @@ class Program:
                             ctypes.c_long(self.max_positions)):  # fmt: skip
             raise UserError(f"a sequence is longer than the {self.max_positions} positions of this model")
         return out
+
+    def choices(self) -> list[Tensor]:
+        """The experts of every row in the last run, int64 [rows, k], by MoE layer; good until the next run."""
+        base = -(-self._arena.data_ptr() // 64) * 16 - self._arena.data_ptr() // 4  # floats skipped to a cache line
+        found, rows = [], self._rows
+        for idx in self._routes:
+            at = base + int(self._per_row[idx.slot]) * rows + int(self._fixed[idx.slot])
+            found.append(self._arena[at : at + idx.width * rows].view(torch.int64).view(rows, -1))
+        return found
 
     def _scratch(self, rows: int) -> int:
         if getattr(self, "_places", None) is None or self._places.numel() < 2 * rows:
