@@ -17,7 +17,7 @@ from tidelock.tokens.errors import UserError
 from . import ops
 from .batch import Batch, Cache, CacheView
 from .lm import TransformerLM
-from .ops.packed import PANEL, known, rounded
+from .ops.packed import PANEL, PackedWeight, known, rounded
 from .ops.program import LayerCache, Program
 
 FOUR_BITS = ("int4", "mxfp4")
@@ -56,6 +56,10 @@ class ServingModel:
         before the next forward."""
         found = iter(self._body.choices())
         return [next(found) if kind == "moe" else None for kind in self.config.ffns]
+
+    def packed(self) -> list[PackedWeight]:
+        """Every packed weight, in the order of use."""
+        return [*self._body.packed, *self._head.packed]
 
     def eval(self) -> ServingModel:
         return self

@@ -89,6 +89,7 @@ class Program:
     def __init__(self, kind_of: Callable[[Tensor], str], max_positions: int) -> None:
         self.kind_of, self.max_positions = kind_of, max_positions
         self.nbytes = 0  # of weights
+        self.packed: list[PackedWeight] = []
         self._ops: list[_Op] = []
         self._keep: list = []  # what the ops point to
         self._values: list[list[Rows | None]] = []  # inputs and outputs of each op, in the order of its fields
@@ -212,6 +213,7 @@ class Program:
     def _pack(self, w: Tensor, owner: Tensor) -> PackedWeight:
         packed = pack(w, self.kind_of(owner))
         self.nbytes += packed.nbytes
+        self.packed.append(packed)
         return packed
 
     def _turns(self, rope: Rope | None) -> tuple[Tensor | None, Tensor | None]:
