@@ -2,12 +2,12 @@
 
     python -m benchmarks.engines --llama BUILD/bin --out DIR [--size 10m|469m] [--threads 2] [--rounds 3]
 
-Two random DeepSeek-V3 shapes: 10 M parameters (4 M active) and 468 M (127 M active). Every engine decodes 24 tokens behind a
-prompt of 128 at batch 1, 8 and 32, and reads one prompt of 512; no sampling anywhere, weights read from memory as they
-are stored. Engines take turns, round after round, each in a process of its own; the table has the medians. BUILD is
-a CMake build of the llama.cpp in the llama-cpp-python source package with llama-batched-bench and llama-quantize; without
---llama those rows are left out. Writes engines-SIZE.{md,json,svg}. Meant for a machine that is otherwise idle: how idle it was
-is part of the table.
+Two random DeepSeek-V3 shapes: 10 M parameters (4 M active) and 468 M (127 M active). Every engine decodes 24 tokens
+behind a prompt of 128 at batch 1, 8 and 32, and reads one prompt of 512; nothing is sampled. Engines take turns, round
+after round, each in a process of its own; the table has the medians. BUILD is a CMake build of the llama.cpp in the
+llama-cpp-python source package with llama-batched-bench and llama-quantize; without --llama those rows are left out.
+Writes engines-SIZE.{md,json,svg}. Meant for a machine that is otherwise idle: how idle it was is part of the table. With --clock cpu (one thread only) rates are per second of the process's own CPU time, which
+other work on the machine lengthens less.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def config(size: str):
 
     shape = dict(SHAPES[size])
     layers = shape.pop("layers")
-    return dataclasses.replace(preset("small-k2"), name=size, mixers=("mla",) * layers, ffns=("dense",) + ("moe",) * (layers - 1),
-                               rope_scaling=None, max_position_embeddings=4096, **shape)  # fmt: skip
+    ffns = ("dense",) + ("moe",) * (layers - 1)
+    return dataclasses.replace(preset("small-k2"), name=size, mixers=("mla",) * layers, ffns=ffns, rope_scaling=None,
+                               max_position_embeddings=4096, **shape)  # fmt: skip
 
 
 def random_model(size: str):
@@ -62,9 +63,10 @@ def random_model(size: str):
 
 
 def clock(work) -> float:
-    begun = time.perf_counter()
+    now = time.process_time if os.environ.get("ENGINES_CLOCK") == "cpu" else time.perf_counter
+    begun = now()
     work()
-    return time.perf_counter() - begun
+    return now() - begun
 
 
 def measure(prefill, decode) -> dict[str, float]:
@@ -94,7 +96,8 @@ def ours(size: str, kind: str) -> dict[str, float]:
     def prefill(rows: int, length: int) -> None:
         pages = -(-(length + NEW) // 16)
         now["cache"] = Cache(c, rows * pages, 16, rows)
-        now["view"] = CacheView(torch.arange(rows * pages, dtype=torch.int32).view(rows, pages), torch.arange(rows, dtype=torch.int32))
+        table = torch.arange(rows * pages, dtype=torch.int32).view(rows, pages)
+        now["view"] = CacheView(table, torch.arange(rows, dtype=torch.int32))
         forward(torch.randint(0, c.vocab_size, (rows * length,)), rows, length, 0)
         now.update(rows=rows, at=length)
 
@@ -109,7 +112,8 @@ def active_bytes(model) -> int:
     """Bytes of weights that one token reads."""
     c = model.config
     routed = sum(p.nbytes for p in model.packed() if p.matrices == c.n_routed_experts)
-    return sum(p.nbytes for p in model.packed()) - routed * (c.n_routed_experts - c.num_experts_per_tok) // c.n_routed_experts
+    idle = routed * (c.n_routed_experts - c.num_experts_per_tok) // c.n_routed_experts
+    return sum(p.nbytes for p in model.packed()) - idle
 
 
 def transformers(folder: str) -> dict[str, float]:
@@ -129,17 +133,22 @@ def transformers(folder: str) -> dict[str, float]:
     return measure(prefill, lambda: forward(now["next"], now["past"]))
 
 
-def llama(binaries: Path, file: Path, threads: int) -> dict[str, float]:
+def llama(binaries: Path, file: Path, threads: int, cpu: bool) -> dict[str, float]:
     def bench(rows: int, prompt: int, new: int) -> dict:
-        words = [binaries / "llama-batched-bench", "-m", file, "-t", threads, "-c", rows * (prompt + new + 256), "-b", 2048, "-ub", 512,
-                 "-npp", prompt, "-ntg", new, "-npl", rows, "--output-format", "jsonl"]  # fmt: skip
+        words = [binaries / "llama-batched-bench", "-m", file, "-t", threads, "-c", rows * (prompt + new + 256), "-b", 2048,
+                 "-ub", 512, "-npp", prompt, "-ntg", new, "-npl", rows, "--output-format", "jsonl"]  # fmt: skip
+        before = os.times().children_user
         done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=True)
-        return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+        found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+        return {**found, "cpu": os.times().children_user - before}
 
-    return {**{str(b): bench(b, PROMPT, NEW)["speed_tg"] for b in BATCHES}, "prefill": bench(1, LONG, 1)["speed_pp"]}
+    if not cpu:
+        return {**{str(b): bench(b, PROMPT, NEW)["speed_tg"] for b in BATCHES}, "prefill": bench(1, LONG, 1)["speed_pp"]}
+    decode = {str(b): b * 3 * NEW / (bench(b, PROMPT, 4 * NEW)["cpu"] - bench(b, PROMPT, NEW)["cpu"]) for b in BATCHES}
+    return {**decode, "prefill": LONG / (bench(1, 2 * LONG, 1)["cpu"] - bench(1, LONG, 1)["cpu"])}
 
 
-def bandwidth(threads: int) -> float:
+def bandwidth() -> float:
     """Bytes per second that this machine reads from memory."""
     import ctypes
 
@@ -179,10 +188,11 @@ def make_files(size: str, folder: Path, binaries: Path | None) -> None:
             subprocess.run([str(w) for w in words], check=True, capture_output=True)
 
 
-def worker(*words: str, threads: int) -> dict[str, float]:
+def worker(*words: str, threads: int, clock: str) -> dict[str, float]:
     """One engine's rates, from a process of its own."""
-    env = {**os.environ, "TIDELOCK_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, "-m", "benchmarks.engines", "--worker", *words], env=env, capture_output=True, text=True)
+    env = {**os.environ, "ENGINES_CLOCK": clock, "TIDELOCK_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "benchmarks.engines", "--worker", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -214,14 +224,15 @@ def run(size: str, args: argparse.Namespace, folder: Path) -> dict:
                 continue  # slow, and far from any line
             idle.append(idle_percent(0.5))
             if isinstance(words, str):
-                taken[name].append(llama(args.llama, folder / f"{size}-{words}.gguf", args.threads))
+                taken[name].append(llama(args.llama, folder / f"{size}-{words}.gguf", args.threads, args.clock == "cpu"))
             else:
-                taken[name].append(worker(*words, threads=args.threads))
+                taken[name].append(worker(*words, threads=args.threads, clock=args.clock))
             print(f"{size} round {turn + 1} {name}: {taken[name][-1]}", file=sys.stderr, flush=True)
-        read.append(worker("bandwidth", str(args.threads), threads=args.threads))
+        read.append(worker("bandwidth", threads=args.threads, clock=args.clock))
     columns = [*map(str, BATCHES), "prefill", "bytes"]
-    rates = {name: {c: statistics.median(r[c] for r in runs) for c in columns if c in runs[0]} for name, runs in taken.items()}
-    return dict(size=size, threads=args.threads, rounds=args.rounds, load=load, idle=statistics.median(idle),
+    rates = {name: {c: statistics.median(r[c] for r in runs) for c in columns if c in runs[0]}
+             for name, runs in taken.items()}  # fmt: skip
+    return dict(size=size, threads=args.threads, clock=args.clock, rounds=args.rounds, load=load, idle=statistics.median(idle),
                 bandwidth=statistics.median(read), rates=rates, runs=taken)  # fmt: skip
 
 
@@ -231,8 +242,8 @@ def run(size: str, args: argparse.Namespace, folder: Path) -> dict:
 def ratios(result: dict) -> list[tuple[str, float]]:
     """The lines that the engine is judged by."""
     rates = result["rates"]
-    lines = [(f"tidelock fp32 / transformers fp32, batch {b}", rates["tidelock fp32"][b] / rates["transformers fp32"][b]) for b in ("1", "8")]
-    lines += [(f"tidelock bf16 / transformers fp32, batch {b}", rates["tidelock bf16"][b] / rates["transformers fp32"][b]) for b in ("1", "8")]
+    lines = [(f"{mine} / transformers fp32, batch {b}", rates[mine][b] / rates["transformers fp32"][b])
+             for mine in ("tidelock fp32", "tidelock bf16") for b in ("1", "8")]  # fmt: skip
     for kind, theirs in EQUAL.items():
         if f"llama.cpp {theirs}" in rates:
             for column in (*map(str, BATCHES), "prefill"):
@@ -247,9 +258,9 @@ def ratios(result: dict) -> list[tuple[str, float]]:
 
 
 def markdown(result: dict) -> str:
-    text = [f"# {result['size']}, {result['threads']} threads", "",
-            f"Tokens per second, medians of {result['rounds']} interleaved rounds; load {result['load']:.1f} before, processors "
-            f"{result['idle']:.0f} % idle between runs, memory read at {result['bandwidth'] / 1e9:.1f} GB/s.", "",
+    text = [f"# {result['size']}, {result['threads']} threads, {result['clock']} clock", "",
+            f"Tokens per second, medians of {result['rounds']} interleaved rounds; load {result['load']:.1f} before, "
+            f"processors {result['idle']:.0f} % idle between runs, memory read at {result['bandwidth'] / 1e9:.1f} GB/s.", "",
             "| engine | batch 1 | batch 8 | batch 32 | prefill 512 |", "|---|---|---|---|---|"]  # fmt: skip
     for name, row in result["rates"].items():
         text.append(f"| {name} | " + " | ".join(f"{row[c]:.0f}" for c in (*map(str, BATCHES), "prefill")) + " |")
@@ -282,15 +293,18 @@ def main() -> None:
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep the model files here, and use those that are there")
     parser.add_argument("--size", choices=SHAPES, action="append", help="default: both")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.clock == "cpu" and args.threads != 1:
+        parser.error("--clock cpu measures one thread; add --threads 1")
     if args.worker:
         from tidelock.cli.main import set_threads
 
         set_threads()
         kind, *rest = args.worker
-        print(json.dumps(bandwidth(int(rest[0])) if kind == "bandwidth" else {"ours": ours, "transformers": transformers}[kind](*rest)))
+        print(json.dumps({"ours": ours, "transformers": transformers, "bandwidth": bandwidth}[kind](*rest)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.models or Path(scratch)

@@ -20,7 +20,8 @@ KINDS = list(packed.KINDS)
 
 
 @settings(max_examples=60, deadline=None)
-@given(kind=st.sampled_from(KINDS), rows=st.integers(1, 70), outputs=st.integers(1, 170), groups=st.integers(1, 5), seed=st.integers(0, 99))
+@given(kind=st.sampled_from(KINDS), rows=st.integers(1, 70), outputs=st.integers(1, 170), groups=st.integers(1, 5),
+       seed=st.integers(0, 99))  # fmt: skip
 def test_a_product_with_packed_weights_is_the_fp32_product_with_what_they_stand_for(kind, rows, outputs, groups, seed):
     rng = torch.Generator().manual_seed(seed)
     inputs = 32 * groups if kind in ("int4", "mxfp4") else 7 * groups
@@ -101,7 +102,8 @@ def test_served_bits_are_the_rounded_models_in_any_batch_chunk_and_cache(name, k
             view = CacheView(torch.arange(15, -1, -1, dtype=torch.int32)[None], torch.tensor([1], dtype=torch.int32))
             got, at = [], 0
             for size in chunks:
-                part = Batch(ids[at : at + size], torch.tensor([0, size], dtype=torch.int32), torch.tensor([at], dtype=torch.int32))
+                cu, start = torch.tensor([0, size], dtype=torch.int32), torch.tensor([at], dtype=torch.int32)
+                part = Batch(ids[at : at + size], cu, start)
                 got.append(served.logits(served(part, cache, view)))
                 at += size
             assert torch.equal(torch.cat(got), expected[s]), (s, chunks[:3])

@@ -1,8 +1,8 @@
 """A model made ready to serve: weights packed in fewer bits, the forward run as one C call per step.
 
 The arithmetic is the training forward's, in fp32, on the packed weights' values. So what is exact stays exact: a token's
-logits do not depend on the batch, the chunking, the cache or the threads, and they are those of `rounded_copy(model, ...)`,
-bit for bit. Served in fp32 they are the training forward's own.
+logits do not depend on the batch, the chunking, the cache or the threads, and they are those of
+`rounded_copy(model, ...)`, bit for bit. Served in fp32 they are the training forward's own.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class ServingModel:
 
 
 def serving_copy(model: TransformerLM, weights: str = "bf16", experts: str | None = None) -> ServingModel | TransformerLM:
-    """`model` with packed weights: "fp32" | "bf16" | "fp16" | "int8" | "int4" | "mxfp4"; `experts` for the routed experts
-    alone (the published recipes are "bf16" with experts "int4" or "mxfp4"; what a model was trained in is the default
-    and the only choice). Later changes of `model` do not reach it.
+    """`model` with packed weights: "fp32" | "bf16" | "fp16" | "int8" | "int4" | "mxfp4"; `experts` for the routed
+    experts alone (the published recipes are "bf16" with experts "int4" or "mxfp4"; what a model was trained in is the
+    default and the only choice). Later changes of `model` do not reach it.
 
     Memory: the copy's weights (32, 16, 8, 4.5 bits a number; `nbytes`) beside the original's, and while packing a few
     times the largest weight. What stays fp32 or 16 bits in the narrow kinds: see `weight_kind`.

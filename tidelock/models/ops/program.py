@@ -163,14 +163,16 @@ class Program:
 
     def kda_gate(self, z: Rows, dt_bias: Tensor, a_log: Tensor, lower: float | None) -> Rows:
         h = a_log.numel()
-        return self._emit("kda_gate", [z], z.width, n=(h, z.width // h), f=(lower or 0.0,), p=(self._own(dt_bias), self._own(a_log)))
+        vectors = (self._own(dt_bias), self._own(a_log))
+        return self._emit("kda_gate", [z], z.width, n=(h, z.width // h), f=(lower or 0.0,), p=vectors)
 
     def kda(self, qkv: Rows, g: Rows, beta: Rows, seq, states: Layer) -> Rows:
         h = beta.width
         return self._emit("kda", [qkv, g, beta], g.width, n=(h, g.width // h, states.index))
 
     def latent_rows(self, kv: Rows, w: Tensor, eps: float, at: Latent, rope: Rope | None, batch) -> Rows:
-        return self._emit("latent_rows", [kv], kv.width, n=(at.rank, at.rope), f=(eps,), p=(self._own(w), *self._turns(rope)))
+        tables = (self._own(w), *self._turns(rope))
+        return self._emit("latent_rows", [kv], kv.width, n=(at.rank, at.rope), f=(eps,), p=tables)
 
     def write_pages(self, pages: Layer, rows: Rows, batch) -> None:
         self._emit("write_pages", [rows], n=(rows.width, pages.index))
@@ -266,8 +268,8 @@ class Program:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def run(self, rows: int, batch=None, cache=None, given: Tensor | None = None) -> Tensor:
-        """fp32 [rows, width] of the recorded output. batch (contiguous CPU tensors) and cache as for the model; `given`
-        for programs with an `input`."""
+        """fp32 [rows, width] of the recorded output. batch and cache (on the CPU) as for the model; `given` for programs
+        with an `input`."""
         need = int(self._per_row[-1]) * rows + int(self._fixed[-1]) + LINE
         if need > self._arena.numel():
             self._arena = torch.empty(need)
@@ -279,13 +281,15 @@ class Program:
         where[self._out.slot] = out.data_ptr()
         step = _Step(rows=rows, position=self._scratch(rows), row=self._places.data_ptr() + 8 * rows)
         if batch is not None:
-            step.seqs, step.ids, step.cu, step.start = batch.n, batch.ids.data_ptr(), batch.cu.data_ptr(), batch.start.data_ptr()
+            ids, cu, start = batch.ids.contiguous(), batch.cu.contiguous(), batch.start.contiguous()
+            step.seqs, step.ids, step.cu, step.start = batch.n, ids.data_ptr(), cu.data_ptr(), start.data_ptr()
         if cache is not None:
-            slots, table = batch.slots, batch.table
-            step.slots, step.table, step.table_width, step.page_size = slots.data_ptr(), table.data_ptr(), table.shape[1], cache.page_size
+            slots, table = batch.slots.contiguous(), batch.table.contiguous()
+            step.slots, step.table = slots.data_ptr(), table.data_ptr()
+            step.table_width, step.page_size = table.shape[1], cache.page_size
             step.pages, step.states, step.tails = (ctypes.addressof(a) for a in self._addresses(cache))
-        if library().tl_run(ctypes.byref(step), ctypes.c_long(len(self._list)), self._list, ctypes.c_void_p(where.ctypes.data),
-                            ctypes.c_long(self.max_positions)):  # fmt: skip
+        size, limit, buffers = ctypes.c_long(len(self._list)), ctypes.c_long(self.max_positions), where.ctypes.data
+        if library().tl_run(ctypes.byref(step), size, self._list, ctypes.c_void_p(buffers), limit):
             raise UserError(f"a sequence is longer than the {self.max_positions} positions of this model")
         return out
 

@@ -106,7 +106,8 @@ INLINE v8 vsoftplus(v8 x) {
 INLINE float sigmoid1(float x) { return vsigmoid(splat(x))[0]; }
 
 /* C[M,N] (+)= A[M,K] B[K,N] (gemm.c). A is read as A[m * ar + k * ac]. */
-void tl_gemm(long M, long N, long K, const float *A, long ar, long ac, const float *B, long ldb, float *C, long ldc, int add);
+void tl_gemm(long M, long N, long K, const float *A, long ar, long ac, const float *B, long ldb, float *C, long ldc,
+             int add);
 
 /* This thread's scratch memory, at least n floats, until the next call on the same thread (gemm.c). */
 float *tl_scratch(long n);

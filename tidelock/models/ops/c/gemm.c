@@ -1,4 +1,4 @@
-/* Matrix products with plain row-major weights, as training changes them: k ascending for every output, whatever the tile. */
+/* Matrix products with plain row-major weights, as training changes them: k ascending for every output in any tile. */
 #include "common.h"
 
 INLINE void tile(const int R, long N, long K, const float *A, long ar, long ac, const float *B, long ldb, float *C,
@@ -40,7 +40,8 @@ INLINE void tile(const int R, long N, long K, const float *A, long ar, long ac, 
         }
 }
 
-void tl_gemm(long M, long N, long K, const float *A, long ar, long ac, const float *B, long ldb, float *C, long ldc, int add) {
+void tl_gemm(long M, long N, long K, const float *A, long ar, long ac, const float *B, long ldb, float *C, long ldc,
+             int add) {
     long m = 0;
     for (; m + 6 <= M; m += 6) tile(6, N, K, A + m * ar, ar, ac, B, ldb, C + m * ldc, ldc, add);
     const float *a = A + m * ar;

@@ -261,7 +261,7 @@ void tl_product(long M, const float *x, long xr, const Weight *W, long e, float 
 }
 
 #define TASK 4 /* panels a thread takes at a time */
-#define WORTH_THREADS 400000
+#define WORTH_THREADS 1500000 /* products: about as long as waking a thread that sleeps */
 
 void tl_packed_linear(long M, const float *x, long xr, const Weight *w, float *out, long outr) {
     long tasks = (w->panels + TASK - 1) / TASK;
@@ -282,7 +282,8 @@ void tl_packed_grouped_linear(long G, const int64_t *off, const float *x, const 
 #pragma omp parallel for schedule(dynamic, 1) if (off[G] * w->n * w->k > WORTH_THREADS)
     for (long t = 0; t < n * tasks; t++) {
         long g = active[t / tasks], p = t % tasks * TASK;
-        tl_product(off[g + 1] - off[g], x + off[g] * w->k, w->k, w, g, out + off[g] * w->n, w->n, p, MIN(p + TASK, w->panels));
+        tl_product(off[g + 1] - off[g], x + off[g] * w->k, w->k, w, g, out + off[g] * w->n, w->n, p,
+                   MIN(p + TASK, w->panels));
     }
 }
 

@@ -102,7 +102,8 @@ void tl_glu_bwd(long M, long F, int situ, float beta, float lb, const float *h, 
         }
 }
 
-/* ---- Attention Residuals (K3 Eq. 8-10): h = sum_i softmax_i(w . RMSNorm(v_i)) v_i over J sources; p, rstd may be NULL ---------------------- */
+/* ---- Attention Residuals (K3 Eq. 8-10): h = sum_i softmax_i(w . RMSNorm(v_i)) v_i over J sources ---------------------
+ * p and rstd [M, J] (or NULL) are kept for the backward. */
 
 void tl_attnres(long M, long D, long J, const float *const *v, const float *w, float eps, float *h, float *p, float *rstd) {
 #pragma omp parallel for schedule(static) if (M * D > 10000)

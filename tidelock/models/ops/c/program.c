@@ -34,7 +34,8 @@ void tl_router(long, long, long, const float *, const float *, float, int64_t *,
 void tl_dispatch(long, long, const int64_t *, int64_t *, int64_t *);
 void tl_scatter(long, long, long, const float *, const int64_t *, const float *, float *);
 void tl_combine(long, long, long, const float *, const int64_t *, const float *, float *);
-void tl_conv(long, const int32_t *, const int32_t *, const int32_t *, long, long, const float *, const float *, float *, float *);
+void tl_conv(long, const int32_t *, const int32_t *, const int32_t *, long, long, const float *, const float *, float *,
+             float *);
 void tl_kda_gate(long, long, long, const float *, const float *, const float *, float, float *);
 void tl_kda(long, const int32_t *, const int32_t *, const int32_t *, long, long, const float *, const float *, const float *,
             float *, float *, float *, const int32_t *);
@@ -155,7 +156,8 @@ STEP(op_mla) { /* n: heads, width, rank, layer */
 }
 
 STEP(op_expand) { /* n: heads, rank, value */
-    tl_packed_head_linear(s->rows, IN(0), (long)o->n[0] * o->n[1], o->p[0], o->n[0], OUT(0), (long)o->n[0] * o->n[2], o->n[2]);
+    const long H = o->n[0], R = o->n[1], V = o->n[2];
+    tl_packed_head_linear(s->rows, IN(0), H * R, o->p[0], H, OUT(0), H * V, V);
 }
 
 /* Where every row stands. 0 when all positions are below `limit`. */
