@@ -73,7 +73,15 @@ INLINE v8 vexp(v8 x) {
     return y * (v8)e;
 }
 INLINE v8 vsigmoid(v8 x) { return splat(1.0f) / (splat(1.0f) + vexp(-x)); }
-INLINE v8 vtanh(v8 x) { return splat(2.0f) * vsigmoid(x + x) - splat(1.0f); }
+/* tanh to a few ulp: a polynomial near zero (Cephes), where 2 sigmoid(2x) - 1 would cancel all its digits. */
+INLINE v8 vtanh(v8 x) {
+    v8 z = x * x, p = splat(-5.70498872745e-3f);
+    p = fma8(p, z, splat(2.06390887954e-2f));
+    p = fma8(p, z, splat(-5.37397155531e-2f));
+    p = fma8(p, z, splat(1.33314422036e-1f));
+    p = fma8(p, z, splat(-3.33332819422e-1f));
+    return pick(z < splat(0.625f * 0.625f), fma8(x * z, p, x), splat(2.0f) * vsigmoid(x + x) - splat(1.0f));
+}
 /* log to 1-2 ulp for normal positive x (Cephes polynomial). */
 INLINE v8 vlog(v8 x) {
     i8 bits = (i8)x;
