@@ -23,7 +23,7 @@ class Drafting:
     ) -> None:
         self.memory, self.eviction, self.stats = memory, eviction, stats
         self._step_tokens = limits.step_tokens
-        self.speculation = Speculation(limits.draft_tokens, again=2 if memory.hybrid else 1)
+        self.speculation = Speculation(limits.draft_tokens, again=3 if memory.hybrid else 1)
         self.mtp = MTPDrafts(model.config, limits.max_batch) if getattr(model, "mtp", None) else None
 
     def add(self, work: Work) -> Work:
@@ -39,11 +39,11 @@ class Drafting:
                 if seq.draft and self.memory.hybrid:
                     if self.eviction.make_room(slots=1):
                         seq.spare, seq.computed_before = self.memory.slots.take(), seq.computed
-                        self.memory.copy_slot(seq.slot, seq.spare)
                     else:
                         seq.draft = []
                 budget -= len(seq.draft)
             out.append((seq, rows + len(seq.draft)))
+        self.memory.copy_slots([s.slot for s, _ in out if s.spare >= 0], [s.spare for s, _ in out if s.spare >= 0])
         return out
 
     def settle(self, seq: Sequence, right: int) -> None:

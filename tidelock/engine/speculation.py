@@ -6,8 +6,9 @@ comes out as that id. So the output is the same, log-probabilities included, wha
 (Where the arithmetic itself depends on the batch, as without the compiled kernels, it depends on drafts the same way.)
 
 Measured on the tool loops of a demo's model, one thread (`python -m benchmarks.speculation`): 2.7 tokens per forward
-instead of 1 with one episode in flight, half of what is drafted is right, and 2.4 times the tokens per second; with 8 in
-flight 1.5 times. With many in flight a row costs nearly its share of a step, and drafts stay away by themselves.
+instead of 1 with one episode in flight, about half of what is drafted is right, and 2.4 times the tokens per second; with
+8 in flight 1.5 times. With 96 in flight drafts are fewer and neither gain nor lose (0.98 and 1.01): a row costs nearly its
+share of such a step.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class Clock:
 
 
 class Speculation:
-    """Drafts for all requests of one scheduler. `most`: tokens of a draft; `again`: how often a row is run when a draft
-    fails (2 where the state has to be rolled back and accepted tokens run once more)."""
+    """Drafts for all requests of one scheduler. `most`: tokens of a draft; `again`: what a row of a draft that fails costs,
+    in rows (3 where the state was copied, has to go back, and what was accepted runs once more in a step without draft)."""
 
     def __init__(self, most: int, again: int = 1) -> None:
         self.most, self._again = most, again
