@@ -251,7 +251,7 @@ BAD_FIELDS = [
     ("n", 2),
     ("max_tokens", 0),
     ("max_tokens", 5000),
-    ("stop", ["x"]),
+    ("stop", ["x" * 33]),
     ("tool_choice", "required"),
     ("tools", [{"type": "function", "function": {"name": "1 bad"}}]),
     ("tools", TOOLS * 2),

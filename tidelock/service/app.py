@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,18 +12,17 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tidelock.service import errors, wire
 from tidelock.service.auth import authenticate
-from tidelock.service.completions import ChatCompletions
-from tidelock.service.errors import ApiError
+from tidelock.service.endpoint import Endpoint
+from tidelock.service.http import Handler, Json, unknown_route
 from tidelock.service.prices import format_usd
 from tidelock.service.state import ServiceState
+from tidelock.service.surfaces.chat import Chat
 from tidelock.tokens.errors import UserError
-from tidelock.tokens.policy import PolicyError
 from tidelock.tokens.trace import Outcome
 
 log = logging.getLogger(__name__)
@@ -51,22 +49,22 @@ _weights = msgspec.json.Decoder(Weights)
 def create_app(state: ServiceState) -> ASGIApp:
     """The ASGI application. Only one server may run on a directory: its start-up releases every open hold."""
 
-    def get(path: str, handler: Callable[[ServiceState, Request], Awaitable[Any]]) -> Route:
-        return Route(path, _json_endpoint(state, handler), methods=["GET"])
+    def get(path: str, handler: Handler) -> Route:
+        return Route(path, Json(state, handler), methods=["GET"])
 
-    def post(path: str, handler: Callable[[ServiceState, Request], Awaitable[Any]]) -> Route:
-        return Route(path, _json_endpoint(state, handler), methods=["POST"])
+    def post(path: str, handler: Handler) -> Route:
+        return Route(path, Json(state, handler), methods=["POST"])
 
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
+            Route("/v1/chat/completions", Endpoint(state, Chat), methods=["POST"]),
             get("/v1/models", models),
             get("/v1/users/me/balance", balance),
             post("/v1/feedback", feedback),
             post("/admin/weights", swap_weights),
             get("/health", health),
         ],
-        exception_handlers={HTTPException: _http_exception},
+        exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),
     )
 
@@ -132,34 +130,6 @@ async def health(state: ServiceState, request: Request) -> dict[str, Any]:
         "weights_version": state.weights_version,
         "exact": state.policy.exact,
     }
-
-
-def _json_endpoint(
-    state: ServiceState, handler: Callable[[ServiceState, Request], Awaitable[Any]]
-) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        request_id = f"req_{uuid.uuid4().hex}"
-        headers = {"x-request-id": request_id, "request-id": request_id}
-        try:
-            return Response(wire.encode(await handler(state, request)), 200, headers, "application/json")
-        except PolicyError as failure:
-            error = errors.policy_failed(str(failure), failure.status, failure.kind)
-        except ApiError as failure:
-            error = failure
-        except Exception:
-            log.exception("%s failed", request_id)
-            error = errors.internal()
-        return Response(wire.encode(error.body()), error.status, {**error.headers(), **headers}, "application/json")
-
-    return endpoint
-
-
-async def _http_exception(request: Request, exception: HTTPException) -> Response:
-    """Starlette's own 404 and 405, in the shape API clients parse."""
-    reason = f"{exception.detail}: {request.method} {request.url.path}"
-    kind = "resource_not_found_error" if exception.status_code == 404 else "invalid_request_error"
-    error = ApiError(exception.status_code, kind, reason)
-    return Response(wire.encode(error.body()), error.status, exception.headers, "application/json")
 
 
 def _lifespan(state: ServiceState) -> Callable[[Any], Any]:

@@ -29,6 +29,10 @@ class ServiceState:
     default_max_tokens: int = 256
     request_timeout_s: float = 600.0
     sweep_interval_s: float = 30.0
+    keep_alive_s: float = 10.0  # a stream says something at least this often
+    stall_timeout_s: float = 60.0  # a client that takes nothing for this long has left
+    max_body_bytes: int = 32 << 20
+    lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
 
     def __post_init__(self) -> None:
         if self.model not in self.prices.prices:

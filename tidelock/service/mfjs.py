@@ -1,0 +1,2 @@
+def fault(schema):
+    return None

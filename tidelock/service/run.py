@@ -1,0 +1,373 @@
+"""One request, from a validated `Ask` to the settled bill, the same for every surface.
+
+The order is the point: find the conversation's stored ids and extend them, hold the worst case, sample, write the
+trace, settle, and only then say the last word. A client that saw the end of an answer can rely on its trace and its
+charge; a client that left pays exactly for the tokens sampled until then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import asdict, dataclass, replace
+
+from tidelock.service import errors
+from tidelock.service.answer import Bill, Choice, Ended, Event, Piece, Usage
+from tidelock.service.ask import Ask
+from tidelock.service.errors import ApiError
+from tidelock.service.forcing import constraint
+from tidelock.service.keys import Key
+from tidelock.service.ledger import Hold, InsufficientBalance
+from tidelock.service.prices import Price
+from tidelock.service.state import ServiceState
+from tidelock.tokens.message import Message
+from tidelock.tokens.policy import PolicyError, SamplingParams
+from tidelock.tokens.template import Template
+from tidelock.tokens.trace import Node
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An `Ask` in its place in the trace, ready to be sampled. `new` are the messages not stored yet, each with the
+    ids it adds."""
+
+    request_id: str
+    key: Key
+    ask: Ask
+    scope: str
+    consent: bool
+    consent_source: str
+    parent: str | None
+    new: tuple[tuple[Message, tuple[int, ...]], ...]
+    opening_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]
+    prompt_tokens: int
+    max_tokens: int  # of each choice
+    price: Price
+
+    @property
+    def choice_ids(self) -> tuple[str, ...]:
+        """What the policy knows the choices by."""
+        return (self.request_id,) if self.ask.n == 1 else tuple(f"{self.request_id}-{n}" for n in range(self.ask.n))
+
+
+async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, price: Price | None = None) -> Turn:
+    """Everything that can still refuse the request before money is involved. Raises ApiError."""
+    scope = f"{key.id}/{ask.origin.session}"
+    parent, new, ids = extended(state, scope, ask)
+    opening_ids = opening(state.template, ask)
+    prompt_ids = (*ids, *state.template.generation_prompt(), *opening_ids)
+    prompt_tokens = await state.policy.count(prompt_ids)
+    consent, source = key.consent(ask.origin.consent)
+    return Turn(
+        request_id=request_id,
+        key=key,
+        ask=ask,
+        scope=scope,
+        consent=consent,
+        consent_source=source,
+        parent=parent,
+        new=new,
+        opening_ids=opening_ids,
+        prompt_ids=prompt_ids,
+        prompt_tokens=prompt_tokens,
+        max_tokens=_max_tokens(state, ask.max_tokens, prompt_tokens),
+        price=price or state.price,
+    )
+
+
+def extended(
+    state: ServiceState, scope: str, ask: Ask
+) -> tuple[str | None, tuple[tuple[Message, tuple[int, ...]], ...], list[int]]:
+    """(the deepest stored node of this conversation, the messages after it with their ids, all ids)."""
+    parent, known = state.traces.match(scope, ask.messages)
+    ids = list(state.traces.ids(parent.id)) if parent else []
+    seen = [node.message for node in state.traces.path(parent.id)] if parent else []
+    new = []
+    for message in ask.messages[known:]:
+        longer = state.template.extend(ids, seen, [message])
+        new.append((message, tuple(longer[len(ids) :])))
+        ids, seen = longer, [*seen, message]
+    return (parent.id if parent else None), tuple(new), ids
+
+
+async def count_tokens(state: ServiceState, key: Key, ask: Ask) -> int:
+    """Tokens the prompt of this request would be billed for."""
+    _, _, ids = extended(state, f"{key.id}/{ask.origin.session}", ask)
+    return await state.policy.count((*ids, *state.template.generation_prompt(), *opening(state.template, ask)))
+
+
+def opening(template: Template, ask: Ask) -> tuple[int, ...]:
+    """Ids of the answer's given beginning. Without thinking that is the empty thought, so that the answer comes next."""
+    if ask.opening is None and ask.thinking:
+        return ()
+    empty, probe = (template.sampled(Message("assistant", text)) for text in ("", "x"))
+    tail = 0  # how many ids close a turn whose last channel is its content: those that any content leaves alone
+    while empty[-1 - tail] == probe[-1 - tail]:
+        tail += 1
+    said = template.sampled(ask.opening or Message("assistant"))
+    return tuple(said[: len(said) - tail])
+
+
+def _max_tokens(state: ServiceState, asked: int | None, prompt_tokens: int) -> int:
+    room = state.context_length - prompt_tokens
+    if room < 1:
+        reason = f"the prompt has {prompt_tokens} tokens and leaves no room in a context of {state.context_length}"
+        raise errors.invalid_request(reason, "messages", "context_length_exceeded")
+    if asked is None:
+        return min(state.default_max_tokens, room)
+    if asked > room:
+        reason = f"prompt ({prompt_tokens}) plus max_tokens ({asked}) exceed the context of {state.context_length}"
+        raise errors.invalid_request(reason, "max_tokens", "context_length_exceeded")
+    return asked
+
+
+class Meter:
+    """A hold that is closed exactly once: settled for what was sampled, or released."""
+
+    def __init__(self, state: ServiceState, turn: Turn, hold: Hold) -> None:
+        self._state, self._turn, self.hold = state, turn, hold
+        self.choices = [Choice(n, turn.ask, state.template, turn.opening_ids) for n in range(turn.ask.n)]
+        self.params = replace(
+            turn.ask.params,
+            max_tokens=hold.max_tokens // turn.ask.n,
+            stop_ids=tuple(state.template.stop_ids),
+            constraint=constraint(state.template, turn.ask),
+            tenant=turn.key.customer,
+        )
+        self.delivered = False  # whether the client has been sent any of it
+        self._closed = False
+
+    @property
+    def complete(self) -> bool:
+        return all(
+            c.stopped is not None or (c.sample.ids and c.sample.finish_reason in ("stop", "length")) for c in self.choices
+        )
+
+    def finish(self) -> tuple[list[Piece], list[Ended], Bill]:
+        """Stores the answers and charges for them, then tells how they ended."""
+        pieces: list[Piece] = []
+        ended: list[Ended] = []
+        for choice in self.choices:
+            *rest, last = choice.end()
+            pieces += rest
+            ended.append(last)
+        nodes = record(self._state, self._turn, self)
+        return pieces, ended, Bill(self._settle(), nodes)
+
+    def _settle(self) -> Usage:
+        completion = sum(len(choice.sample.ids) for choice in self.choices)
+        cached = self.choices[0].sample.cached_tokens
+        reason = "stop" if self.complete else "abort"
+        if self.complete and any(choice.sample.finish_reason == "length" for choice in self.choices):
+            reason = "length"
+        self._closed = True
+        nano_usd = self._state.ledger.settle(
+            self.hold, cached_tokens=cached, completion_tokens=completion, finish_reason=reason
+        )
+        reasoning = sum(choice.reasoning_tokens for choice in self.choices)
+        return Usage(self.hold.prompt_tokens, completion, cached, reasoning, nano_usd)
+
+    def close(self) -> None:
+        """For the ways out that did not settle: what was delivered is charged, what was not is free."""
+        if self._closed:
+            return
+        if self.delivered:
+            self._settle()
+        else:
+            self._state.ledger.release(self.hold.request_id)
+
+
+@contextmanager
+def metered(state: ServiceState, turn: Turn) -> Iterator[Meter]:
+    """Raises ApiError (429) if the wallet does not cover the prompt and one token of each choice."""
+    try:
+        hold = state.ledger.hold(
+            turn.key.customer,
+            turn.key.id,
+            turn.request_id,
+            model=state.model,
+            price=turn.price,
+            price_version=state.prices.version,
+            prompt_tokens=turn.prompt_tokens,
+            max_tokens=turn.max_tokens * turn.ask.n,
+            lifetime_s=state.hold_lifetime_s,
+        )
+    except InsufficientBalance:
+        raise errors.insufficient_balance() from None
+    if hold.max_tokens < turn.ask.n:
+        state.ledger.release(turn.request_id)
+        raise errors.insufficient_balance()
+    meter = Meter(state, turn, hold)
+    try:
+        yield meter
+    finally:
+        meter.close()
+
+
+async def whole(state: ServiceState, turn: Turn, left: asyncio.Event) -> tuple[list[Ended], Bill]:
+    """The finished answers. Raises ApiError; a failure costs nothing, a client that left pays for what was sampled."""
+    with metered(state, turn) as meter:
+        try:
+            async with asyncio.timeout(state.request_timeout_s):
+                await _together([_sampled(state, turn, meter, choice) for choice in meter.choices])
+            if not meter.complete:
+                raise _stopped_early()
+        except TimeoutError:
+            raise errors.timed_out(state.request_timeout_s) from None
+        finally:
+            meter.delivered = meter.complete or left.is_set()
+            if meter.delivered and any(choice.sample.ids for choice in meter.choices):
+                _, ended, bill = meter.finish()
+    return ended, bill
+
+
+async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncIterator[list[Event]]:
+    """Events as they happen, all there are at a time; [] = nothing for `keep_alive_s`. The ends come with the bill.
+
+    Raises ApiError. Closing the iterator is leaving: what was sampled until then is stored and charged.
+    """
+    with metered(state, turn) as meter:
+        inbox = Inbox(min(state.keep_alive_s, state.request_timeout_s))
+        deadline = asyncio.get_running_loop().time() + state.request_timeout_s
+        tasks = [asyncio.create_task(_pump(state, turn, meter, choice, inbox)) for choice in meter.choices]
+        rest: list[Piece] = []
+        try:
+            running = len(tasks)
+            while running and not left.is_set():
+                items = await inbox.take()
+                failure = next((item for item in items if isinstance(item, Exception)), None)
+                if failure is not None:
+                    raise failure
+                running -= items.count(None)
+                pieces = [item for item in items if item is not None]
+                if running and asyncio.get_running_loop().time() >= deadline:
+                    raise errors.timed_out(state.request_timeout_s)
+                if pieces or not items:
+                    meter.delivered |= any(choice.sample.ids for choice in meter.choices)
+                    yield pieces
+            if not meter.complete:
+                raise _stopped_early()
+        finally:
+            inbox.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            meter.delivered |= meter.complete or left.is_set()
+            if meter.delivered and any(choice.sample.ids for choice in meter.choices):
+                rest, ended, bill = meter.finish()
+    yield [*rest, *ended, bill]
+
+
+async def _sampled(
+    state: ServiceState, turn: Turn, meter: Meter, choice: Choice, inbox: Inbox | None = None
+) -> None:
+    """Samples one choice to its end. Raises ApiError."""
+    params: SamplingParams = meter.params
+    if turn.ask.n > 1 and params.seed is not None:
+        params = replace(params, seed=params.seed + choice.index)
+    try:
+        async with aclosing(state.policy.generate(turn.prompt_ids, params, turn.choice_ids[choice.index])) as chunks:
+            async for chunk in chunks:
+                pieces = choice.take(chunk)
+                if inbox is not None:
+                    inbox.put(pieces)
+                if choice.stopped is not None:
+                    break
+    except PolicyError as error:
+        raise errors.policy_failed(str(error), error.status, error.kind) from error
+
+
+async def _pump(state: ServiceState, turn: Turn, meter: Meter, choice: Choice, inbox: Inbox) -> None:
+    try:
+        await _sampled(state, turn, meter, choice, inbox)
+        inbox.put([None])
+    except Exception as error:
+        inbox.put([error])
+
+
+class Inbox:
+    """Hands over everything that arrived since the last look, so that a slow reader gets few, large writes."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._items: list[Piece | Exception | None] = []
+        self._news = asyncio.Event()
+        self._patience_s = patience_s
+        self._timer = asyncio.get_running_loop().call_later(patience_s, self._tick)
+        self._quiet = True
+
+    def put(self, items: list) -> None:
+        if items:
+            self._items += items
+            self._news.set()
+
+    async def take(self) -> list:
+        """At least one item, or [] after `patience_s` without any."""
+        await self._news.wait()
+        self._news.clear()
+        items, self._items = self._items, []
+        self._quiet = not items
+        return items
+
+    def close(self) -> None:
+        self._timer.cancel()
+
+    def _tick(self) -> None:
+        if self._quiet:
+            self._news.set()
+        self._quiet = True
+        self._timer = asyncio.get_running_loop().call_later(self._patience_s, self._tick)
+
+
+async def _together(parts: list) -> None:
+    """Runs all; the first failure stops the others and is raised."""
+    if len(parts) == 1:
+        await parts[0]
+        return
+    tasks = [asyncio.create_task(part) for part in parts]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _stopped_early() -> ApiError:
+    return errors.policy_failed("the answer was stopped before its end", 503, "engine_overloaded_error")
+
+
+def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ...]:
+    """Writes the new messages and the answers to the trace, in one durable batch; returns the answers' node ids."""
+    common = {
+        "scope": turn.scope,
+        "template": state.template.hash,
+        "sandbox": turn.ask.origin.sandbox,
+        "consent": turn.consent,
+        "consent_source": turn.consent_source,
+        "exact": state.policy.exact,
+    }
+    parent, nodes = turn.parent, []
+    for given, ids in turn.new:
+        nodes.append(Node.of(parent, given, ids, **common))
+        parent = nodes[-1].id
+    answers = []
+    sampling = asdict(meter.params)
+    for choice in meter.choices:
+        sample = choice.sample
+        answers.append(
+            Node.of(
+                parent,
+                choice.message,
+                (*state.template.generation_prompt(), *turn.opening_ids, *sample.ids),
+                sampled=len(sample.ids),
+                logprobs=tuple(sample.logprobs),
+                weights_versions=tuple(sample.versions),
+                sampling=sampling,
+                finish_reason="stop" if choice.stopped is not None else sample.finish_reason or "abort",
+                **common,
+            )
+        )
+    state.traces.add_many([*nodes, *answers])
+    return tuple(answer.id for answer in answers)
