@@ -15,13 +15,11 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tidelock.service import errors, wire
+from tidelock.service import batch_worker, errors, wire
 from tidelock.service.auth import authenticate
-from tidelock.service.endpoint import Endpoint
-from tidelock.service.http import Handler, Json, unknown_route
-from tidelock.service.prices import format_usd
+from tidelock.service.http import Json, unknown_route
 from tidelock.service.state import ServiceState
-from tidelock.service.surfaces.chat import Chat
+from tidelock.service.surfaces.routes import routes
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.trace import Outcome
 
@@ -49,51 +47,16 @@ _weights = msgspec.json.Decoder(Weights)
 def create_app(state: ServiceState) -> ASGIApp:
     """The ASGI application. Only one server may run on a directory: its start-up releases every open hold."""
 
-    def get(path: str, handler: Handler) -> Route:
-        return Route(path, Json(state, handler), methods=["GET"])
-
-    def post(path: str, handler: Handler) -> Route:
-        return Route(path, Json(state, handler), methods=["POST"])
-
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", Endpoint(state, Chat), methods=["POST"]),
-            get("/v1/models", models),
-            get("/v1/users/me/balance", balance),
-            post("/v1/feedback", feedback),
-            post("/admin/weights", swap_weights),
-            get("/health", health),
+            *routes(state),
+            Route("/v1/feedback", Json(state, feedback), methods=["POST"]),
+            Route("/admin/weights", Json(state, swap_weights), methods=["POST"]),
+            Route("/health", Json(state, health), methods=["GET"]),
         ],
         exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),
     )
-
-
-async def models(state: ServiceState, request: Request) -> dict[str, Any]:
-    authenticate(state, request)
-    model = {
-        "id": state.model,
-        "object": "model",
-        "created": 0,
-        "owned_by": "tidelock",
-        "context_length": state.context_length,
-        "supports_reasoning": True,
-    }
-    return {"object": "list", "data": [model]}
-
-
-async def balance(state: ServiceState, request: Request) -> dict[str, Any]:
-    """Kimi's shape; the amounts are JSON numbers in USD with every nano digit written out."""
-    key = authenticate(state, request)
-    nano_usd = state.ledger.balance(key.customer)
-    available = msgspec.Raw(format_usd(nano_usd).encode())
-    data = {
-        "available_balance": available,
-        "voucher_balance": 0,
-        "cash_balance": available,
-        "available_nano_usd": nano_usd,
-    }
-    return {"code": 0, "scode": "0x0", "status": True, "data": data}
 
 
 async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -139,10 +102,13 @@ def _lifespan(state: ServiceState) -> Callable[[Any], Any]:
         if released:
             log.warning("released %d holds of requests that died with the last server", released)
         sweeper = asyncio.create_task(_sweep(state))
+        batches = asyncio.create_task(batch_worker.work(state))
         try:
             yield
         finally:
             sweeper.cancel()
+            batches.cancel()
+            await asyncio.gather(batches, return_exceptions=True)
 
     return lifespan
 

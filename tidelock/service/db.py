@@ -102,6 +102,23 @@ MIGRATIONS = (
         PRIMARY KEY (version, model)
     );
     """,
+    """
+    CREATE TABLE objects (
+        id TEXT PRIMARY KEY,
+        kind TEXT NOT NULL,
+        customer TEXT NOT NULL,
+        created_us BIGINT NOT NULL,
+        body TEXT NOT NULL
+    );
+    CREATE INDEX objects_of_customer ON objects (kind, customer, created_us);
+    CREATE TABLE batch_queue (
+        id TEXT PRIMARY KEY,
+        customer TEXT NOT NULL,
+        key_id TEXT NOT NULL,
+        created_us BIGINT NOT NULL,
+        lease_us BIGINT NOT NULL  -- until when somebody works on it
+    );
+    """,
 )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
+from tidelock.service.objects import Objects
 from tidelock.service.prices import Price, PriceBook
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.policy import Policy
@@ -23,6 +26,8 @@ class ServiceState:
     ledger: Ledger
     keys: KeyStore
     prices: PriceBook
+    objects: Objects
+    files: Path  # what clients uploaded
     model: str  # the name clients ask for
     context_length: int
     weights_version: int
@@ -32,6 +37,8 @@ class ServiceState:
     keep_alive_s: float = 10.0  # a stream says something at least this often
     stall_timeout_s: float = 60.0  # a client that takes nothing for this long has left
     max_body_bytes: int = 32 << 20
+    batch_lease_s: float = 30.0  # a batch whose worker died goes on after this
+    batch_news: asyncio.Event = field(default_factory=asyncio.Event)
     lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
 
     def __post_init__(self) -> None:
@@ -41,6 +48,15 @@ class ServiceState:
     @property
     def price(self) -> Price:
         return self.prices.prices[self.model]
+
+    @property
+    def batch_price(self) -> Price:
+        """Half of the list price."""
+        price = self.price
+        return replace(
+            price, input_nano=price.input_nano // 2, cached_input_nano=price.cached_input_nano // 2,
+            output_nano=max(price.output_nano // 2, 1),
+        )  # fmt: skip
 
     @property
     def hold_lifetime_s(self) -> float:
@@ -57,7 +73,7 @@ def open_state(
     model: str,
     context_length: int,
     weights_version: int,
-    **options: float,
+    **options: Any,
 ) -> ServiceState:
     """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`."""
     directory = Path(directory)
@@ -71,6 +87,8 @@ def open_state(
         ledger=Ledger(db),
         keys=KeyStore.open(db, directory / "pepper"),
         prices=prices,
+        objects=Objects(db),
+        files=directory / "files",
         model=model,
         context_length=context_length,
         weights_version=weights_version,

@@ -302,10 +302,22 @@ class Chat:
             for end in ended
         ]
         trace = {"node": bill.nodes[0], "nodes": list(bill.nodes)}
-        return {
+        completion = {
             **self._head, "choices": choices, "usage": usage(bill.usage), "service_tier": "default",
             "system_fingerprint": None, "trace": trace,
         }  # fmt: skip
+        if self.request.store:
+            self._store(completion)
+        return completion
+
+    def _store(self, completion: dict[str, Any]) -> None:
+        given = [
+            {"id": f"{completion['id']}-{n}", "role": m.role, "content": m.text, "content_parts": None, "name": m.name}
+            for n, m in enumerate(self.request.messages)
+        ]
+        stored = {**completion, "metadata": self.request.metadata or {}}
+        doc = {"id": completion["id"], "completion": stored, "messages": given}
+        self._state.objects.put("chat completion", self._key.customer, doc)
 
     def say(self, events: Sequence[Event]) -> bytes:
         out = b"".join(self._delta(choice, [e for e in events if isinstance(e, Piece) and e.choice == choice])
