@@ -23,9 +23,8 @@ def claim(db: Database, lease_s: float) -> tuple[str, str, str] | None:
         "SELECT id, customer, key_id FROM batch_queue WHERE lease_us < ? ORDER BY created_us LIMIT 5", (now,)
     ):
         with db.transaction() as write:
-            taken = write(
-                "UPDATE batch_queue SET lease_us = ? WHERE id = ? AND lease_us < ?", (now + int(lease_s * 1e6), batch_id, now)
-            )
+            until = now + int(lease_s * 1e6)
+            taken = write("UPDATE batch_queue SET lease_us = ? WHERE id = ? AND lease_us < ?", (until, batch_id, now))
             if taken.rowcount == 1:
                 return batch_id, customer, key_id
     return None
@@ -33,8 +32,9 @@ def claim(db: Database, lease_s: float) -> tuple[str, str, str] | None:
 
 def renew(db: Database, batch_id: str, lease_s: float) -> None:
     """`lease_s` 0 gives it back."""
+    until = _now_us() + int(lease_s * 1e6) if lease_s else 0
     with db.transaction() as write:
-        write("UPDATE batch_queue SET lease_us = ? WHERE id = ?", (_now_us() + int(lease_s * 1e6) if lease_s else 0, batch_id))
+        write("UPDATE batch_queue SET lease_us = ? WHERE id = ?", (until, batch_id))
 
 
 def remove(db: Database, batch_id: str) -> None:

@@ -193,8 +193,11 @@ class _Batch:
         """The same file however often the end of a batch is begun."""
         if not results:
             return None
-        rows = [{"id": f"batch_req_{r['response']['request_id'][4:]}", **{k: r[k] for k in ("custom_id", "response", "error")}}
-                for r in results]  # fmt: skip
+        rows = [
+            {"id": "batch_req_" + r["response"]["request_id"].removeprefix("req_"), "custom_id": r["custom_id"],
+             "response": r["response"], "error": r["error"]}
+            for r in results
+        ]  # fmt: skip
         file_id = f"file-{which}-{self.id}"
         try:
             self.state.objects.get(files.KIND, self.customer, file_id)

@@ -36,6 +36,11 @@ def speaks_anthropic(request: Request) -> bool:
     return request.url.path.startswith("/anthropic/") or "anthropic-version" in request.headers
 
 
+def is_lenient(state: ServiceState, request: Request | None) -> bool:
+    """By the server's own setting, or because this client asks for it (`x-tidelock-profile: lenient`)."""
+    return state.lenient or (request is not None and request.headers.get("x-tidelock-profile") == "lenient")
+
+
 async def read_body(request: Request, limit: int) -> bytes:
     """Raises ApiError (413) before more than `limit` bytes are held."""
     declared = request.headers.get("content-length", "0")

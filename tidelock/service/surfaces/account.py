@@ -16,7 +16,7 @@ from starlette.requests import Request
 from tidelock.service import run, wire
 from tidelock.service.auth import authenticate
 from tidelock.service.errors import invalid_request
-from tidelock.service.http import read_body
+from tidelock.service.http import is_lenient, read_body
 from tidelock.service.prices import format_usd
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.chat import ChatRequest
@@ -53,7 +53,7 @@ async def estimate_tokens(state: ServiceState, request: Request) -> dict[str, An
     """`POST /v1/tokenizers/estimate-token-count`: exact, since the tokenizer is ours."""
     key = authenticate(state, request)
     body = wire.decode(await read_body(request, state.max_body_bytes), _chat)
-    return {"data": {"total_tokens": await run.count_tokens(state, key, read_chat(state, body, state.lenient))}}
+    return {"data": {"total_tokens": await run.count_tokens(state, key, read_chat(state, body, is_lenient(state, request)))}}
 
 
 async def usages(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -184,7 +184,8 @@ class _Page:
                     args += values
             sums = ", ".join(f"SUM({c}) AS {c}" for c in ("prompt_tokens", "cached_tokens", "completion_tokens", "nano_usd"))
             grouped = f"GROUP BY {', '.join(columns)}" if columns else "HAVING COUNT(*) > 0"
-            sql = f"SELECT {''.join(c + ', ' for c in columns)}COUNT(*) AS requests, {sums} FROM usage WHERE {where} {grouped}"
+            selected = "".join(f"{column}, " for column in columns)
+            sql = f"SELECT {selected}COUNT(*) AS requests, {sums} FROM usage WHERE {where} {grouped}"
             rows = [{k: row[k] for k in row.keys()} for row in state.ledger.db.read(sql, args)]
             out.append((start, end, [{"model": None, "key_id": None, **row} for row in rows]))
         return out

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from tidelock.service import batch_queue, wire
 from tidelock.service.auth import authenticate
 from tidelock.service.errors import invalid_request
-from tidelock.service.http import read_body
+from tidelock.service.http import is_lenient, read_body
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import files
 
@@ -38,7 +38,7 @@ _decoder = msgspec.json.Decoder(BatchRequest)
 async def create(state: ServiceState, request: Request) -> dict[str, Any]:
     key = authenticate(state, request)
     body: BatchRequest = wire.decode(await read_body(request, state.max_body_bytes), _decoder)
-    endpoints = LENIENT_ENDPOINTS if state.lenient else ENDPOINTS
+    endpoints = LENIENT_ENDPOINTS if is_lenient(state, request) else ENDPOINTS
     if body.endpoint not in endpoints:
         raise invalid_request(f"endpoint must be one of {', '.join(endpoints)}", "endpoint")
     for name, value in (body.metadata or {}).items():

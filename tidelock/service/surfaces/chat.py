@@ -15,6 +15,7 @@ from tidelock.service import kimi, wire
 from tidelock.service.answer import Bill, Ended, Event, Piece, Token, Usage
 from tidelock.service.ask import Ask, Origin, check_tool_choice, conversation, stop_strings
 from tidelock.service.errors import ApiError, invalid_request, not_found
+from tidelock.service.http import is_lenient
 from tidelock.service.keys import Key
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
@@ -275,10 +276,10 @@ class Chat:
     anthropic = False
     keep_alive = wire.COMMENT
 
-    def __init__(self, state: ServiceState, key: Key, request: Request, body: bytes) -> None:
+    def __init__(self, state: ServiceState, key: Key, request: Request | None, body: bytes) -> None:
         self._state, self._key = state, key
         self.request: ChatRequest = wire.decode(body, _decoder)
-        self.ask = read(state, self.request, state.lenient)
+        self.ask = read(state, self.request, is_lenient(state, request))
         self._usage_chunk = bool(self.request.stream_options and self.request.stream_options.include_usage)
         self._opened: set[int] = set()  # choices that have been introduced
 

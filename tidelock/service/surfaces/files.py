@@ -15,6 +15,7 @@ from starlette.responses import FileResponse, Response
 
 from tidelock.service.auth import authenticate
 from tidelock.service.errors import invalid_request, too_large
+from tidelock.service.http import is_lenient
 from tidelock.service.state import ServiceState
 
 KIND = "file"
@@ -33,7 +34,7 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
     try:
         async with request.form(max_files=1, max_fields=20) as form:
             upload, purpose = form.get("file"), form.get("purpose")
-            allowed = PURPOSES + (OPENAI_PURPOSES if state.lenient else ())
+            allowed = PURPOSES + (OPENAI_PURPOSES if is_lenient(state, request) else ())
             if purpose not in allowed:
                 raise invalid_request(f"purpose must be one of {', '.join(allowed)}", "purpose")
             if not isinstance(upload, UploadFile):
@@ -80,7 +81,9 @@ async def delete(state: ServiceState, request: Request) -> dict[str, Any]:
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-def store(state: ServiceState, customer: str, name: str, purpose: str, data: bytes, file_id: str | None = None) -> dict[str, Any]:
+def store(
+    state: ServiceState, customer: str, name: str, purpose: str, data: bytes, file_id: str | None = None
+) -> dict[str, Any]:
     """Bytes first, then the metadata that makes them visible."""
     file_id = file_id or state.objects.new_id("file-")
     state.files.mkdir(exist_ok=True)

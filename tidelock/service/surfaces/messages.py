@@ -20,7 +20,7 @@ from tidelock.service.answer import Bill, Ended, Event, Piece, Usage
 from tidelock.service.ask import Ask, Origin, check_tool_choice, conversation, stop_strings
 from tidelock.service.auth import authenticate
 from tidelock.service.errors import ApiError, invalid_request
-from tidelock.service.http import read_body
+from tidelock.service.http import is_lenient, read_body
 from tidelock.service.keys import Key
 from tidelock.service.kimi import TOP_P
 from tidelock.service.run import Turn
@@ -126,26 +126,27 @@ async def count(state: ServiceState, request: Request) -> dict[str, int]:
     key = authenticate(state, request)
     body = wire.decode(await read_body(request, state.max_body_bytes), _count_decoder)
     _version(request)
-    return {"input_tokens": await run.count_tokens(state, key, _ask(state, body, SamplingParams(), None))}
+    ask = _ask(state, body, SamplingParams(), None, is_lenient(state, request))
+    return {"input_tokens": await run.count_tokens(state, key, ask)}
 
 
-def read(state: ServiceState, request: MessagesRequest, version: str) -> Ask:
+def read(state: ServiceState, request: MessagesRequest, version: str, lenient: bool) -> Ask:
     """Raises ApiError."""
     _check_sampling(request, version)
     if request.max_tokens < 1:
         raise invalid_request("max_tokens must be at least 1", "max_tokens")
     thinking = request.thinking
-    if thinking is not None and thinking.type == "enabled" and not state.lenient:
+    if thinking is not None and thinking.type == "enabled" and not lenient:
         if not MIN_BUDGET <= (thinking.budget_tokens or 0) < request.max_tokens:
             reason = f"thinking.budget_tokens must be at least {MIN_BUDGET} and below max_tokens"
             raise invalid_request(reason, "thinking.budget_tokens")
     params = SamplingParams(
         temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=(1.0 if state.lenient else TOP_P) if request.top_p is None else request.top_p,
+        top_p=(1.0 if lenient else TOP_P) if request.top_p is None else request.top_p,
         top_k=request.top_k or 0,
         stop=stop_strings(request.stop_sequences, "stop_sequences"),
     )
-    return _ask(state, request, params, request)
+    return _ask(state, request, params, request, lenient)
 
 
 def _version(request: Request) -> str:
@@ -163,13 +164,16 @@ def _check_sampling(request: MessagesRequest, version: str) -> None:
         if version == FIXED:
             raise invalid_request(f"{field}: not taken by anthropic-version {FIXED}", field)
         if value < 0 or (high is not None and value > high):
-            raise invalid_request(f"{field} must be between 0 and {high}" if high else f"{field} must not be negative", field)
+            bounds = f"between 0 and {high}" if high else "0 or more"
+            raise invalid_request(f"{field} must be {bounds}", field)
     if request.top_p == 0:
         raise invalid_request("top_p must be above 0", "top_p")
 
 
-def _ask(state: ServiceState, body: CountRequest, params: SamplingParams, full: MessagesRequest | None) -> Ask:
-    check_model(state, body.model, state.lenient)
+def _ask(
+    state: ServiceState, body: CountRequest, params: SamplingParams, full: MessagesRequest | None, lenient: bool
+) -> Ask:
+    check_model(state, body.model, lenient)
     if not body.messages:
         raise invalid_request("messages: at least one message is required", "messages")
     given = [m for n, message in enumerate(body.messages) for m in _messages(message, f"messages[{n}]")]
@@ -275,7 +279,7 @@ class Messages:
     keep_alive = PING
 
     def __init__(self, state: ServiceState, key: Key, request: Request, body: bytes) -> None:
-        self.ask = read(state, wire.decode(body, _decoder), _version(request))
+        self.ask = read(state, wire.decode(body, _decoder), _version(request), is_lenient(state, request))
         self._block = -1  # index of the open content block
         self._kind: str | None = None  # what it holds
         self._thought = ""

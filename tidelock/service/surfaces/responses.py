@@ -19,7 +19,7 @@ from tidelock.service.answer import Bill, Ended, Event, Piece, Usage
 from tidelock.service.ask import Ask, Origin, check_tool_choice, conversation
 from tidelock.service.auth import authenticate
 from tidelock.service.errors import ApiError, invalid_request
-from tidelock.service.http import read_body
+from tidelock.service.http import is_lenient, read_body
 from tidelock.service.keys import Key
 from tidelock.service.kimi import TOP_P
 from tidelock.service.run import Turn
@@ -126,7 +126,7 @@ async def count(state: ServiceState, request: Request) -> dict[str, Any]:
     """`POST /v1/responses/input_tokens`"""
     key = authenticate(state, request)
     body = wire.decode(await read_body(request, state.max_body_bytes), _count_decoder)
-    ask = _ask(state, key, body, SamplingParams())
+    ask = _ask(state, key, body, SamplingParams(), is_lenient(state, request))
     return {"object": "response.input_tokens", "input_tokens": await run.count_tokens(state, key, ask)}
 
 
@@ -160,9 +160,8 @@ async def input_items(state: ServiceState, request: Request) -> dict[str, Any]:
     return {"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": False}
 
 
-def read(state: ServiceState, key: Key, request: ResponsesRequest) -> Ask:
+def read(state: ServiceState, key: Key, request: ResponsesRequest, lenient: bool) -> Ask:
     """Raises ApiError."""
-    lenient = state.lenient
     for field, high in (("temperature", 2), ("top_p", 1), ("top_logprobs", 20)):
         value = getattr(request, field)
         if value is not None and not 0 <= value <= high:
@@ -179,7 +178,7 @@ def read(state: ServiceState, key: Key, request: ResponsesRequest) -> Ask:
         top_logprobs=request.top_logprobs or 0,
     )
     return replace(
-        _ask(state, key, request, params),
+        _ask(state, key, request, params, lenient),
         max_tokens=request.max_output_tokens,
         stream=bool(request.stream),
         logprobs="message.output_text.logprobs" in (request.include or ()),
@@ -187,13 +186,15 @@ def read(state: ServiceState, key: Key, request: ResponsesRequest) -> Ask:
     )
 
 
-def _ask(state: ServiceState, key: Key, body: InputTokensRequest, params: SamplingParams) -> Ask:
-    if body.model is None and not state.lenient:
+def _ask(
+    state: ServiceState, key: Key, body: InputTokensRequest, params: SamplingParams, lenient: bool
+) -> Ask:
+    if body.model is None and not lenient:
         raise invalid_request("a request needs a model", "model")
-    check_model(state, body.model or state.model, state.lenient)
-    given = _history(state, key, body.previous_response_id)
-    items = [Item(role="user", content=body.input or "")] if body.input is None or isinstance(body.input, str) else body.input
-    if body.input is None and not given and not state.lenient:
+    check_model(state, body.model or state.model, lenient)
+    given = _history(state, key, body.previous_response_id, lenient)
+    items = body.input if isinstance(body.input, list) else [Item(role="user", content=body.input or "")]
+    if body.input is None and not given and not lenient:
         raise invalid_request("a request needs input", "input")
     given += _messages(items)
     if not given:
@@ -219,19 +220,19 @@ def _ask(state: ServiceState, key: Key, body: InputTokensRequest, params: Sampli
         parallel_tools=body.parallel_tool_calls is not False,
         schema={"text": None, "json_object": {"type": "object"}, "json_schema": form.schema}[form.type],
     )
-    if not (state.lenient and not ask.tools):
+    if not (lenient and not ask.tools):
         check_tool_choice(ask.tool_choice, ask.tools)
     return ask
 
 
-def _history(state: ServiceState, key: Key, response_id: str | None) -> list[Message]:
+def _history(state: ServiceState, key: Key, response_id: str | None, lenient: bool) -> list[Message]:
     """The conversation that ends in a stored response; its instructions and tools are not carried over."""
     if response_id is None:
         return []
     try:
         stored = state.objects.get(KIND, key.customer, response_id)
     except ApiError:
-        if state.lenient:
+        if lenient:
             return []
         raise invalid_request(f"no previous response {response_id!r}", "previous_response_id",
                               "previous_response_not_found") from None  # fmt: skip
@@ -333,10 +334,10 @@ class Responses:
     anthropic = False
     keep_alive = wire.COMMENT
 
-    def __init__(self, state: ServiceState, key: Key, request: Request, body: bytes) -> None:
+    def __init__(self, state: ServiceState, key: Key, request: Request | None, body: bytes) -> None:
         self._state, self._key = state, key
         self.request: ResponsesRequest = wire.decode(body, _decoder)
-        self.ask = read(state, key, self.request)
+        self.ask = read(state, key, self.request, is_lenient(state, request))
 
     def begin(self, turn: Turn) -> None:
         self._id = "resp_" + turn.request_id.removeprefix("req_")
@@ -380,7 +381,8 @@ class Responses:
         form = text.format or Format()
         shown = {"type": form.type}
         if form.type == "json_schema":
-            shown |= {"name": form.name, "schema": form.schema, "strict": form.strict is not False, "description": form.description}
+            shown |= {"name": form.name, "schema": form.schema, "strict": form.strict is not False}
+            shown["description"] = form.description
         reasoning = request.reasoning or Reasoning()
         return {
             "id": self._id,

@@ -20,7 +20,6 @@ class Writer:
         self.items: list[dict[str, Any]] = []
         self._unique, self._response = unique, response
         self._kind: str | None = None  # "reasoning" | "content" | "call": the open item
-        self._call = 0  # which tool call it is
         self._text: list[str] = []
         self._tokens: list[Token] = []
         self._number = 0
@@ -75,7 +74,8 @@ class Writer:
         if kind == "reasoning":
             item: dict[str, Any] = {"type": "reasoning", "id": f"rs_{self._unique}_{n}", "summary": []}
         elif kind == "content":
-            item = {"type": "message", "id": f"msg_{self._unique}_{n}", "status": "in_progress", "role": "assistant", "content": []}
+            item = {"type": "message", "id": f"msg_{self._unique}_{n}", "status": "in_progress", "role": "assistant"}
+            item["content"] = []
         else:
             item = {
                 "type": "function_call", "id": f"fc_{self._unique}_{n}", "status": "in_progress", "call_id": piece.id,
