@@ -67,13 +67,12 @@ class Objects:
     def page(
         self, kind: str, customer: str, *, after: str | None = None, limit: int = 20, newest_first: bool = True
     ) -> tuple[list[dict[str, Any]], bool]:
-        """(documents, whether there are more), from the one behind `after` on. Raises a 404 for an unknown `after`."""
+        """(documents, whether there are more), from the one behind `after` on; none behind one the customer has not."""
         where, args = "kind = ? AND customer = ?", [kind, customer]
         if after is not None:
-            self.get(kind, customer, after)
             comparison = "<" if newest_first else ">"
-            where += f" AND (created_us, id) {comparison} (SELECT created_us, id FROM objects WHERE id = ?)"
-            args.append(after)
+            where += f" AND (created_us, id) {comparison} (SELECT created_us, id FROM objects WHERE id = ? AND customer = ?)"
+            args += [after, customer]
         order = "DESC" if newest_first else "ASC"
         rows = self._db.read(
             f"SELECT body FROM objects WHERE {where} ORDER BY created_us {order}, id {order} LIMIT {limit + 1}", args

@@ -149,7 +149,7 @@ def _spent(state: ServiceState, customer: str, since: float) -> int:
 
 
 class _Page:
-    """Consecutive time buckets. `page` is where the next one starts, as the last answer said."""
+    """Consecutive time buckets. `page` is where the next one starts, as the last answer said; other words say nothing."""
 
     def __init__(self, start: int, end: int, width: int, limit: int) -> None:
         self.start, self.end, self.width = start - start % width, end, width
@@ -163,7 +163,8 @@ class _Page:
         width = query.get("bucket_width", default_width)
         if width not in WIDTHS:
             raise invalid_request(f"bucket_width must be one of {', '.join(WIDTHS)}", "bucket_width")
-        start = _whole(query.get("page") or query.get("start_time"), "start_time", 0, MAX_TIME)
+        page = query.get("page", "")
+        start = _whole(page if page.isdecimal() else query.get("start_time"), "start_time", 0, MAX_TIME)
         if start is None:
             raise invalid_request("start_time is required, in seconds since 1970", "start_time")
         end = _whole(query.get("end_time"), "end_time", 0, MAX_TIME) or int(time.time()) + 1

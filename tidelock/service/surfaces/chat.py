@@ -147,7 +147,7 @@ def read(state: ServiceState, request: ChatRequest, lenient: bool) -> Ask:
             frequency_penalty=request.frequency_penalty or 0.0,
             logit_bias=_logit_bias(request, state, lenient),
             stop=stop_strings(request.stop),
-            seed=request.seed,
+            seed=None if request.seed is None else request.seed % 2**63,  # clients may send any integer
             top_logprobs=request.top_logprobs or 0,
         ),
         max_tokens=_limit(request),

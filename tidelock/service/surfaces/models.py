@@ -8,7 +8,7 @@ from starlette.requests import Request
 
 from tidelock.service import errors
 from tidelock.service.auth import authenticate
-from tidelock.service.http import speaks_anthropic
+from tidelock.service.http import is_lenient, speaks_anthropic
 from tidelock.service.state import ServiceState
 
 EFFORTS = ["low", "high", "max"]
@@ -25,9 +25,10 @@ async def listed(state: ServiceState, request: Request) -> dict[str, Any]:
 async def one(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/models/{id}`"""
     authenticate(state, request)
-    if request.path_params["id"] != state.model:
-        raise errors.not_found(f"no model {request.path_params['id']!r} here", "model", "model_not_found")
-    return _anthropic(state) if speaks_anthropic(request) else _openai(state)
+    name = request.path_params["id"]
+    if name != state.model and not is_lenient(state, request):
+        raise errors.not_found(f"no model {name!r} here", "model", "model_not_found")
+    return {**(_anthropic(state) if speaks_anthropic(request) else _openai(state)), "id": name}
 
 
 def _openai(state: ServiceState) -> dict[str, Any]:
