@@ -60,8 +60,8 @@ def _anthropic(state: ServiceState) -> dict[str, Any]:
         "max_tokens": state.context_length,
         "capabilities": {
             "batch": no, "citations": no, "code_execution": no, "image_input": no, "pdf_input": no,
-            "context_management": no, "server_tools": no, "structured_outputs": yes,
-            "effort": {**yes, "low": yes, "medium": yes, "high": yes, "max": yes},
-            "thinking": {**yes, "types": {"enabled": yes, "adaptive": yes}},
+            "context_management": no, "server_tools": {**no, "code_execution": no, "web_search": no},
+            "effort": {**yes, "low": yes, "medium": yes, "high": yes, "max": yes}, "structured_outputs": yes,
+            "thinking": {**yes, "types": {"enabled": yes, "disabled": yes, "adaptive": yes, "between_tools": yes}},
         },
     }  # fmt: skip
