@@ -229,7 +229,7 @@ async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncI
     Raises ApiError. Closing the iterator is leaving: what was sampled until then is stored and charged.
     """
     with metered(state, turn) as meter:
-        inbox = Inbox(min(state.keep_alive_s, state.request_timeout_s))
+        inbox = Inbox(min(state.keep_alive_s, state.request_timeout_s), state.merge_s)
         deadline = asyncio.get_running_loop().time() + state.request_timeout_s
         tasks = [asyncio.create_task(_pump(state, turn, meter, choice, inbox)) for choice in meter.choices]
         rest: list[Piece] = []
@@ -288,23 +288,38 @@ async def _pump(state: ServiceState, turn: Turn, meter: Meter, choice: Choice, i
 
 
 class Inbox:
-    """Hands over everything that arrived since the last look, so that a slow reader gets few, large writes."""
+    """Hands over everything that arrived since the last look, at most once in `merge_s`: tokens that come fast share a
+    write, and a reader that is slow gets few large ones."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, merge_s: float) -> None:
         self._items: list[Piece | Exception | None] = []
-        self._news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._news, self._urgent = asyncio.Event(), False
+        self._merge_s, self._next_look = merge_s, 0.0
+        self._pause: asyncio.Future[None] | None = None
         self._patience_s = patience_s
-        self._timer = asyncio.get_running_loop().call_later(patience_s, self._tick)
+        self._timer = self._loop.call_later(patience_s, self._tick)
         self._quiet = True
 
     def put(self, items: list) -> None:
+        """An end or a failure is handed over at once."""
         if items:
             self._items += items
             self._news.set()
+            if not isinstance(items[-1], Piece):
+                self._urgent = True
+                _release(self._pause)
 
     async def take(self) -> list:
         """At least one item, or [] after `patience_s` without any."""
         await self._news.wait()
+        wait_s = self._next_look - self._loop.time()
+        if wait_s > 0 and not self._urgent:
+            self._pause = self._loop.create_future()
+            timer = self._loop.call_later(wait_s, _release, self._pause)
+            await self._pause
+            timer.cancel()
+        self._next_look = self._loop.time() + self._merge_s
         self._news.clear()
         items, self._items = self._items, []
         self._quiet = not items
@@ -317,7 +332,12 @@ class Inbox:
         if self._quiet:
             self._news.set()
         self._quiet = True
-        self._timer = asyncio.get_running_loop().call_later(self._patience_s, self._tick)
+        self._timer = self._loop.call_later(self._patience_s, self._tick)
+
+
+def _release(pause: asyncio.Future[None] | None) -> None:
+    if pause is not None and not pause.done():
+        pause.set_result(None)
 
 
 async def _together(parts: list) -> None:

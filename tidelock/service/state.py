@@ -35,6 +35,7 @@ class ServiceState:
     request_timeout_s: float = 600.0
     sweep_interval_s: float = 30.0
     keep_alive_s: float = 10.0  # a stream says something at least this often
+    merge_s: float = 0.01  # a stream is written to at most this often
     stall_timeout_s: float = 60.0  # a client that takes nothing for this long has left
     max_body_bytes: int = 32 << 20
     batch_lease_s: float = 30.0  # a batch whose worker died goes on after this
