@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tidelock.service import batch_worker, errors, wire
+from tidelock.service import batch_worker, errors, openapi, wire
 from tidelock.service.auth import authenticate
 from tidelock.service.http import Json, unknown_route
 from tidelock.service.state import ServiceState
@@ -53,6 +53,7 @@ def create_app(state: ServiceState) -> ASGIApp:
             Route("/v1/feedback", Json(state, feedback), methods=["POST"]),
             Route("/admin/weights", Json(state, swap_weights), methods=["POST"]),
             Route("/health", Json(state, health), methods=["GET"]),
+            Route("/openapi.json", Json(state, published), methods=["GET"]),
         ],
         exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),
@@ -93,6 +94,10 @@ async def health(state: ServiceState, request: Request) -> dict[str, Any]:
         "weights_version": state.weights_version,
         "exact": state.policy.exact,
     }
+
+
+async def published(state: ServiceState, request: Request) -> dict[str, Any]:
+    return openapi.document(state.model)
 
 
 def _lifespan(state: ServiceState) -> Callable[[Any], Any]:

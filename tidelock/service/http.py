@@ -33,7 +33,8 @@ def id_headers(request_id: str) -> dict[str, str]:
 
 
 def speaks_anthropic(request: Request) -> bool:
-    return request.url.path.startswith("/anthropic/") or "anthropic-version" in request.headers
+    path = request.url.path
+    return path.startswith(("/anthropic/", "/v1/messages")) or "anthropic-version" in request.headers
 
 
 def is_lenient(state: ServiceState, request: Request | None) -> bool:

@@ -23,7 +23,7 @@ from tidelock.service.surfaces.chat import ChatRequest
 from tidelock.service.surfaces.chat import read as read_chat
 
 WIDTHS = {"1m": 60, "1h": 3600, "1d": 86400}
-MOST_BUCKETS = {"1m": 1440, "1h": 168, "1d": 180}
+DEFAULT_BUCKETS, MOST_BUCKETS = {"1m": 60, "1h": 24, "1d": 7}, 1440
 GROUPS = {"model": "model", "api_key_id": "key_id"}
 # Kinds of usage that admin clients ask for and this service does not have: their pages are true, and empty.
 UNUSED = (
@@ -163,13 +163,14 @@ class _Page:
         width = query.get("bucket_width", default_width)
         if width not in WIDTHS:
             raise invalid_request(f"bucket_width must be one of {', '.join(WIDTHS)}", "bucket_width")
-        page = query.get("page", "")
-        start = _whole(page if page.isdecimal() else query.get("start_time"), "start_time", 0, MAX_TIME)
+        start = _whole(query.get("start_time"), "start_time", 0, MAX_TIME)
         if start is None:
             raise invalid_request("start_time is required, in seconds since 1970", "start_time")
+        if query.get("page", "").isdecimal():
+            start = _whole(query["page"], "page", 0, MAX_TIME)
         end = _whole(query.get("end_time"), "end_time", 0, MAX_TIME) or int(time.time()) + 1
-        limit = _whole(query.get("limit"), "limit", 0, MOST_BUCKETS[width])
-        return _Page(start, max(end, start), WIDTHS[width], limit or {"1m": 60, "1h": 24, "1d": 7}[width])
+        limit = _whole(query.get("limit"), "limit", 0, MOST_BUCKETS) or DEFAULT_BUCKETS[width]
+        return _Page(start, max(end, start), WIDTHS[width], limit)
 
     def buckets(self, state: ServiceState, customer: str, request: Request) -> list[tuple[int, int, list[dict[str, Any]]]]:
         asked = request.query_params.getlist("group_by") + request.query_params.getlist("group_by[]")

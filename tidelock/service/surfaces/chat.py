@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from starlette.requests import Request
@@ -99,7 +99,7 @@ class ChatRequest(msgspec.Struct):
     """The body of `POST /v1/chat/completions`."""
 
     model: str
-    messages: list[WireMessage]
+    messages: Annotated[list[WireMessage], msgspec.Meta(min_length=1)]
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -130,8 +130,6 @@ _decoder = msgspec.json.Decoder(ChatRequest)
 def read(state: ServiceState, request: ChatRequest, lenient: bool) -> Ask:
     """Raises ApiError."""
     check_model(state, request.model, lenient)
-    if not request.messages:
-        raise invalid_request("messages must not be empty", "messages")
     kimi.check(request, lenient)
     given = [_message(message, f"messages[{n}]") for n, message in enumerate(request.messages)]
     opening = given.pop() if request.messages[-1].partial else None

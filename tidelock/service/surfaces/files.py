@@ -23,6 +23,7 @@ PURPOSES = ("file-extract", "image", "video", "batch")
 OPENAI_PURPOSES = ("assistants", "fine-tune", "vision", "user_data", "evals")  # to lenient servers
 MAX_BYTES = 100 << 20
 MAX_FILES = 1000
+MOST_LISTED = 10_000
 
 
 async def create(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -110,12 +111,12 @@ def paging(request: Request) -> tuple[str | None, int, bool]:
     """(after, limit, newest first) of a list request."""
     query = request.query_params
     limit = query.get("limit", "20")
-    if not limit.isdecimal() or len(limit) > 5:
-        raise invalid_request("limit must be a whole number", "limit")
+    if not limit.isdecimal() or int(limit[:6]) > MOST_LISTED:
+        raise invalid_request(f"limit must be a whole number up to {MOST_LISTED}", "limit")
     order = query.get("order", "desc")
     if order not in ("asc", "desc"):
         raise invalid_request("order must be asc or desc", "order")
-    return query.get("after"), min(max(int(limit), 1), 10_000), order == "desc"
+    return query.get("after"), max(int(limit), 1), order == "desc"
 
 
 def listing(docs: list[dict[str, Any]], more: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from starlette.requests import Request
@@ -97,7 +97,7 @@ class CountRequest(msgspec.Struct):
     """The body of `POST /v1/messages/count_tokens`."""
 
     model: str
-    messages: list[WireMessage]
+    messages: Annotated[list[WireMessage], msgspec.Meta(min_length=1)]
     system: str | list[Text] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
@@ -174,8 +174,6 @@ def _ask(
     state: ServiceState, body: CountRequest, params: SamplingParams, full: MessagesRequest | None, lenient: bool
 ) -> Ask:
     check_model(state, body.model, lenient)
-    if not body.messages:
-        raise invalid_request("messages: at least one message is required", "messages")
     given = [m for n, message in enumerate(body.messages) for m in _messages(message, f"messages[{n}]")]
     if not given:
         raise invalid_request("messages: all are empty", "messages")
