@@ -107,3 +107,16 @@ def test_an_unexpected_failure_is_one_line_that_names_where_the_details_are(caps
 def test_the_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "tidelock", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "demo" in done.stdout
+
+
+def test_one_flag_trains_the_experts_in_four_bits_from_sft_on():
+    import argparse
+
+    from tidelock.cli.training import add_settings, settings_from
+
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    settings = settings_from(parser.parse_args(["run", "--expert-format", "mxfp4"]))
+    formats = [getattr(settings, stage).expert_format for stage in ("pretrain", "sft", "rl", "candidate")]
+    assert formats == [None, "mxfp4", "mxfp4", "mxfp4"]
+    assert settings_from(parser.parse_args(["run"])).sft.expert_format is None

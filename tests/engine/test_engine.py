@@ -94,12 +94,12 @@ def test_a_cached_beginning_changes_nothing_but_the_work(name):
         out = []
         for i, p in enumerate(turns):
             out.append((await collect(engine, p, seed=i))[:2])
-            engine._schedulers[-1].prefix.clear()
+            engine._scheduler.tree.clear()
         return out
 
     async def warm(engine):
         first = [await collect(engine, p, seed=i) for i, p in enumerate(turns)]
-        assert [r[3].cached_tokens for r in first] == [0, 5, 5]
+        assert [r[3].cached_tokens for r in first] == [0, 6, 6]
         return [r[:2] for r in first]
 
     assert with_engine(warm, model) == with_engine(cold, model)
@@ -109,7 +109,7 @@ def test_a_cached_beginning_changes_nothing_but_the_work(name):
         follow = turns[0] + [END] + [30, 31, END, 20]
         await collect(engine, turns[0], max_tokens=1, stop_ids=(END,))
         if forget:
-            engine._schedulers[-1].prefix.clear()
+            engine._scheduler.tree.clear()
         return (await collect(engine, follow, seed=3))[:2]
 
     assert with_engine(lambda e: continued(e, False), model) == with_engine(lambda e: continued(e, True), model)
@@ -204,10 +204,10 @@ def test_nothing_leaks_whatever_the_schedule(seed):
                 await engine.adopt(make(seed=1), 2)
         await asyncio.gather(*tasks)
         await collect(engine, [1], max_tokens=1)  # one more step, so that the last aborts are seen
-        (scheduler,) = engine._schedulers
-        assert not scheduler.running and not scheduler.waiting and not engine._live
-        scheduler.prefix.clear()
-        return scheduler.pages.free, scheduler.slots.free
+        scheduler = engine._scheduler
+        assert not scheduler.running and not len(scheduler.line) and not engine._live
+        scheduler.tree.clear()
+        return scheduler.memory.pages.free, scheduler.memory.slots.free
 
     assert with_engine(work, max_batch=8, stream_every=1) == (256, 64)
 

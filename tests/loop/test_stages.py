@@ -2,6 +2,7 @@
 
 import pytest
 
+from tidelock.loop.console import Console
 from tidelock.loop.stages import Stages
 from tidelock.tokens.errors import UserError
 
@@ -31,3 +32,14 @@ def test_two_runs_cannot_share_a_directory(tmp_path):
         Stages(tmp_path, {})
     first.close()
     Stages(tmp_path, {}).close()
+
+
+def test_the_time_left_follows_the_shares_at_the_measured_pace():
+    console = Console(quiet=True, shares={"a": 1, "b": 2, "c": 3})
+    assert console.left_s() == 0  # nothing measured yet: nothing is claimed
+    console.finished("a", 10.0, skipped=False)
+    assert console.left_s() == 50
+    console.finished("b", 40.0, skipped=True)
+    assert console.left_s() == 50
+    console.finished("c", 1.0, skipped=False)
+    assert console.left_s() == 0

@@ -27,15 +27,32 @@ def test_quantile_balancing_evens_out_skewed_scores_within_50_steps(k):
     assert imbalance(skewed(), bias, k) < 1.15
 
 
+@pytest.mark.parametrize("spread", [1.0, 2.0])
 @pytest.mark.parametrize("k", [2, 8])
-def test_histogram_and_exact_quantile_agree_and_micro_batches_add_up(k):
-    scores, bias = skewed(spread=1.0), torch.zeros(32)  # at 2.0 whole experts fall into a few of the 1000 bins: 1.39 at k = 2
+def test_histogram_and_exact_quantile_agree_and_micro_batches_add_up(k, spread):
+    scores, bias, apart = skewed(spread=spread), torch.zeros(32), []
     for step in range(50):
-        counts = sum(balance.quantile_histogram(part, bias, k) for part in scores.chunk(7))
-        assert torch.equal(counts, balance.quantile_histogram(scores, bias, k))
-        exact, estimated = balance.quantile_bias(scores, bias, k), balance.bias_from_histogram(counts, bias, k)
-        bin_width = float(bias.max() - bias.min() + 2) / 1000
-        assert (exact - estimated).abs().max() < 2 * bin_width
+        counts = balance.quantile_histogram(scores, bias, k)
+        estimated = balance.bias_from_histogram(counts, bias, k)
+        if step % 7 == 0:
+            assert torch.equal(counts, sum(balance.quantile_histogram(part, bias, k) for part in scores.chunk(7)))
+            apart.append(float((balance.quantile_bias(scores, bias, k) - estimated).abs().max()))
+        bias = estimated
+    assert apart[0] < 0.02 and apart[-1] < 5e-4  # the bins tighten around the quantile
+    assert imbalance(scores, bias, k) < 1.15
+
+
+@pytest.mark.parametrize("k", [2, 8])
+def test_uniform_bins_are_the_report_s_and_agree_to_their_width(k):
+    scores, bias = skewed(spread=1.0), torch.zeros(32)
+    for step in range(20):
+        counts = balance.quantile_histogram(scores, bias, k, uniform=True)
+        low, width = float(bias.min()) - 1, float(bias.max() - bias.min() + 2) / 1000
+        r = balance.thresholds(scores, bias, k)[:, None] - scores
+        spelled_out = torch.stack([torch.histc(r[:, j], 1000, low, low + 1000 * width) for j in range(32)])
+        assert (counts - spelled_out).abs().sum() < 0.001 * counts.sum()  # a score on an edge may round either way
+        exact, estimated = balance.quantile_bias(scores, bias, k), balance.bias_from_histogram(counts, bias, k, uniform=True)
+        assert (exact - estimated).abs().max() < 2 * width
         bias = estimated
     assert imbalance(scores, bias, k) < 1.15
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tidelock.models import Batch
 from tidelock.models.ops import delta, library, native, reference
@@ -77,3 +79,71 @@ def test_gradients_across_chunks():
         grads.append([x.grad for x in leaves])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("decay", ["K3 range", "violent", "mixed"])
+def test_the_published_head_width_holds_the_same_bound(decay, monkeypatch):
+    monkeypatch.setitem(globals(), "HEADS", 1)
+    monkeypatch.setitem(globals(), "DIM", 128)
+    wide = inputs(1024, decay, torch.float64, seed=5)
+    o64, s64 = delta.recurrent(*wide)
+    for rule in (delta.recurrent, delta.chunkwise):
+        o, s = rule(*(x.float() for x in wide))
+        assert relative(o, o64) < 1e-4 and relative(s, s64) < 1e-4, rule.__name__
+
+
+def operation(module, tokens, decay, dtype, seed=11):
+    """The whole operation with its normalisation and sigmoid: outputs, and gradients of raw q, k, v, of g and beta."""
+    rng = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(tokens, 3, HEADS, DIM, generator=rng, dtype=torch.float64)
+    beta = torch.randn(tokens, HEADS, generator=rng, dtype=torch.float64)
+    leaves = [x.to(dtype).contiguous().requires_grad_() for x in (qkv, inputs(tokens, decay, torch.float64, seed)[3], beta)]
+    o = module.kda(*leaves, sequences([tokens]), None)
+    (o * torch.linspace(-1, 1, o.numel(), dtype=dtype).view_as(o)).sum().backward()
+    return o.detach(), [x.grad for x in leaves]
+
+
+def sequences(lengths, start=0):
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    batch = Batch(torch.zeros(int(cu[-1]), dtype=torch.int64), cu, torch.full((len(lengths),), start, dtype=torch.int32))
+    batch.slots = torch.arange(len(lengths), dtype=torch.int32)
+    return batch
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("module", [pytest.param(native, marks=pytest.mark.skipif(library() is None, reason="no compiler")), reference])
+def test_gradients_in_fp32_are_those_of_float64_at_every_decay(module, decay):
+    o64, g64 = operation(reference, 200, decay, torch.float64)
+    o, g = operation(module, 200, decay, torch.float32)
+    assert relative(o, o64) < 1e-5
+    for mine, wanted in zip(g, g64):
+        assert relative(mine, wanted) < 1e-4 or wanted.norm() < 1e-8 * g64[0].norm()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=6), st.sampled_from(sorted(DECAYS)))
+def test_a_state_carried_over_any_split_is_the_state_of_the_whole(splits, decay):
+    q, k, v, g, b, state = inputs(sum(splits), decay, torch.float64, seed=len(splits))
+    o64, s64 = delta.recurrent(q, k, v, g, b, state)
+    for rule in (delta.recurrent, delta.chunkwise):
+        out, carried, at = [], state, 0
+        for n in splits:
+            o, carried = rule(q[at : at + n], k[at : at + n], v[at : at + n], g[at : at + n], b[at : at + n], carried)
+            out.append(o)
+            at += n
+        assert relative(torch.cat(out), o64) < 1e-10 and relative(carried, s64) < 1e-10
+
+
+@pytest.mark.parametrize("lower", [-5.0, None])
+def test_gradients_of_the_whole_layer_s_arithmetic(lower):
+    """gradcheck from raw projections to output: convolution, both gates, normalisation, write strength, recurrence."""
+    rng = torch.Generator().manual_seed(3)
+    raw, z, beta, w, dt, a = (torch.randn(*s, generator=rng, dtype=torch.float64, requires_grad=True)
+                              for s in ((6, 12), (6, 4), (6, 2), (12, 4), (4,), (2,)))  # fmt: skip
+    batch = sequences([4, 2])
+
+    def layer(raw, z, beta, w, dt, a):
+        qkv = reference.short_conv(raw, w, batch, None).view(6, 3, 2, 2)
+        return reference.kda(qkv, reference.kda_gate(z, dt, a, lower), beta, batch, None)
+
+    assert torch.autograd.gradcheck(layer, (raw, z, beta, w, dt, a))

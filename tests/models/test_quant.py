@@ -1,16 +1,22 @@
 """INT4 and MXFP4: the bits, checked by a decoder written from the format's description; the laws; the checkpoints."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_hf import K2_SHAPES, K3, lively
-from tidelock.models import quant
+from shapes import K2_SHAPES, K3, batch, decoded, lively
+
+from tidelock.models import ops, preset, quant
 from tidelock.models.hf import convert, load_hf, save_hf
 from tidelock.models.hf.shards import Shards
 from tidelock.tokens.errors import UserError
+from tidelock.train.loop import Recipe, Trainer
+from tidelock.train.objectives import cross_entropy
+from tidelock.train.packing import Sample, make_pack
 
 FORMATS = ["int4", "mxfp4"]
 CODES = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -107,3 +113,45 @@ def test_bad_input_is_refused_in_one_line():
         quant.pack(torch.zeros(2, 64), "int3")
     with pytest.raises(UserError, match="do not fit"):
         quant.from_tensors("int4", torch.zeros(2, 8, dtype=torch.int32), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_one_switch_trains_what_is_served(format):
+    """Training computes with the rounded experts, evaluation with the very same bits; the master weights underneath stay
+    unrounded and learn."""
+    model, b = lively(K3), batch(40)
+    plain = model.logits(model(b)).detach()
+    before = model.layers[1].mlp.w_in.detach().clone()
+    trainer = Trainer(model, Recipe(lr=0.01, steps=4, warmup=1, expert_format=format))
+    sample = Sample(b.ids.tolist(), [0.0] + [1.0] * 39)
+    losses = [trainer.step(make_pack([sample]), lambda logp, weights: cross_entropy(logp, weights))["loss"] for _ in range(4)]
+    assert losses[-1] < losses[0] and not torch.equal(model.layers[1].mlp.w_in, before)
+    assert not torch.equal(quant.served(model.layers[1].mlp.w_in, format, dim=1), model.layers[1].mlp.w_in)
+    trained = model.logits(model(b)).detach()
+    with torch.no_grad():
+        served = model.eval().logits(model(b))
+        assert torch.equal(served, trained)
+        assert torch.equal(decoded(model, b.ids, [21, 1, 1, 17]), trained) or not ops.exact()
+        assert not torch.allclose(served, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("format,config", [("int4", K2_SHAPES["plain"]), ("mxfp4", K3)], ids=FORMATS)
+def test_a_quantised_checkpoint_says_so_and_serves_the_numbers_it_was_trained_for(tmp_path, format, config):
+    model, b = lively(config), batch(20)
+    model.set_expert_format(format)
+    with torch.no_grad():
+        wanted = model.eval().logits(model(b))
+        again = load_hf(save_hf(model, tmp_path / "q")).eval()
+        assert again.config.expert_format == format
+        assert torch.equal(again.logits(again(b)), wanted)
+        convert(tmp_path / "q", tmp_path / "ours", to="tidelock")
+        convert(tmp_path / "ours", tmp_path / "back")  # packed again, for the shape says so
+        for name in Shards(tmp_path / "q").entries:
+            assert torch.equal(Shards(tmp_path / "back").read(name), Shards(tmp_path / "q").read(name)), name
+        assert not any("_packed" in n for n in Shards(save_hf(model, tmp_path / "plain", quantize="none")).entries)
+
+
+def test_a_preset_says_how_it_was_published():
+    assert (preset("k3").expert_format, preset("k2-thinking").expert_format, preset("k2").expert_format) == ("mxfp4", "int4", None)
+    with pytest.raises(UserError, match="multiples of 32"):
+        dataclasses.replace(preset("k3"), moe_intermediate_size=3080)

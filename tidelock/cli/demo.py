@@ -19,7 +19,7 @@ def add(subparsers) -> None:
 def run(args) -> dict:
     from tidelock.loop.console import Console
     from tidelock.loop.demo import run_demo
-    from tidelock.loop.settings import DemoSettings
+    from tidelock.loop.settings import SHARES, DemoSettings
     from tidelock.models import preset
     from tidelock.train.corpus import user_files
 
@@ -29,7 +29,7 @@ def run(args) -> dict:
         user_files(Path(args.text).expanduser())
         text = str(Path(args.text).expanduser().resolve())
     settings = DemoSettings(seed=args.seed, text=text, preset=args.preset)
-    report = run_demo(args.dir, settings, Console())
+    report = run_demo(args.dir, settings, Console(shares=SHARES))
     print_summary(report, args.dir)
     return report
 

@@ -22,14 +22,14 @@ COMMANDS = ("demo", "pretrain", "sft", "rl", "serve", "agent", "cycle", "eval", 
 def set_threads() -> None:
     """One thread pool of the right size, that gives way.
 
-    Idle OpenMP threads spin by default; on a shared machine that costs 10 to 50 times. A short spin keeps the small
-    kernels fast and then sleeps. glibc is told to keep freed memory, because training frees and takes the same big
-    buffers in every step.
+    Waiting OpenMP threads spin by default, 300,000 times; beside another busy process that makes a training step several
+    times slower (`benchmarks/threads.py`). A short spin costs next to nothing on a quiet machine and then sleeps.
+    glibc is told to keep freed memory, because training frees and takes the same big buffers in every step.
     """
     threads = os.environ.get("TIDELOCK_THREADS") or str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                                                        else os.cpu_count() or 1)  # fmt: skip
     os.environ.setdefault("OMP_NUM_THREADS", threads)
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     keep_freed_memory()
 
 

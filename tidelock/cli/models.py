@@ -24,7 +24,7 @@ def add(subparsers) -> None:
     c.add_argument("target", type=Path)
     c.add_argument("--to", choices=("hf", "tidelock"), default="hf")
     c.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of what is not an fp32 island")
-    c.add_argument("--quantize", choices=("int4", "mxfp4"), help="pack the routed experts")
+    c.add_argument("--quantize", choices=("int4", "mxfp4", "none"), help="pack the routed experts (default: as the shape says)")
     c.add_argument("--shard-gib", type=float, default=5.0, help="largest file (default 5)")
 
 
@@ -78,7 +78,8 @@ def table(figures: dict) -> str:
     for r in figures["components"]:
         lines.append(f"{r['name']:22}{r['count']:>8,}{r['total']:>22,}{r['active']:>20,}{human(r['flops_decode']):>16}")
     flops = figures["flops_per_token"]
-    lines += ["", f"cache            {figures['cache_bytes_per_token']:,} bytes per token (bf16)",
+    lines += ["", f"weights          {figures['weight_bytes']:,} bytes as published (bf16, routed experts in their own format)",
+              f"cache            {figures['cache_bytes_per_token']:,} bytes per token (bf16)",
               f"KDA state        {figures['state_bytes_per_sequence']:,} bytes per sequence (fp32), "
               f"convolution tails {figures['conv_tail_bytes_per_sequence']:,}",
               f"FLOPs per token  train {human(flops['train'])}, decode {human(flops['decode'])} at {figures['context']:,} tokens"]  # fmt: skip

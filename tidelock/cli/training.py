@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -11,6 +12,7 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     p.add_argument("dir", type=Path, help="the run directory; finished stages in it are not repeated")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--preset", default="nano-k3", help="model shape (default nano-k3)")
+    p.add_argument("--expert-format", choices=("int4", "mxfp4"), help="from SFT on, train routed experts as 4 bits round them (QAT)")
     p.add_argument("--text", help="add your own text files (a file or a directory) to the pretraining text")
 
 
@@ -25,7 +27,11 @@ def settings_from(args):
     if args.text is not None:
         user_files(Path(args.text).expanduser())
         text = str(Path(args.text).expanduser().resolve())
-    return DemoSettings(seed=args.seed, text=text, preset=args.preset)
+    settings = DemoSettings(seed=args.seed, text=text, preset=args.preset)
+    if args.expert_format is None:
+        return settings
+    later = {stage: replace(getattr(settings, stage), expert_format=args.expert_format) for stage in ("sft", "rl", "candidate")}
+    return replace(settings, **later)
 
 
 def fits_here(config) -> None:

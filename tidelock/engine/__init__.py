@@ -1,6 +1,6 @@
 """The engine: continuous batching over the models' one forward, prefix reuse, sampling, weight swap."""
 
 from .engine import Engine
-from .scheduler import Limits
+from .limits import Limits, Stats
 
-__all__ = ["Engine", "Limits"]
+__all__ = ["Engine", "Limits", "Stats"]

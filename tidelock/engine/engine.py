@@ -1,7 +1,7 @@
 """The in-process engine: a `Policy` whose model runs on a thread of its own.
 
-New weights are taken between steps. Requests finish on the version they started with, new ones start on the new
-version; while both are busy, two schedulers take turns.
+Callers put commands on a queue and await their chunks; the thread takes commands between two steps. New weights are
+loaded, checked and packed elsewhere, so a swap costs the thread an assignment.
 """
 
 from __future__ import annotations
@@ -14,31 +14,50 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Seq
 
-from tidelock.models import TransformerLM, load_checkpoint, ops
+import numpy as np
+
+from tidelock.models import TransformerLM
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 
-from .scheduler import Limits, Scheduler, Stats
+from .limits import Limits, Stats
+from .scheduler import Scheduler
+from .selftest import self_test
 from .sequence import Sequence
+from .weights import Weights, check, load, rehearse, serving_copy
+
+SWAPS = ("finish", "continue")
+PAUSES = ("abort", "wait", "keep")
+PAUSED = PolicyError("the engine is paused; retry later", status=503)
 
 
 class Engine:
-    """Policy over a model in this process. `boundary_id` is the template's end-of-message id (for prefix reuse)."""
+    """Policy over a model in this process. `boundary_id` is the template's end-of-message id (for prefix reuse).
+
+    `weights` says how the served copy is packed; `exactness`, whether that gives the training forward's numbers.
+    """
 
     def __init__(
-        self, model: TransformerLM, version: int = 0, *, limits: Limits = Limits(), boundary_id: int | None = None
-    ) -> None:
+        self, model: TransformerLM, version: int = 0, *, limits: Limits = Limits(), boundary_id: int | None = None,
+        weights: str = "fp32",
+    ) -> None:  # fmt: skip
         self.exact = True
-        self.bitwise = ops.exact()  # served log-probabilities equal the training forward bit for bit
         self.version = version
         self.limits = limits
         self.stats = Stats()
         self.context = limits.context or model.config.max_position_embeddings
-        self._boundary = boundary_id
-        self._schedulers = [Scheduler(model.eval(), version, limits, boundary_id, self.stats)]
+        served = serving_copy(model.eval(), weights)
+        self.exactness = self_test(model, served)
+        self._packing, self._config = weights, model.config
+        self._scheduler = Scheduler(Weights(served, version), limits, boundary_id, self.stats)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._live: dict[str, Sequence] = {}
+        self._live: set[Sequence] = set()
+        self._live_bytes = 0
+        self._counting = threading.Lock()
         self._outbox: dict[asyncio.AbstractEventLoop, list] = {}
         self._names = itertools.count()
+        self._refusing: PolicyError | None = None
+        self._frozen = False
+        self._when_idle: list[Callable[[], None]] = []
         self._dead: PolicyError | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -48,26 +67,19 @@ class Engine:
     async def generate(
         self, prompt_ids: Seq[int], params: SamplingParams, request_id: str | None = None
     ) -> AsyncIterator[Chunk]:
-        if self._dead is not None:
-            raise self._dead
-        if not prompt_ids:
-            raise PolicyError("the prompt is empty", status=400, kind="invalid_request_error")
-        if len(prompt_ids) + params.max_tokens > self.context:
-            raise PolicyError(
-                f"prompt of {len(prompt_ids)} tokens + max_tokens {params.max_tokens} exceeds the context of {self.context}",
-                status=400, kind="invalid_request_error",
-            )  # fmt: skip
-        if len(self._live) >= self.limits.queue:
-            raise PolicyError("the engine's queue is full; retry later", status=429)
+        prompt = self._checked(prompt_ids, params)
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue()
-        name = request_id or f"r{next(self._names)}"
-        seed = params.seed if params.seed is not None else random.getrandbits(63)
         seq = Sequence(
-            name, tuple(prompt_ids), params, lambda item: self._outbox.setdefault(loop, []).append((inbox, item)), seed
-        )
-        self._live[name] = seq
-        self._commands.put(lambda: self._schedulers[-1].waiting.append(seq))
+            request_id or f"r{next(self._names)}", prompt, params,
+            lambda item: self._outbox.setdefault(loop, []).append((inbox, item)),
+            params.seed if params.seed is not None else random.getrandbits(63),
+            None if params.deadline_s is None else self._scheduler.clock() + params.deadline_s,
+        )  # fmt: skip
+        self._count_in(seq)
         try:
+            self._commands.put(lambda: self._scheduler.submit(seq))
+            if self._dead is not None:  # it died meanwhile, and may not have seen us
+                raise self._dead
             while True:
                 item = await inbox.get()
                 if isinstance(item, PolicyError):
@@ -76,68 +88,139 @@ class Engine:
                 if item.finish_reason is not None:
                     return
         finally:
-            seq.aborted = True  # a no-op for a finished request, the abort of an abandoned one
-            self._live.pop(name, None)
+            self._count_out(seq)
+            self._commands.put(lambda: self._scheduler.end(seq, "abort"))  # nothing, if it is finished
 
     async def count(self, prompt_ids: Seq[int]) -> int:
         return len(prompt_ids)
 
     async def abort(self, request_id: str) -> None:
-        if request_id in self._live:
-            self._live[request_id].aborted = True
-            self._commands.put(lambda: None)
+        for seq in [s for s in tuple(self._live) if s.request_id == request_id]:
+            self._commands.put(lambda seq=seq: self._scheduler.end(seq, "abort"))
 
-    async def swap(self, checkpoint: str, version: int) -> None:
-        """Load `checkpoint` beside the running weights, then serve it. Raises UserError; the old weights stay then."""
-        model = await asyncio.to_thread(load_checkpoint, checkpoint)
-        await self.adopt(model, version)
+    async def swap(self, checkpoint: str, version: int, policy: str = "finish") -> None:
+        """Load `checkpoint` beside the running weights, then serve it. Raises UserError or PolicyError; then the old
+        weights go on serving. `policy`: see `adopt`."""
+        await self.adopt(await asyncio.to_thread(load, checkpoint), version, policy)
 
     # -- beyond Policy ------------------------------------------------------------------------------------------------
 
-    async def adopt(self, model: TransformerLM, version: int) -> None:
-        """Serve this model from the next step on. Returns when new requests get it."""
-        if model.config.vocab_size != self._schedulers[-1].model.config.vocab_size:
-            raise PolicyError("the new weights have another vocabulary", status=400, kind="invalid_request_error")
-        loop, done = asyncio.get_running_loop(), asyncio.Event()
+    async def adopt(self, model: TransformerLM, version: int, policy: str = "finish") -> None:
+        """Serve this model from the next step on. Returns when new requests get it.
+
+        "finish": a request that has begun ends on the weights it began with, whose cache stays until then.
+        "continue": it goes on with the new weights, which first run its prompt and answer so far; its chunks tell which
+        version sampled which tokens.
+        """
+        if policy not in SWAPS:
+            raise PolicyError(f"unknown swap policy {policy!r}; use one of {', '.join(SWAPS)}", status=400,
+                              kind="invalid_request_error")  # fmt: skip
+        served = await asyncio.to_thread(self._prepared, model)
 
         def change() -> None:
-            current = self._schedulers[-1]
-            if current.busy:
-                fresh = Scheduler(model.eval(), version, self.limits, self._boundary, self.stats)
-                self._schedulers.append(fresh)
-            else:
-                current.renew(model.eval(), version)
+            self._scheduler.swap(Weights(served, version), go_on=policy == "continue")
             self.version = version
-            loop.call_soon_threadsafe(done.set)
 
-        self._commands.put(change)
-        await done.wait()
+        await self._on_thread(change)
+
+    def _prepared(self, model: TransformerLM) -> TransformerLM:
+        check(model, self._config)
+        served = serving_copy(model.eval(), self._packing)
+        rehearse(served)
+        return served
+
+    async def pause(self, mode: str = "keep") -> None:
+        """Stop between two steps, as vLLM's /pause does. "keep": running requests freeze and new ones queue; "wait":
+        returns when the running and waiting ones are done; "abort": ends them. The last two refuse new ones (503)."""
+        if mode not in PAUSES:
+            raise PolicyError(f"unknown pause mode {mode!r}; use one of {', '.join(PAUSES)}", status=400,
+                              kind="invalid_request_error")  # fmt: skip
+        if mode == "keep":
+            await self._on_thread(lambda: setattr(self, "_frozen", True))
+            return
+        self._refusing = PAUSED
+        if mode == "abort":
+            await self._on_thread(self._abort_all)
+        else:
+            loop, idle = asyncio.get_running_loop(), asyncio.Event()
+            await self._on_thread(lambda: self._drain(lambda: loop.call_soon_threadsafe(idle.set)))
+            await idle.wait()
+
+    async def resume(self) -> None:
+        self._refusing = None
+        await self._on_thread(lambda: setattr(self, "_frozen", False))
+
+    @property
+    def paused(self) -> bool:
+        return self._frozen or self._refusing is not None
 
     def close(self) -> None:
         """Stop the thread; requests still running end with an error."""
         self._commands.put(None)
         self._thread.join()
 
+    # -- the door -----------------------------------------------------------------------------------------------------
+
+    def _checked(self, prompt_ids: Seq[int], params: SamplingParams) -> np.ndarray:
+        """The prompt as int32. Raises PolicyError for what can never run, before anything is allocated for it."""
+        if self._dead is not None or self._refusing is not None:
+            raise self._dead or self._refusing
+        longest = len(prompt_ids) + params.max_tokens
+        if not len(prompt_ids):
+            raise _bad("the prompt is empty")
+        if params.max_tokens < 1:
+            raise _bad(f"max_tokens must be at least 1, not {params.max_tokens}")
+        if longest > self.context:
+            raise _bad(f"prompt of {len(prompt_ids)} tokens + max_tokens {params.max_tokens} "
+                       f"exceeds the context of {self.context}")  # fmt: skip
+        if longest > self._scheduler.memory.capacity:
+            raise _bad(f"{longest} tokens are more than the engine's cache holds")
+        if len(self._live) >= self.limits.queue:
+            raise _full()
+        try:
+            prompt = np.array(prompt_ids, dtype=np.int64)
+        except (TypeError, ValueError, OverflowError):
+            raise _bad("the prompt is not a list of token ids") from None
+        if prompt.min() < 0 or prompt.max() >= self._config.vocab_size:
+            raise _bad(f"token ids must be in 0..{self._config.vocab_size - 1}")
+        return prompt.astype(np.int32)
+
+    def _count_in(self, seq: Sequence) -> None:
+        with self._counting:
+            if self._live_bytes + seq.prompt.nbytes > self.limits.queue_bytes:
+                raise _full()
+            self._live.add(seq)
+            self._live_bytes += seq.prompt.nbytes
+
+    def _count_out(self, seq: Sequence) -> None:
+        with self._counting:
+            self._live.discard(seq)
+            self._live_bytes -= seq.prompt.nbytes
+
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
-            while self._take_commands(wait=not any(s.busy for s in self._schedulers)):
-                for scheduler in self._schedulers:
-                    if scheduler.busy:
-                        scheduler.step()
-                self._schedulers = [s for s in self._schedulers[:-1] if s.busy] + self._schedulers[-1:]
+            deadline = None
+            while self._take_commands(deadline):
+                deadline = self._scheduler.expire()
+                if self._scheduler.busy and not self._frozen:
+                    self._scheduler.step()
+                if not self._scheduler.busy:
+                    while self._when_idle:
+                        self._when_idle.pop()()
                 self._hand_over()
             self._stop(PolicyError("the engine was closed"))
         except BaseException as e:
             self._stop(PolicyError(f"the engine failed: {type(e).__name__}: {e}", status=500, kind="server_error"))
             raise
 
-    def _take_commands(self, wait: bool) -> bool:
-        """Run what was asked for since the last step. False: close."""
+    def _take_commands(self, deadline_s: float | None) -> bool:
+        """Run what was asked for since the last step; with nothing to step, wait for it. False: close."""
+        wait = not self._scheduler.busy or self._frozen
         try:
             while True:
-                command = self._commands.get(block=wait)
+                command = self._commands.get(wait, None if deadline_s is None else max(deadline_s, 0.0))
                 if command is None:
                     return False
                 command()
@@ -154,19 +237,51 @@ class Engine:
             except RuntimeError:
                 pass  # that event loop is gone, and its requests with it
 
+    async def _on_thread(self, command: Callable[[], None]) -> None:
+        """Run `command` between two steps and wait until it has."""
+        if self._dead is not None:
+            raise self._dead
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+        def work() -> None:
+            command()
+            loop.call_soon_threadsafe(done.set)
+
+        self._commands.put(work)
+        if self._dead is not None:
+            raise self._dead
+        await done.wait()
+
+    def _drain(self, then: Callable[[], None]) -> None:
+        self._frozen = False
+        self._when_idle.append(then)
+
+    def _abort_all(self) -> None:
+        for seq in (*self._scheduler.running, *self._scheduler.line):
+            self._scheduler.end(seq, "abort")
+
     def _stop(self, error: PolicyError) -> None:
         self._dead = error
-        for scheduler in self._schedulers:
-            scheduler.fail_all(error)
+        self._scheduler.fail_all(error)
         while not self._commands.empty():
             command = self._commands.get()
             if command is not None:
                 command()
-        for scheduler in self._schedulers:
-            scheduler.fail_all(error)
+        self._scheduler.fail_all(error)
+        while self._when_idle:
+            self._when_idle.pop()()
         self._hand_over()
+        self._scheduler.close()
 
 
 def _deliver(items: list[tuple[asyncio.Queue, Chunk | PolicyError]]) -> None:
     for inbox, item in items:
         inbox.put_nowait(item)
+
+
+def _bad(message: str) -> PolicyError:
+    return PolicyError(message, status=400, kind="invalid_request_error")
+
+
+def _full() -> PolicyError:
+    return PolicyError("the engine's queue is full; retry later", status=429)

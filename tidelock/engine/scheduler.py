@@ -1,200 +1,197 @@
-"""Continuous batching for one version of the weights: which tokens run in the next step, and what their cache is.
+"""Continuous batching: which tokens run in the next step, and what becomes of them.
 
-A step packs the next token of every running sequence with prefill chunks of new ones, under a token budget. Resources
-for prompt + max_tokens are reserved on admission, so a running sequence never has to be thrown out.
+A step packs the next token of every running sequence with prefill chunks of new ones, under a token budget. It runs on
+one thread and owns everything below it: the line, the memory, the tree. Sequences of several weights may run side by
+side; each forward is of one.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
+import heapq
+import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from tidelock.models import Batch, Cache, CacheView, TransformerLM
 from tidelock.tokens.policy import Chunk, PolicyError
 
-from .blocks import Pool
-from .prefix import PrefixCache
+from .admission import Admission
+from .eviction import Eviction
+from .limits import Limits, Stats
+from .line import Line
+from .memory import Memory
+from .offload import Store
+from .runner import Work, forward, plan
 from .sampling import sample
-from .sequence import Sequence
+from .sequence import DONE, RUNNING, WAITING, Sequence
+from .tree import Tree, common
+from .weights import Weights
+
+NOT_A_NUMBER = PolicyError("the model produced a value that is not a number", status=500, kind="server_error")
 
 
-@dataclass
-class Stats:
-    steps: int = 0
-    prefilled: int = 0
-    cached: int = 0
-    decoded: int = 0
-
-
-@dataclass(frozen=True)
-class Limits:
-    max_batch: int = 64
-    step_tokens: int = 2048
-    n_pages: int = 8192
-    page_size: int = 16
-    n_slots: int = 1024
-    queue: int = 4096
-    stream_every: int = 4  # tokens per chunk of a stream
-    context: int | None = None  # None: the model's own limit
-
-
-@dataclass
 class Scheduler:
-    """The sequences of one weights version, their cache and its bookkeeping."""
+    """Everything that is accepted and not finished, in one place."""
 
-    model: TransformerLM
-    version: int
-    limits: Limits
-    boundary_id: int | None
-    stats: Stats = field(default_factory=Stats)
-
-    def __post_init__(self) -> None:
-        n = self.limits
-        self.cache = Cache(self.model.config, n.n_pages, n.page_size, n.n_slots)
-        self.pages, self.slots = Pool(n.n_pages), Pool(n.n_slots)
-        self.prefix = PrefixCache(self.pages, self.slots)
-        self.waiting: deque[Sequence] = deque()
+    def __init__(
+        self, weights: Weights, limits: Limits, boundary_id: int | None, stats: Stats | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.weights, self.limits, self.clock = weights, limits, clock
+        self.stats = stats or Stats()
+        self.memory, self.store = Memory(weights.model.config, limits), Store(limits)
+        self.tree = Tree(self.memory, self.store)
+        self.eviction = Eviction(self.tree, self.stats)
+        self.admission = Admission(self.memory, self.tree, self.eviction, self.stats)
+        self.line = Line(limits, self.stats)
         self.running: list[Sequence] = []
+        self._boundary = boundary_id
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._full = False  # the next in line did not fit, and nothing has changed since
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.running or len(self.line))
 
-    def renew(self, model: TransformerLM, version: int) -> None:
-        """Serve other weights with the same buffers. Only when idle: what is cached belongs to the old weights."""
-        assert not self.busy
-        self.prefix.clear()
-        self.model, self.version = model, version
+    # -- what may be asked between steps ------------------------------------------------------------------------------
 
-    def step(self) -> None:
-        """Admit, run one packed forward, sample, deliver."""
-        self._drop_aborted()
-        self._admit()
-        work = self._plan()
-        if work:
-            self._run(work)
+    def submit(self, seq: Sequence) -> None:
+        self.line.join(seq)
+        self._full = False
+        if seq.deadline is not None:
+            if len(self._deadlines) > 2 * self.limits.queue:  # most of them of requests that ended long before
+                self._deadlines = [d for d in self._deadlines if d[2].state != DONE]
+                heapq.heapify(self._deadlines)
+            heapq.heappush(self._deadlines, (seq.deadline, seq.number, seq))
+
+    def end(self, seq: Sequence, reason: str) -> None:
+        """Finish a waiting or running request with what it has. Does nothing for a finished one."""
+        if seq.state == WAITING:
+            self.line.leave(seq)
+        if seq.state != DONE:
+            self._send(seq, reason)
+            self._retire(seq)
+
+    def expire(self) -> float | None:
+        """End what is past its deadline. Returns the seconds until the next deadline."""
+        now = self.clock()
+        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].state == DONE):
+            self.end(heapq.heappop(self._deadlines)[2], "deadline")
+        return self._deadlines[0][0] - now if self._deadlines else None
+
+    def swap(self, weights: Weights, go_on: bool) -> None:
+        """New requests get the new weights. Running ones finish on theirs or, to `go_on`, wait at the head of the line
+        to run prompt and answer so far through the new ones: a token's log-probability is then always that of its
+        recorded version given the ids before it, which old latents under new weights would not give."""
+        before = {self.weights, *(s.weights for s in self.running)}
+        self.weights, self._full = weights, False
+        if go_on:
+            begun, self.running = self.running, []
+            for seq in sorted(begun, key=lambda s: s.number, reverse=True):
+                if seq.unsent_ids:
+                    self._send(seq, None)
+                self._withdraw(seq)
+                seq.state, seq.computed, seq.weights = WAITING, 0, None
+                self.line.rejoin(seq)
+        for old in before:
+            self._drop_if_unused(old)
 
     def fail_all(self, error: PolicyError) -> None:
-        for seq in (*self.running, *self.waiting):
-            seq.deliver(error)
-        for seq in self.running:
-            self._free(seq)
-        self.running, self.waiting = [], deque()
+        for seq in (*self.running, *self.line):
+            self._fail(seq, error)
+
+    def close(self) -> None:
+        self.tree.clear()
+        self.store.close()
+
+    def step(self) -> None:
+        """Admit, run one packed forward per set of weights, sample, deliver."""
+        self.expire()
+        self._admit()
+        work = plan(self.running, self.limits.step_tokens, self.line.level)
+        for weights in dict.fromkeys(seq.weights for seq, _ in work):
+            self._run(weights, [(seq, rows) for seq, rows in work if seq.weights is weights])
+        if work:
+            self.stats.steps += 1
 
     # -- admission ----------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """First come, first served. A prompt whose shared prefix is being computed right now waits for it."""
-        held: list[Sequence] = []
-        coming = {tuple(s.ids[: s.snapshot_at]) for s in self.running if s.computed < s.snapshot_at}
-        while self.waiting and len(self.running) < self.limits.max_batch:
-            seq = self.waiting.popleft()
-            boundaries = self._boundaries(seq.prompt)
-            wanted = seq.prompt[: boundaries[-2]] if len(boundaries) > 1 else ()
-            if wanted in coming:
-                held.append(seq)
+        """In the line's order. Who does not fit holds up everyone behind, or the large would starve; who shares a
+        beginning with a prompt that is being run right now waits for it, and others pass."""
+        if self._full or not len(self.line):
+            return
+        held = 0
+        for seq in self.line.candidates():
+            if len(self.running) >= self.limits.max_batch or held >= self.limits.max_batch:
+                return
+            path = self.tree.walk(self.weights, seq.ids) if self.limits.reuse else []
+            if self._prefix_is_coming(seq, path):
+                held += 1
+            elif self.admission.admit(seq, path, self.weights, alone=not self.running):
+                self._start(seq, path)
+            else:
+                self._full = True
+                return
+
+    def _start(self, seq: Sequence, path: list) -> None:
+        self.tree.touch(path)
+        self.line.leave(seq)
+        self.line.charge(seq, seq.longest - seq.computed)
+        seq.state, seq.follows = RUNNING, None
+        self.running.append(seq)
+        seq.stops = {len(seq.ids)} if self.memory.hybrid else set()
+        if self.memory.hybrid and self.limits.reuse:
+            known = min(sum(n for _, n in path), len(seq.ids) - 1)
+            if known - seq.computed >= self.limits.page_size:  # a second child: the branch gets a state of its own
+                seq.stops.add(known)
+            if self.line.has_twin(seq):  # which needs one token to run, to have something to sample from
+                seq.stops.add(len(seq.ids) - 1)
+            if seq.computed == 0 and self._boundary is not None:
+                ends = np.flatnonzero(seq.prompt == self._boundary)
+                if len(ends) > 1:  # a fresh conversation: its system and tools, all that comes before the last message
+                    seq.stops.add(int(ends[-2]) + 1)
+
+    def _prefix_is_coming(self, seq: Sequence, path: list) -> bool:
+        """Whether a running prompt will soon have computed more of this one than the tree has."""
+        if not self.limits.reuse:
+            return False
+        have, last = None, len(seq.ids) - 1
+        for other in self.running:
+            if other.weights is not self.weights or other.computed >= last or other.pending <= 1:
                 continue
-            if not self._reserve(seq, boundaries, wanted):
-                held.append(seq)
-                break
-            if seq.snapshot_at:
-                coming.add(wanted)
-            self.running.append(seq)
-        self.waiting.extendleft(reversed(held))
-
-    def _boundaries(self, prompt: tuple[int, ...]) -> list[int]:
-        """Positions just before each end-of-message token."""
-        return [i for i, token in enumerate(prompt) if token == self.boundary_id and i > 0]
-
-    def _reserve(self, seq: Sequence, boundaries: list[int], wanted: tuple[int, ...]) -> bool:
-        size = self.limits.page_size
-        found = self.prefix.longest(seq.prompt, boundaries)
-        start = found.length if found else 0
-        shared = [self.pages.share(p) for p in found.pages[: start // size]] if found else []
-        if found:  # hold what we are about to read while others are evicted
-            self.slots.share(found.slot)
-            for p in found.pages:
-                self.pages.share(p)
-        need = -(-(len(seq.prompt) + seq.params.max_tokens) // size) - len(shared)
-        snapshot = start == 0 and bool(wanted)
-        while self.pages.free < need or self.slots.free < 1 + snapshot:
-            if not self.prefix.evict():
-                break
-        enough = self.pages.free >= need and self.slots.free >= 1 + snapshot
-        if enough:
-            seq.pages = shared + [self.pages.take() for _ in range(need)]
-            seq.slot = self.slots.take()
-            seq.computed = seq.cached = start
-            seq.snapshot_at = len(wanted) if snapshot else 0
-            if found:
-                self.cache.copy_slot(found.slot, seq.slot)
-                if start % size:
-                    self.cache.copy_page(found.pages[start // size], seq.pages[start // size])
-        if found:
-            self.slots.release(found.slot)
-            for p in found.pages:
-                self.pages.release(p)
-        if not enough:
-            for p in shared:
-                self.pages.release(p)
-        return enough
+            shared = min(common(other.ids, seq.ids), last)
+            if shared <= other.computed:
+                continue
+            have = self.tree.reach(path, last) if have is None else have
+            if seq.follows is other or shared - have >= self.limits.page_size:
+                if self.memory.hybrid:
+                    other.stops.add(shared)
+                other.urgency, seq.follows = min(other.urgency, seq.urgency), other
+                return True
+        return False
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
-    def _plan(self) -> list[tuple[Sequence, int]]:
-        """(sequence, rows) of the next forward: sequences that decode first, then prefill within the budget."""
-        budget = self.limits.step_tokens
-        work = []
-        for seq in sorted(self.running, key=lambda s: len(s.ids) - s.computed > 1):
-            rows = seq.next_rows(budget)
-            if rows > 0:
-                work.append((seq, rows))
-                budget -= rows
-        return work
-
-    def _run(self, work: list[tuple[Sequence, int]]) -> None:
-        lengths = np.array([rows for _, rows in work])
-        cu = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
-        ids = np.concatenate([np.array(s.ids[s.computed : s.computed + rows]) for s, rows in work])
-        start = np.array([s.computed for s, _ in work], dtype=np.int32)
-        table = np.zeros((len(work), max(len(s.pages) for s, _ in work)), dtype=np.int32)
-        for row, (s, _) in zip(table, work):
-            row[: len(s.pages)] = s.pages
-        slots = np.array([s.slot for s, _ in work], dtype=np.int32)
-        batch = Batch(*(torch.from_numpy(a) for a in (ids.astype(np.int64), cu, start)))
-        view = CacheView(torch.from_numpy(table), torch.from_numpy(slots))
-        with torch.no_grad():
-            hidden = self.model(batch, self.cache, view)
-            self.stats.steps += 1
-            ready = []
-            for i, (seq, rows) in enumerate(work):
-                seq.computed += rows
-                if len(seq.ids) > len(seq.prompt):
-                    self.stats.decoded += 1
-                else:
-                    self.stats.prefilled += rows
-                if seq.computed == seq.snapshot_at:
-                    self._snapshot(seq)
-                if seq.computed == len(seq.ids):
-                    ready.append(i)
-            if ready:
-                logits = self.model.logits(hidden[torch.from_numpy(cu[1:][ready].astype(np.int64) - 1)])
-                self._sample([work[i][0] for i in ready], logits)
-
-    def _snapshot(self, seq: Sequence) -> None:
-        """Keep the state at `seq.computed` tokens in a slot of its own."""
-        key = tuple(seq.ids[: seq.computed])
-        if key in self.prefix:
-            return
-        while not self.slots.free and self.prefix.evict():
-            pass
-        if self.slots.free:
-            slot = self.slots.take()
-            self.cache.copy_slot(seq.slot, slot)
-            self.prefix.keep(key, seq.pages[: -(-seq.computed // self.limits.page_size)], slot)
+    def _run(self, weights: Weights, work: Work) -> None:
+        hidden, last_rows = forward(weights.model, self.memory, work)
+        ready = []
+        for i, (seq, rows) in enumerate(work):
+            decoding = rows == 1 and seq.sampled > 0
+            self.stats.decoded += decoding
+            self.stats.prefilled += 0 if decoding else rows
+            seq.spent += rows
+            seq.computed += rows
+            seq.last_step = self.stats.steps
+            if not decoding:
+                self._keep_prefix(seq)
+            if seq.pending == 0:
+                ready.append(i)
+        if ready:
+            with torch.no_grad():
+                logits = weights.model.logits(hidden[last_rows[ready]])
+            self._sample([work[i][0] for i in ready], logits)
 
     def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> None:
         ids, logprobs = sample(
@@ -206,52 +203,91 @@ class Scheduler:
         )
         for seq, token, logprob in zip(ready, ids.tolist(), logprobs.tolist()):
             if logprob != logprob:
-                seq.deliver(PolicyError("the model produced a value that is not a number", status=500, kind="server_error"))
-                self._retire(seq)
-                continue
-            seq.ids.append(token)
-            seq.unsent_ids.append(token)
-            seq.unsent_logprobs.append(logprob)
-            stopped = token in seq.params.stop_ids
-            if stopped or seq.sampled >= seq.params.max_tokens:
-                self._send(seq, "stop" if stopped else "length")
-                if stopped and token == self.boundary_id:
-                    self._keep_turn(seq)
-                self._retire(seq)
-            elif len(seq.unsent_ids) >= self.limits.stream_every:
-                self._send(seq, None)
+                self._fail(seq, NOT_A_NUMBER)
+            else:
+                self._accept(seq, token, logprob)
+
+    def _accept(self, seq: Sequence, token: int, logprob: float) -> None:
+        seq.append(token)
+        seq.unsent_ids.append(token)
+        seq.unsent_logprobs.append(logprob)
+        if token in seq.params.stop_ids:
+            self.end(seq, "stop")
+        elif seq.sampled >= seq.params.max_tokens:
+            self.end(seq, "length")
+        elif len(seq.unsent_ids) >= self.limits.stream_every:
+            self._send(seq, None)
 
     def _send(self, seq: Sequence, finish_reason: str | None) -> None:
-        chunk = Chunk(tuple(seq.unsent_ids), tuple(seq.unsent_logprobs), self.version, finish_reason, seq.cached)
+        version = (seq.weights or self.weights).version
+        chunk = Chunk(tuple(seq.unsent_ids), tuple(seq.unsent_logprobs), version, finish_reason, max(seq.cached, 0))
         seq.unsent_ids, seq.unsent_logprobs = [], []
         seq.deliver(chunk)
 
+    # -- what is kept -------------------------------------------------------------------------------------------------
+
+    def _keep_prefix(self, seq: Sequence) -> None:
+        """After a prefill chunk: its pages go into the tree, and where it was to stop a copy of the state."""
+        if not self._kept(seq):
+            return
+        slot = None
+        twin_kept = seq.computed == len(seq.ids) and seq.computed - 1 in seq.stops  # one token back serves as well
+        if self.memory.hybrid and seq.computed in seq.stops and not twin_kept and self.eviction.make_room(slots=1):
+            slot = self.memory.slots.take()
+            self.memory.copy_slot(seq.slot, slot)
+        self._insert(seq, slot)
+
     def _keep_turn(self, seq: Sequence) -> None:
-        """The finished turn's state, up to its end-of-message token, becomes a snapshot; its slot goes with it."""
-        key = tuple(seq.ids[: seq.computed])
-        if key not in self.prefix:
-            self.prefix.keep(key, seq.pages[: -(-seq.computed // self.limits.page_size)], seq.slot)
+        """What a request leaves behind is the beginning of its conversation's next turn; its slot goes with it."""
+        if self._kept(seq) and seq.computed:
+            self._insert(seq, seq.slot if self.memory.hybrid else None)
             seq.slot = -1
+
+    def _kept(self, seq: Sequence) -> bool:
+        return self.limits.reuse and seq.weights is self.weights
+
+    def _insert(self, seq: Sequence, slot: int | None) -> None:
+        self.stats.snapshots += slot is not None
+        node = self.tree.insert(seq.weights, seq.ids[: seq.computed], seq.pages, slot)
+        node.pins += 1
+        self._unpin(seq)
+        seq.node = node
 
     # -- endings ------------------------------------------------------------------------------------------------------
 
-    def _drop_aborted(self) -> None:
-        for seq in [s for s in self.running if s.aborted]:
-            self._send(seq, "abort")
-            self._retire(seq)
-        for seq in [s for s in self.waiting if s.aborted]:
-            self.waiting.remove(seq)
-            self._send(seq, "abort")
+    def _fail(self, seq: Sequence, error: PolicyError) -> None:
+        """End with an error and keep nothing of it."""
+        if seq.state == WAITING:
+            self.line.leave(seq)
+        seq.deliver(error)
+        self._retire(seq, keep=False)
 
-    def _retire(self, seq: Sequence) -> None:
-        self.stats.cached += seq.cached
-        self.running.remove(seq)
-        self._free(seq)
+    def _retire(self, seq: Sequence, keep: bool = True) -> None:
+        self.stats.finished += 1
+        self.stats.cached += max(seq.cached, 0)
+        was, seq.state, self._full = seq.state, DONE, False
+        if was == RUNNING:
+            self.running.remove(seq)
+            if keep:
+                self._keep_turn(seq)
+            self._withdraw(seq)
+            self._drop_if_unused(seq.weights)
 
-    def _free(self, seq: Sequence) -> None:
+    def _withdraw(self, seq: Sequence) -> None:
+        """Give back everything a running sequence holds."""
+        self.line.settle(seq)
+        self._unpin(seq)
         for page in seq.pages:
-            self.pages.release(page)
-        seq.pages = []
+            self.memory.pages.release(page)
         if seq.slot >= 0:
-            self.slots.release(seq.slot)
-            seq.slot = -1
+            self.memory.slots.release(seq.slot)
+        seq.pages, seq.slot, seq.node = [], -1, None
+
+    def _unpin(self, seq: Sequence) -> None:
+        if seq.node is not None:
+            seq.node.pins -= 1
+
+    def _drop_if_unused(self, weights: Weights) -> None:
+        """An old version's cache goes with the last request that runs on it."""
+        if weights is not self.weights and not any(s.weights is weights for s in self.running):
+            self.tree.drop(weights)

@@ -4,37 +4,85 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
+
+if TYPE_CHECKING:
+    from .tree import Node
+    from .weights import Weights
+
+WAITING, RUNNING, DONE = "waiting", "running", "done"
 
 
 @dataclass(eq=False)
 class Sequence:
-    """`ids` = prompt + sampled so far; the cache holds the first `computed` of them."""
+    """`ids` = prompt + sampled so far; the cache holds the first `computed` of them.
+
+    While it waits it holds its prompt and nothing else. A request that was begun and waits again (its weights were
+    swapped under it) keeps what it sampled.
+    """
 
     request_id: str
-    prompt: tuple[int, ...]
+    prompt: np.ndarray  # int32
     params: SamplingParams
     deliver: Callable[[Chunk | PolicyError], None]
     seed: int
-    ids: list[int] = field(default_factory=list)
+    deadline: float | None = None  # on the scheduler's clock
+    state: str = WAITING
+    urgency: int = 0  # params.priority, or that of a more urgent request that waits for this one's prefix
+    waiting_since: int = 0  # on the clock of served tokens
+    number: int = 0  # order of arrival
+    follows: Sequence | None = None  # while it waits for a running prompt with the same beginning
+    charge: int = 0  # tokens the tenant was charged on admission
+    spent: int = 0  # rows run since then
+    # while running
+    weights: Weights | None = None
     computed: int = 0
     pages: list[int] = field(default_factory=list)
     slot: int = -1
-    snapshot_at: int = 0  # stop a prefill chunk here and keep the state (0 = nowhere)
-    cached: int = 0  # prompt tokens found in the prefix cache
+    node: Node | None = None  # where it stands in the tree
+    stops: set[int] = field(default_factory=set)  # end a prefill chunk here and keep the state
+    last_step: int = 0
+    cached: int = -1  # prompt tokens found in the cache when it first ran
     unsent_ids: list[int] = field(default_factory=list)
     unsent_logprobs: list[float] = field(default_factory=list)
-    aborted: bool = False
 
     def __post_init__(self) -> None:
-        self.ids = list(self.prompt)
+        self.urgency = self.params.priority
+        self._buffer, self._length = self.prompt, len(self.prompt)
+        self.fingerprint = hash(self.prompt.tobytes())  # equal prompts have equal ones
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32 view, valid until the next `append`."""
+        return self._buffer[: self._length]
+
+    def append(self, token: int) -> None:
+        if self._length == len(self._buffer):
+            longest = len(self.prompt) + self.params.max_tokens
+            grown = np.empty(min(longest, 2 * self._length + 16), dtype=np.int32)
+            grown[: self._length] = self._buffer
+            self._buffer = grown
+        self._buffer[self._length] = token
+        self._length += 1
 
     @property
     def sampled(self) -> int:
-        return len(self.ids) - len(self.prompt)
+        return self._length - len(self.prompt)
 
-    def next_rows(self, budget: int) -> int:
-        """How many tokens the next step should run for this sequence, at most `budget`."""
-        end = self.snapshot_at if self.computed < self.snapshot_at else len(self.ids)
-        return min(budget, end - self.computed)
+    @property
+    def pending(self) -> int:
+        """Tokens that must still run before the next one can be sampled."""
+        return self._length - self.computed
+
+    @property
+    def longest(self) -> int:
+        """Tokens this request may come to: what is reserved for it."""
+        return len(self.prompt) + self.params.max_tokens
+
+    @property
+    def next_stop(self) -> int:
+        return min((s for s in self.stops if s > self.computed), default=self._length)

@@ -1,13 +1,14 @@
 """What a person sees while a stage runs: one bar with an honest time left, or plain lines where nobody watches.
 
-The time left is what remains divided by the rate measured so far; before there is a rate, none is shown.
+The time left is what remains divided by the rate measured so far; before there is a rate, none is shown. For all stages
+together, what remains is told from their usual shares.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
@@ -44,8 +45,9 @@ class Bar:
 class Console:
     """Progress on stderr, so that results on stdout stay clean."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool = False, shares: Mapping[str, float] = {}) -> None:
+        self.quiet, self.shares = quiet, shares
+        self._took: dict[str, float] = {}
         self._rich = RichConsole(stderr=True, highlight=False)
 
     @contextmanager
@@ -69,10 +71,22 @@ class Console:
             yield
 
     def finished(self, name: str, wall_s: float, skipped: bool) -> None:
+        self._took[name] = wall_s
         if not self.quiet:
-            note = "done before" if skipped else "done"
-            self._rich.print(f"{name:>10}  {note}  {wall_s:6.1f} s")
+            note, left = "done before" if skipped else "done", self.left_s()
+            ahead = f"   about {_minutes(left)} left in all" if left else ""
+            self._rich.print(f"{name:>10}  {note}  {wall_s:6.1f} s{ahead}")
+
+    def left_s(self) -> float:
+        """Seconds that the stages still to come will take, if they keep to their shares at the pace measured so far."""
+        done = sum(self.shares.get(name, 0) for name in self._took)
+        ahead = sum(share for name, share in self.shares.items() if name not in self._took)
+        return ahead * sum(self._took.values()) / done if done else 0.0
 
     def line(self, text: str) -> None:
         if not self.quiet:
             self._rich.print(text)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

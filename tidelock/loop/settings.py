@@ -7,6 +7,11 @@ from dataclasses import asdict, dataclass, field
 from tidelock.train.loop import Recipe
 
 
+# How long the stages take relative to one another (seconds on two quiet cores); the time left is told from it.
+SHARES = {"tokenizer": 2, "pretrain": 50, "sft": 95, "rl": 14, "serve": 2, "before": 14, "users": 34, "dataset": 4,
+          "candidate": 42, "gate": 10, "swap": 1, "after": 14, "report": 12}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DemoSettings:
     seed: int = 0

@@ -1,6 +1,6 @@
 """What a shape costs, counted on the meta device: parameters, cache, state and FLOPs, component by component.
 
-Conventions: one multiply-add is 2 FLOPs; the router, norms, gates and softmax are not counted, matrix products are.
+Conventions: one multiply-add is 2 FLOPs; matrix products are counted, norms, nonlinearities and softmax are not.
 Training is forward plus backward, three times the forward's products, on a sequence of `context` tokens; decode is one
 token after `context` cached ones, with MLA in absorbed form.
 """
@@ -17,6 +17,7 @@ from .config import ModelConfig
 from .lm import TransformerLM
 
 BF16, FP32 = 2, 4
+EXPERT_BITS = {None: 16, "int4": 4 + 16 / 32, "mxfp4": 4 + 8 / 32}  # with the scale of every group of 32
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def audit(c: ModelConfig, context: int = 8192) -> dict[str, Any]:
     active.pop("MTP", None)  # a training target, not on a token's way
 
     moe, mla, kda = c.ffns.count("moe"), c.mixers.count("mla"), c.mixers.count("kda")
-    counts = {"embedding": 1, "head": 1, "MLA": mla, "KDA": kda, "dense FFN": c.num_layers - moe, "MTP": c.num_mtp_layers,
+    counts = {"embedding": 1, "head": 1, "attention residuals": 2 * c.num_layers + 1, "norms": 2 * c.num_layers + 1, "MLA": mla, "KDA": kda, "dense FFN": c.num_layers - moe, "MTP": c.num_mtp_layers,
               "routed experts": moe * c.n_routed_experts}  # fmt: skip
     rows = [Component(n, counts.get(n, moe if n in ("router", "shared experts", "latent projections") else c.num_layers),
                       total[n], active.get(n, 0), _products(n, active, c) + _sequence(n, c, context, decode=True))
@@ -80,6 +81,8 @@ def audit(c: ModelConfig, context: int = 8192) -> dict[str, Any]:
         "mtp_params": total["MTP"],
         "active_params": everything,
         "active_params_without_embedding": everything - total["embedding"],
+        "weight_bytes": int(total["routed experts"] * EXPERT_BITS[c.expert_format] / 8)
+        + BF16 * (sum(total.values()) - total["MTP"] - total["routed experts"]),
         "cache_bytes_per_token": mla * c.latent_row * BF16,
         "state_bytes_per_sequence": state,
         "conv_tail_bytes_per_sequence": kda * 3 * c.kda_num_heads * c.kda_head_dim * (c.short_conv_kernel_size - 1) * FP32,

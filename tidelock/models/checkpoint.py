@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from tidelock.tokens.errors import UserError
 
@@ -63,21 +63,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def load_checkpoint(path: str | Path, device: str = "cpu") -> TransformerLM:
     """The model saved at `path`. Raises UserError naming the file, and the tensor where one is missing or misshapen."""
+    from .hf.shards import Shards  # here, for `hf` as a whole builds on this module
+
     config = ModelConfig.from_dict(read_config(path)["model"])
     file = Path(path) / "model.safetensors"
-    try:
-        tensors = load_file(file)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}: {file} does not exist") from None
-    except Exception as e:  # the library has its own exception type for every kind of rubbish
-        raise UserError(f"corrupt checkpoint: {file} ({e})") from None
-    model = TransformerLM(config, seed=None)
+    if not file.exists():
+        raise UserError(f"no checkpoint at {path}: {file} does not exist")
+    tensors, model = Shards(path), TransformerLM(config, seed=None)
     for name, target in model.state_dict().items():
         if name not in tensors:
             raise UserError(f"corrupt checkpoint: {file} lacks tensor {name!r}")
-        if tensors[name].shape != target.shape:
-            raise UserError(f"corrupt checkpoint: {file}: {name!r} is {list(tensors[name].shape)}, "
-                            f"the config asks for {list(target.shape)}")
+        found = tensors.read(name)
+        if found.shape != target.shape:
+            raise UserError(f"corrupt checkpoint: {file}: {name!r} is {list(found.shape)}, the config asks for {list(target.shape)}")
         with torch.no_grad():
-            target.copy_(tensors[name])
+            target.copy_(found)
     return model.to(device)

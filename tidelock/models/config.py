@@ -60,11 +60,12 @@ class ModelConfig:
     activation_situ_beta: float
     activation_situ_linear_beta: float
     # depth
-    attn_res_block_size: int | None  # Attention Residuals, layers per block; None: plain residual stream
+    attn_res_block_size: int | None  # Attention Residuals: layers per block; 0: full form; None: plain residual stream
     rms_norm_eps: float
     initializer_range: float
     max_position_embeddings: int
     num_mtp_layers: int  # multi-token prediction layers behind the last one (DeepSeek-V3 2.2)
+    expert_format: str | None = None  # "int4" | "mxfp4": routed experts compute in 4 bits, trained through rounding (QAT)
 
     def __post_init__(self) -> None:
         if len(self.mixers) != len(self.ffns):
@@ -77,6 +78,14 @@ class ModelConfig:
                             f"<= n_routed_experts, got {self.n_shared_experts}, {self.num_experts_per_tok}, {self.n_routed_experts}")
         if self.hidden_act not in ("silu", "situ"):
             raise UserError(f"model config {self.name!r}: unknown hidden_act {self.hidden_act!r}, use silu or situ")
+        inner = self.routed_expert_hidden_size or self.hidden_size
+        if self.expert_format not in (None, "int4", "mxfp4"):
+            raise UserError(f"model config {self.name!r}: unknown expert_format {self.expert_format!r}, use int4 or mxfp4")
+        if self.expert_format and (inner % 32 or self.moe_intermediate_size % 32):
+            raise UserError(f"model config {self.name!r}: {self.expert_format} experts need widths that are multiples of 32, "
+                            f"got {inner} and {self.moe_intermediate_size}")
+        if (self.attn_res_block_size or 0) < 0:
+            raise UserError(f"model config {self.name!r}: attn_res_block_size must not be negative, got {self.attn_res_block_size}")
         widths = {
             "hidden_size": self.hidden_size,
             "q_lora_rank": self.q_lora_rank or 8,
@@ -84,10 +93,14 @@ class ModelConfig:
             "qk_nope_head_dim": self.qk_nope_head_dim,
             "v_head_dim": self.v_head_dim,
             "kda_head_dim": self.kda_head_dim,
+            "kda_gate_rank": self.kda_gate_rank or 8,
+            "intermediate_size": self.intermediate_size,
             "moe_intermediate_size": self.moe_intermediate_size,
             "routed_expert_hidden_size": self.routed_expert_hidden_size or 8,
         }
         odd = [f"{k}={v}" for k, v in widths.items() if v % 8]
+        if self.qk_rope_head_dim % 2:
+            raise UserError(f"model config {self.name!r}: qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
         if odd:
             raise UserError(f"model config {self.name!r}: widths must be multiples of 8, got {', '.join(odd)}")
 
@@ -105,8 +118,9 @@ class ModelConfig:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> ModelConfig:
-        fields = {f.name for f in dataclasses.fields(ModelConfig)}
-        missing, unknown = fields - data.keys(), data.keys() - fields
+        fields = dataclasses.fields(ModelConfig)
+        missing = {f.name for f in fields if f.default is dataclasses.MISSING} - data.keys()
+        unknown = data.keys() - {f.name for f in fields}
         if missing or unknown:
             raise UserError(f"model config: missing {sorted(missing)}, unknown {sorted(unknown)}")
         data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import balance, ops
+from . import balance, ops, quant
 from .batch import Batch
 from .config import ModelConfig
+from .ops.reference import wide
 from .rope import Rope
 
 LOW_RANK_EPS = 1e-6  # of the norms on MLA's low-rank vectors, whatever rms_norm_eps says (DeepSeek-V3 and K3 code)
@@ -29,6 +30,8 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * w over the last dimension, times sigmoid(gate) where one is given."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
@@ -148,7 +151,7 @@ def write_pages(pages: Tensor, rows: Tensor, batch: Batch) -> None:
     size, position = pages.shape[1], batch.positions()
     owner = torch.repeat_interleave(batch.cu[1:] - batch.cu[:-1])
     page = batch.table[owner, position // size].long()
-    pages.view(-1, pages.shape[-1])[page * size + position % size] = rows
+    pages.view(-1, pages.shape[-1])[page * size + position % size] = rows.to(pages.dtype)
 
 
 class GLU(nn.Module):
@@ -160,6 +163,7 @@ class GLU(nn.Module):
         self.act = (c.hidden_act == "situ", c.activation_situ_beta, c.activation_situ_linear_beta)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, d] -> [N, d]."""
         op = ops.backend(x)
         return self.down_proj(op.glu(op.linear(x, self.gate_proj.weight, self.up_proj.weight), *self.act))
 
@@ -168,7 +172,8 @@ class MoE(nn.Module):
     """Sparse mixture of experts, optionally in a latent width (Stable LatentMoE, K3 Eq. 11).
 
     u = sum_{i in top-k} p_i E_i(W_down x);  y = shared(x) + W_up RMSNorm(u).  Without a latent width: y = shared(x) + u.
-    The router's selection bias follows the load (`balance`); it never enters p.
+    The router's selection bias follows the load (`balance`); it never enters p. With a 4-bit `format` every forward,
+    training's too, computes with the experts as that format rounds them (K2 Thinking, K3 §4: QAT).
     """
 
     def __init__(self, c: ModelConfig) -> None:
@@ -185,10 +190,12 @@ class MoE(nn.Module):
             self.routed_expert_down_proj, self.routed_expert_up_proj = Linear(d, latent), Linear(latent, d)
             self.routed_expert_norm = RMSNorm(latent, c.rms_norm_eps) if c.latent_moe_use_norm else nn.Identity()
         self.act = (c.hidden_act == "situ", c.activation_situ_beta, c.activation_situ_linear_beta)
+        self.format = c.expert_format
         self.load: Tensor | None = None  # [E], choices per expert in the last training forward
         self.scores: Tensor | None = None  # [N, E], the router's scores in it
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [N, d] -> [N, d]; each of N rows becomes k rows of width d or latent, sorted by expert, and one again."""
         op = ops.backend(x)
         logits = self.gate(x)
         idx, p = op.route(logits, self.e_score_correction_bias, self.k, self.scale)
@@ -196,11 +203,20 @@ class MoE(nn.Module):
             self.load, self.scores = torch.bincount(idx.flatten(), minlength=self.experts), logits.detach().sigmoid()
         h = self.routed_expert_down_proj(x) if self.latent else x
         h, offsets, where = op.dispatch(h, idx, self.experts)
-        h = op.glu(op.experts_linear(h, offsets, self.w_in), *self.act)
-        u = op.combine(op.experts_linear(h, offsets, self.w_out), where, p)
+        w_in, w_out = self.served(x)
+        h = op.glu(op.experts_linear(h, offsets, w_in), *self.act)
+        u = op.combine(op.experts_linear(h, offsets, w_out), where, p)
         if self.latent:
             u = self.routed_expert_up_proj(self.routed_expert_norm(u))
         return self.shared_experts(x) + u
+
+    def served(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts' matrices [E, in, out] as they are computed with: rounded to the 4-bit format, where there is one.
+        What records a forward instead of running it packs them itself; its `x` is no tensor."""
+        if self.format is None or not isinstance(x, Tensor):
+            return self.w_in, self.w_out
+        rounded = quant.fake_quant if torch.is_grad_enabled() else quant.served
+        return rounded(self.w_in, self.format, dim=1), rounded(self.w_out, self.format, dim=1)
 
     @torch.no_grad()
     def balance(self, method: str, rate: float) -> None:
@@ -222,4 +238,6 @@ class Mix(nn.Module):
         self.proj.weight.optim = "adamw"
 
     def forward(self, sources: list[Tensor]) -> Tensor:
-        return ops.backend(sources[0]).mix(sources, self.norm.weight * self.proj.weight[0], self.norm.eps)
+        """Sources [N, d] in the order of depth -> [N, d], weighted by softmax over them of (norm w) . RMSNorm(source)."""
+        w = wide(self.norm.weight) * wide(self.proj.weight[0])
+        return ops.backend(sources[0]).mix(sources, w, self.norm.eps)

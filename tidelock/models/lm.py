@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 from .batch import Batch, Cache, CacheView
 from .config import ModelConfig
 from .layers import GLU, KDA, MLA, Linear, Mix, MoE, RMSNorm
+
+
+# What stays fp32 in any dtype: the published checkpoints' fp32 tensors, and the router, whose products are fp32.
+ISLANDS = ("A_log", "dt_bias", "e_score_correction_bias", ".conv", "o_norm.weight", "mlp.gate.weight")
 
 
 class Layer(nn.Module):
@@ -97,7 +102,7 @@ class TransformerLM(nn.Module):
         if view is not None:
             batch = Batch(batch.ids, batch.cu, batch.start, view)
         embedded = self.embed_tokens(batch.ids)
-        run = self._plain if self.config.attn_res_block_size is None else self._attention_residuals
+        run = {None: self._plain, 0: self._full_attention_residuals}.get(self.config.attn_res_block_size, self._attention_residuals)
         return self.norm(run(embedded, batch, cache))
 
     def _mixer(self, index: int, x: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
@@ -112,6 +117,16 @@ class TransformerLM(nn.Module):
             x = x + self._mixer(i, x, batch, cache)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return x
+
+    def _full_attention_residuals(self, embedded: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+        """Attention Residuals (K3 Eq. 8-9): every sub-layer reads a mixture of the embedding and all outputs before it."""
+        sources = [embedded]
+        for i, layer in enumerate(self.layers):
+            x = layer.self_attention_res(sources) if i else embedded
+            sources.append(self._mixer(i, x, batch, cache))
+            x = layer.mlp_res(sources)
+            sources.append(layer.mlp(layer.post_attention_layernorm(x)))
+        return self.output_res(sources)
 
     def _attention_residuals(self, embedded: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
         """Block Attention Residuals (K3 Eq. 10): `bank` holds finished block sums, `partial` the running one."""
@@ -142,6 +157,19 @@ class TransformerLM(nn.Module):
             out.append(hidden)
             next_ids = next_ids.roll(-1)
         return out
+
+    def cast(self, dtype: torch.dtype) -> TransformerLM:
+        """Weights in `dtype`, all but the fp32 islands."""
+        for name, t in (*self.named_parameters(), *self.named_buffers()):
+            t.data = t.data.to(torch.float32 if name.endswith(ISLANDS) else dtype)
+        return self
+
+    def set_expert_format(self, format: str | None) -> None:
+        """From now on routed experts compute as "int4" or "mxfp4" rounds them, in training and after; None: as they are."""
+        self.config = dataclasses.replace(self.config, expert_format=format)
+        for module in self.modules():
+            if isinstance(module, MoE):
+                module.format = format
 
     def parameter_counts(self) -> tuple[int, int]:
         """(total, active per token without the input embedding)."""

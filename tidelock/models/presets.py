@@ -56,12 +56,13 @@ K2 = dict(
     num_mtp_layers=0,
 )
 
-# Kimi K2 Thinking: the same shape on 256k context.
+# Kimi K2 Thinking: the same shape on 256k context, experts in INT4.
 K2_THINKING = dict(
     K2,
     rope_scaling=Yarn(factor=64.0, original_max_position_embeddings=4096, beta_fast=1.0),
     rms_norm_eps=1e-5,
     max_position_embeddings=262144,
+    expert_format="int4",
 )
 
 # Moonlight (2502.16982): DeepSeek-V3's layers at 16B, no query rank, no YaRN.
@@ -131,9 +132,11 @@ K3 = dict(
     rms_norm_eps=1e-5,
     initializer_range=0.006,
     max_position_embeddings=1048576,
+    expert_format="mxfp4",
 )
 
-# For one GPU: 50 to 150 M active parameters.
+# For one GPU: 50 to 150 M active parameters. Heads, widths, ranks and sparsity in the proportions of the large shapes
+# (heads x head_dim : hidden, expert : hidden, latent : hidden, dense : hidden, query rank : hidden, experts : active).
 SMALL_K3 = dict(
     K3,
     vocab_size=32768,
@@ -143,17 +146,18 @@ SMALL_K3 = dict(
     num_attention_heads=10,
     q_lora_rank=160,
     kv_lora_rank=128,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
     kda_num_heads=10,
     kda_head_dim=128,
-    intermediate_size=3072,
-    n_routed_experts=64,
+    intermediate_size=3616,
+    n_routed_experts=224,
     num_experts_per_tok=4,
     moe_intermediate_size=320,
     routed_expert_hidden_size=384,
     attn_res_block_size=2,
+    expert_format=None,
     initializer_range=0.02,
     max_position_embeddings=32768,
 )
@@ -163,21 +167,22 @@ SMALL_K2 = dict(
     hidden_size=768,
     mixers=("mla",) * 12,
     ffns=first_dense(12),
-    num_attention_heads=8,
+    num_attention_heads=7,
     q_lora_rank=160,
     kv_lora_rank=128,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=32,
-    v_head_dim=64,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
     rope_scaling=Yarn(factor=8.0, original_max_position_embeddings=4096, beta_fast=1.0),
-    intermediate_size=2048,
-    n_routed_experts=64,
+    intermediate_size=1984,
+    n_routed_experts=192,
     num_experts_per_tok=4,
-    moe_intermediate_size=256,
+    moe_intermediate_size=224,
     max_position_embeddings=32768,
 )
 
-# For a CPU: about 1 M active parameters, at the vocabulary of the tokenizer in use.
+# For a CPU: about 1 M active parameters, at the vocabulary of the tokenizer in use. Three KDA to one MLA, widths within
+# half to twice the large shapes' ratios; sparsity stops at 8, for below a million parameters experts must stay few.
 NANO_K3 = dict(
     K3,
     vocab_size=1024,
@@ -198,6 +203,7 @@ NANO_K3 = dict(
     moe_intermediate_size=64,
     routed_expert_hidden_size=64,
     attn_res_block_size=1,
+    expert_format=None,
     initializer_range=0.02,
     max_position_embeddings=2048,
 )

@@ -1,6 +1,7 @@
 """The 4-bit formats of the published weights: INT4 in groups of 32 (K2 Thinking) and MXFP4 (K3), routed experts only.
 
-One scheme for training (`fake_quant`), checkpoints (`pack`, `tensors`) and serving (`packed_linear`): the same numbers.
+One scheme for training (`fake_quant`), checkpoints (`pack`, `tensors`) and serving (`served`, or products straight from the
+packed bits where memory counts): the same numbers.
 """
 
 from __future__ import annotations
@@ -92,9 +93,19 @@ class _FakeQuant(torch.autograd.Function):
         return dw, None
 
 
-def fake_quant(w: Tensor, format: str) -> Tensor:
-    """What serving will compute with, and the gradient as if nothing had been rounded (straight-through; QAT)."""
-    return _FakeQuant.apply(w, format)
+def fake_quant(w: Tensor, format: str, dim: int = -1) -> Tensor:
+    """What serving will compute with, and the gradient as if nothing had been rounded (straight-through; QAT).
+    `dim` is the input dimension, along which groups lie."""
+    return _FakeQuant.apply(w.transpose(dim, -1), format).transpose(dim, -1).contiguous()
+
+
+def served(w: Tensor, format: str, dim: int = -1) -> Tensor:
+    """The values of `fake_quant` without a gradient, kept on `w` until the optimizer (or a load) changes it."""
+    key, entry = (w._version, w.data_ptr(), format, dim), getattr(w, "_served", None)
+    if entry is None or entry[0] != key:
+        with torch.no_grad():
+            entry = w._served = (key, fake_quant(w, format, dim))
+    return entry[1]
 
 
 def packed_linear(x: Tensor, p: Packed) -> Tensor:
@@ -137,7 +148,7 @@ def quantization_config(format: str) -> dict[str, Any]:
                    group_size=GROUP, dynamic=False, observer="minmax")  # fmt: skip
     ignore = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
     if format == "mxfp4":
-        ignore += ["re:.*routed_expert_(down|up)_proj.*"]
+        ignore += ["re:.*routed_expert_(down|up)_proj.*", "re:.*_res_proj.*"]
     return dict(quant_method="compressed-tensors", format=FORMATS[format], quantization_status="compressed", ignore=ignore,
                 config_groups=dict(group_0=dict(weights=weights, targets=["Linear"], input_activations=None,
                                                 output_activations=None)))  # fmt: skip

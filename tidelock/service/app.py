@@ -88,11 +88,13 @@ async def swap_weights(state: ServiceState, request: Request) -> dict[str, Any]:
 
 
 async def health(state: ServiceState, request: Request) -> dict[str, Any]:
+    numerics = getattr(state.policy, "exactness", None)  # what an engine's self-test found at its start
     return {
         "status": "ok",
         "model": state.model,
         "weights_version": state.weights_version,
         "exact": state.policy.exact,
+        **({"numerics": numerics.numerics, "max_abs_dlogp": numerics.max_abs_dlogp} if numerics else {}),
     }
 
 

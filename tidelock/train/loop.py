@@ -40,6 +40,7 @@ class Recipe:
     balance: str = "sign"  # router balancing: "sign" (K2) | "quantile" (K3)
     balance_rate: float = 1e-3  # of "sign"; "quantile" needs none
     mtp_weight: float = 0.1  # of the loss of the MTP layers, where the model has them
+    expert_format: str | None = None  # "int4" | "mxfp4": from here on train what 4-bit serving computes (QAT)
 
     def lr_at(self, step: int) -> float:
         if self.schedule == "constant":
@@ -84,6 +85,8 @@ class Trainer:
 
     def __init__(self, model: TransformerLM, recipe: Recipe) -> None:
         self.model, self.recipe, self.step_count = model, recipe, 0
+        if recipe.expert_format is not None:
+            model.set_expert_format(recipe.expert_format)
         self.optimizer = MuonClip(model, lr=recipe.lr, adamw_scale=recipe.adamw_scale, weight_decay=recipe.weight_decay)
 
     def step(self, pack: Pack, objective: Objective) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tidelock.tokens.errors import UserError
 
+from .. import quant
 from ..config import ModelConfig, Yarn
 
 UNUSED_KDA = dict(kda_num_heads=0, kda_head_dim=0, short_conv_kernel_size=4, gate_lower_bound=None, kda_gate_rank=None)
@@ -15,9 +16,10 @@ SITU = dict(activation_situ_beta=4.0, activation_situ_linear_beta=25.0)  # K3 §
 
 def from_hf(data: dict[str, Any], name: str = "model") -> ModelConfig:
     """The shape that a Hugging Face config describes. Raises UserError naming the field that we cannot follow."""
-    kind = data.get("model_type")
+    kind, quantization = data.get("model_type"), data.get("quantization_config")
     if kind in ("kimi_k3", "kimi_k25") and "text_config" in data:
         data = data["text_config"]
+        data = {**data, "quantization_config": data.get("quantization_config") or quantization}
         kind = data.get("model_type", "kimi_linear" if kind == "kimi_k3" else "kimi_k2")
     if kind in ("deepseek_v3", "kimi_k2"):
         return _deepseek(data, name)
@@ -67,7 +69,23 @@ def _common(data: dict[str, Any], name: str) -> dict[str, Any]:
         rms_norm_eps=float(_read(data, "rms_norm_eps", 1e-6)),
         initializer_range=float(_read(data, "initializer_range", 0.02)),
         num_mtp_layers=_read(data, "num_nextn_predict_layers", 0) or 0,
+        expert_format=_expert_format(data.get("quantization_config") or {}),
     )
+
+
+def _expert_format(quantization: dict[str, Any]) -> str | None:
+    """Which 4 bits the routed experts are in; FP8 blocks are a storage format only, so None."""
+    if not quantization:
+        return None
+    if quantization.get("quant_method") == "fp8":
+        _require(quantization, weight_block_size=([128, 128],), fmt="e4m3")
+        return None
+    kind = quantization.get("format")
+    for ours, theirs in quant.FORMATS.items():
+        if kind == theirs:
+            return ours
+    raise UserError(f"config.json: quantization_config of method {quantization.get('quant_method')!r} and format {kind!r} is not "
+                    f"supported; use fp8 or {', '.join(quant.FORMATS.values())}")
 
 
 def _deepseek(data: dict[str, Any], name: str) -> ModelConfig:
@@ -147,15 +165,17 @@ def _as_published(data: dict[str, Any]) -> dict[str, Any]:
 
 def layout_of(c: ModelConfig) -> str:
     """Which published layout holds this shape: "deepseek_v3" | "kimi_linear" | "kimi_k3"."""
-    if "kda" not in c.mixers and not (c.mla_use_nope or c.mla_use_output_gate or c.attn_res_block_size
-                                      or c.routed_expert_hidden_size):  # fmt: skip
+    residuals = c.attn_res_block_size is not None
+    if "kda" not in c.mixers and not (c.mla_use_nope or c.mla_use_output_gate or residuals or c.routed_expert_hidden_size):
         return "deepseek_v3"
-    k3 = (c.attn_res_block_size, c.routed_expert_hidden_size, c.gate_lower_bound, c.mla_use_output_gate)
+    k3 = (residuals, c.routed_expert_hidden_size, c.gate_lower_bound, c.mla_use_output_gate)
     return "kimi_k3" if any(k3) or ("kda" in c.mixers and c.kda_gate_rank is None) else "kimi_linear"
 
 
 def to_hf(c: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     """The config.json of `c`. Raises UserError where no published layout can say it."""
+    if c.attn_res_block_size == 0:
+        raise UserError(f"model {c.name!r} has no published layout: its Attention Residuals are of the full form, K3's of blocks")
     layout, dense = layout_of(c), c.ffns.index("moe") if "moe" in c.ffns else c.num_layers
     shared = dict(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
@@ -189,6 +209,7 @@ def to_hf(c: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
             model_max_length=c.max_position_embeddings,
         )  # fmt: skip
         if layout == "kimi_k3":
+            data["max_position_embeddings"] = data.pop("model_max_length")
             linear.update(gate_lower_bound=c.gate_lower_bound, use_full_rank_gate=c.kda_gate_rank is None)
             data.update(
                 mla_use_output_gate=c.mla_use_output_gate, routed_expert_hidden_size=c.routed_expert_hidden_size,
@@ -215,4 +236,6 @@ def _used(c: ModelConfig, field: str) -> bool:
         return c.hidden_act == "situ"
     if field in ("rope_theta", "rope_scaling"):
         return not c.mla_use_nope
+    if field == "expert_format":
+        return False  # said by quantization_config, where the experts are written packed
     return field != "latent_moe_use_norm" or c.routed_expert_hidden_size is not None

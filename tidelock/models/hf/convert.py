@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..checkpoint import atomic_directory
 from ..config import ModelConfig
 from ..lm import TransformerLM
 from .config import from_hf, layout_of, to_hf
-from .names import ISLANDS, Part, parts
+from .names import IGNORED, ISLANDS, Part, parts
 from .shards import Planned, Shards, write_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,8 +43,9 @@ def save_hf(
     model: TransformerLM, path: str | Path, dtype: str = "float32", quantize: str | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> Path:  # fmt: skip
-    """Write `model` in the published layout of its shape, whole or not at all. `quantize`: "int4" | "mxfp4" for the
-    routed experts; `dtype` for the rest, but the fp32 islands (router bias, decays, convolutions) stay fp32."""
+    """Write `model` in the published layout of its shape, whole or not at all. `quantize`: "int4" | "mxfp4" packs the
+    routed experts, "none" does not, None does as the shape's expert_format says; `dtype` for the rest, but the fp32
+    islands (router bias, decays, convolutions) stay fp32."""
     state = model.state_dict()
     listed = list(parts(model.config))
     tensors = (part.view(state[part.native]) for part in listed)
@@ -55,7 +57,8 @@ def convert(
     max_shard_bytes: int = SHARD_BYTES, on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Rewrite the checkpoint directory `source` (ours or Hugging Face) as `target` in the layout `to` ("hf" |
-    "tidelock"), holding no more than one of our tensors at a time. `on_tensor(done, total)` counts published tensors."""
+    "tidelock"), holding no more than one of our tensors at a time. `dtype` and `quantize` as in `save_hf`.
+    `on_tensor(done, total)` counts published tensors."""
     source, target = Path(source), Path(target)
     ours = "model" in _read_json(source / "config.json")
     if ours and to == "tidelock":
@@ -101,9 +104,22 @@ class HFSource:
         self.path, self.config = Path(path), read_any_config(path)
         self.shards = Shards(self.path)
         self.prefix = next((p for p in ("language_model.", "") if f"{p}model.embed_tokens.weight" in self.shards), "")
+        self.refuse_strangers()
 
     def parts(self) -> Iterator[Part]:
+        """Published tensors by the names this checkpoint uses, in the order of ours."""
         return parts(self.config, layout_of(self.config), self.prefix)
+
+    def refuse_strangers(self) -> None:
+        """A tensor that no part of ours stands for would be dropped in silence: a bias, say, that belongs to the model."""
+        known = {p.name for p in self.parts()} | {p.name.replace(".mlp.", ".block_sparse_moe.") for p in self.parts()}
+        for name, entry in self.shards.entries.items():
+            stem = name
+            for suffix in ("_packed", "_scale", "_shape", "_scale_inv"):
+                stem = stem.removesuffix(suffix)
+            ahead = re.match(r"(?:language_model\.)?model\.layers\.(\d+)\.", name)  # MTP layers that the config does not count
+            if stem not in known and not any(x in name for x in IGNORED) and not (ahead and int(ahead[1]) >= self.config.num_layers):
+                raise UserError(f"{entry.file}: tensor {name!r} has no place in a model of this config")
 
     def groups(self) -> Iterator[tuple[str, list[Part]]]:
         """Our tensors in order, each with the published ones that make it up."""
@@ -127,9 +143,7 @@ class HFSource:
         if name not in shards and (alias := name.replace(".mlp.", ".block_sparse_moe.")) in shards:
             name = alias  # transformers' Kimi Linear class renames dense layers too when it saves
         if name in shards:
-            t = shards.read(name)
-            if f"{name}_scale_inv" in shards:
-                t = fp8_blocks(t, shards.read(f"{name}_scale_inv"))
+            t = self._fp8(name) if shards.entries[name].dtype == torch.float8_e4m3fn else shards.read(name)
         elif f"{name}_packed" in shards:
             t = quant.unpack(self._packed(name))
         else:
@@ -141,11 +155,25 @@ class HFSource:
             raise UserError(f"corrupt checkpoint: {where}: {name!r} is {list(t.shape)}, the config asks for {list(shape)}")
         return t
 
+    def _with_scale(self, name: str, scale: str) -> tuple[Tensor, Tensor]:
+        if scale not in self.shards:
+            raise UserError(f"corrupt checkpoint: {self.path} lacks tensor {scale!r}")
+        return self.shards.read(name), self.shards.read(scale)
+
+    def _fp8(self, name: str) -> Tensor:
+        w, scale = self._with_scale(name, f"{name}_scale_inv")
+        blocks = [-(-n // FP8_BLOCK) for n in w.shape]
+        if list(scale.shape) != blocks:
+            raise UserError(f"corrupt checkpoint: {self.shards.entries[name].file}: {f'{name}_scale_inv'!r} is {list(scale.shape)}, "
+                            f"{list(w.shape)} in blocks of {FP8_BLOCK} needs {blocks}")
+        return fp8_blocks(w, scale)
+
     def _packed(self, name: str) -> quant.Packed:
-        packed = self.shards.read(f"{name}_packed")
-        if f"{name}_scale" not in self.shards:
-            raise UserError(f"corrupt checkpoint: {self.path} lacks tensor {f'{name}_scale'!r}")
-        return quant.from_tensors("mxfp4" if packed.dtype == torch.uint8 else "int4", packed, self.shards.read(f"{name}_scale"))
+        packed, scale = self._with_scale(f"{name}_packed", f"{name}_scale")
+        try:
+            return quant.from_tensors("mxfp4" if packed.dtype == torch.uint8 else "int4", packed, scale)
+        except UserError as e:
+            raise UserError(f"corrupt checkpoint: {self.shards.entries[f'{name}_packed'].file}: {name!r}: {e}") from None
 
 
 def fp8_blocks(w: Tensor, scale: Tensor) -> Tensor:
@@ -166,7 +194,9 @@ def _views(shards: Shards, listed: list[Part], source: Path) -> Iterator[Tensor]
 def _write_hf(path, config, listed, tensors, state, dtype, quantize, max_shard_bytes) -> Path:
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
-    data = to_hf(config, dtype)
+    data, quantize = to_hf(config, dtype), quantize or config.expert_format
+    if quantize == "none":
+        quantize = None
     if quantize:
         data.get("text_config", data)["quantization_config"] = quant.quantization_config(quantize)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from .config import layout_of
 
-IGNORED = ("vision_tower.", "mm_projector.")  # of multimodal checkpoints; only the text tower is ours
+IGNORED = ("vision_tower.", "mm_projector.", "rotary_emb.inv_freq")  # only the text tower's weights are ours
 ISLANDS = ("A_log", "dt_bias", "e_score_correction_bias", "conv1d.weight", "o_norm.weight")  # stay fp32 in any dtype
 
 
@@ -84,7 +84,7 @@ def _kda(c: ModelConfig, theirs: str, ours: str, layout: str) -> Iterator[Part]:
     for j, name in enumerate(("q_conv1d", "k_conv1d", "v_conv1d")):  # ours is one [3 H K, W]; theirs are [H K, 1, W]
         yield Part(f"{theirs}{name}.weight", f"{ours}conv", lambda t, j=j: t[j * width : (j + 1) * width, None])
     if layout == "kimi_k3":  # 96 heads are stored as 128 entries, the rest zero
-        yield Part(f"{theirs}A_log", f"{ours}A_log", same, pad_to=1 << (c.kda_num_heads - 1).bit_length())
+        yield Part(f"{theirs}A_log", f"{ours}A_log", same, pad_to=-(-c.kda_num_heads // 128) * 128)
     else:
         yield Part(f"{theirs}A_log", f"{ours}A_log", lambda t: t.view(1, 1, -1, 1))
     yield Part(f"{theirs}dt_bias", f"{ours}dt_bias", same)

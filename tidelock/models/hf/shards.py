@@ -7,7 +7,6 @@ a length, a JSON header and the bytes. Every error names the file and, where the
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -122,6 +121,7 @@ class Planned:
 
 def write_shards(directory: Path, plan: list[Planned], tensors: Iterable[Tensor], max_bytes: int) -> list[str]:
     """Write `tensors`, which come in the order of `plan`, into files of at most `max_bytes` (one tensor may exceed it).
+    The caller sees to it that they reach the disk (`atomic_directory`).
 
     More than one file gets an index. Returns the file names.
     """
@@ -157,5 +157,3 @@ def _write_file(file: Path, group: list[Planned], stream: Iterator[Tensor]) -> N
             t = next(stream).detach().to("cpu", p.dtype).contiguous()
             assert tuple(t.shape) == p.shape, (p, t.shape)
             f.write(memoryview(t.flatten().view(torch.uint8).numpy()) if t.numel() else b"")
-        f.flush()
-        os.fsync(f.fileno())

@@ -1,4 +1,4 @@
-"""Model operations: the C kernels on CPUs that can build them, plain PyTorch everywhere else.
+"""Model operations: the C kernels on CPUs that can build them, the field's kernels on a GPU, plain PyTorch elsewhere.
 
 A layer calls `ops.kda(...)`; which implementation runs is decided once per call from where the tensor lives.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import native, reference
+from . import gpu, native, reference
 from .build import library
 
 
 def backend(x: Tensor):
-    """The module whose functions serve this tensor: `native` (fp32 CPU, kernels built) or `reference`."""
+    """The module whose functions serve this tensor: `native` (fp32 CPU, kernels built), `gpu` or `reference`."""
+    if x.device.type == "cuda":
+        return gpu
     return native if x.device.type == "cpu" and x.dtype.is_floating_point and x.itemsize == 4 and library() else reference
 
 

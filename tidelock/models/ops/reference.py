@@ -1,9 +1,13 @@
 """Every model operation in plain PyTorch, written as its equation: the oracle of the C kernels, and the path taken on
 other devices or where no compiler is found. Slower, and not bitwise independent of the batch; never different in meaning.
+
+In a model of half precision the islands stay fp32 (`wide`): norms, router, the nonlinearity of the experts, the mixing of
+Attention Residuals, and of KDA the convolution, decay, recurrence and output norm; attention is fp32 up to its output.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,43 +16,52 @@ from torch import Tensor
 from . import delta
 
 
+def wide(x: Tensor) -> Tensor:
+    """fp32, or float64 where it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def linear(x: Tensor, *weights: Tensor) -> Tensor:
-    """x [M, K], weights [N_i, K] -> [M, sum N_i]."""
-    return torch.cat([x @ w.t() for w in weights], dim=-1)
+    """x [M, K], weights [N_i, K] -> [M, sum N_i], in the dtype of the weights (an fp32 router reads half-precision rows)."""
+    return torch.cat([x.to(w.dtype) @ w.t() for w in weights], dim=-1)
 
 
 def head_linear(x: Tensor, w: Tensor) -> Tensor:
-    """x [M, H, K], w [H, K, N] -> [M, H, N]."""
-    return torch.einsum("mhk,hkn->mhn", x, w)
+    """x [M, H, K], w [H, K, N] -> [M, H, N], in the dtype of x (attention's output is fp32 until W_o, K3 §2.2)."""
+    return torch.einsum("mhk,hkn->mhn", x, w.to(x.dtype))
 
 
 def experts_linear(x: Tensor, offsets: Tensor, w: Tensor) -> Tensor:
     """x [rows sorted by expert, K], offsets [E + 1], w [E, K, N] -> [rows, N]."""
+    if x.dtype == torch.float64:  # which the grouped product has not
+        return torch.cat([x[a:b] @ w[e] for e, (a, b) in enumerate(itertools.pairwise(offsets.tolist()))])
     return torch.nn.functional.grouped_mm(x, w, offs=offsets[1:].to(torch.int32))
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
     """x / rms(x) * w, times sigmoid(gate) when given. Over the last dimension."""
-    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w
-    return y if gate is None else y * torch.sigmoid(gate)
+    y = wide(x)
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * wide(w)
+    return (y if gate is None else y * torch.sigmoid(wide(gate))).to(x.dtype)
 
 
 def sigmoid_gate(x: Tensor, g: Tensor) -> Tensor:
-    return x * torch.sigmoid(g)
+    """x * sigmoid(g), in the dtype of x."""
+    return x * torch.sigmoid(g.to(x.dtype))
 
 
 def glu(h: Tensor, situ: bool, beta: float, linear_beta: float) -> Tensor:
     """h [M, 2F] = [gate | up]. SwiGLU, or SiTU-GLU (K3 Eq. 12): beta tanh(g/beta) sigmoid(g) * lb tanh(u/lb)."""
-    g, u = h.chunk(2, dim=-1)
+    g, u = wide(h).chunk(2, dim=-1)
     s = torch.sigmoid(g)
     if situ:
         g, u = beta * torch.tanh(g / beta), linear_beta * torch.tanh(u / linear_beta)
-    return g * s * u
+    return (g * s * u).to(h.dtype)
 
 
 def route(logits: Tensor, bias: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
-    """K3 Eq. 13: choose top-k of sigmoid(logits) + bias; weights are the unbiased scores, renormalised."""
-    s = torch.sigmoid(logits)
+    """K3 Eq. 13: choose top-k of sigmoid(logits) + bias; weights are the unbiased scores, renormalised. At least fp32."""
+    s = torch.sigmoid(wide(logits))
     idx = (s + bias).topk(k, dim=-1).indices
     p = s.gather(1, idx)
     return idx, p / (p.sum(1, keepdim=True) + 1e-20) * scale
@@ -65,7 +78,7 @@ def dispatch(x: Tensor, idx: Tensor, experts: int) -> tuple[Tensor, Tensor, Tens
 
 def combine(xs: Tensor, where: Tensor, p: Tensor) -> Tensor:
     """y[m] = sum_j p[m, j] xs[where[m, j]]."""
-    return (xs[where] * p[..., None]).sum(1)
+    return (xs[where] * p[..., None]).sum(1).to(xs.dtype)
 
 
 def _spans(seq) -> list[tuple[int, int, int]]:
@@ -75,7 +88,8 @@ def _spans(seq) -> list[tuple[int, int, int]]:
 
 def short_conv(x: Tensor, w: Tensor, seq, tails: Tensor | None) -> Tensor:
     """silu(causal depthwise convolution) per sequence. x [N, C], w [C, W], tails [slots, W - 1, C] (updated)."""
-    width, out = w.shape[1], []
+    dtype, width, out = x.dtype, w.shape[1], []
+    x, w = wide(x), wide(w)
     for s, (a, b, start) in enumerate(_spans(seq)):
         past = x.new_zeros(width - 1, x.shape[1])
         if tails is not None and start:
@@ -84,15 +98,14 @@ def short_conv(x: Tensor, w: Tensor, seq, tails: Tensor | None) -> Tensor:
         pre = sum(w[:, j] * padded[j : j + b - a] for j in range(width))
         out.append(torch.nn.functional.silu(pre))
         if tails is not None:
-            tails[seq.slots[s]] = padded[b - a :]
-    return torch.cat(out)
+            tails[seq.slots[s]] = padded[b - a :].to(tails.dtype)
+    return torch.cat(out).to(dtype)
 
 
 def kda_gate(z: Tensor, dt_bias: Tensor, a_log: Tensor, lower: float | None) -> Tensor:
     """Log-decay of every channel, y = z + dt: lower sigmoid(exp(A) y) (K3 Eq. 4) or, without a lower bound,
     -exp(A) softplus(y) (Kimi Linear Eq. 2). z [N, H*D], dt_bias [H*D], a_log [H] -> [N, H, D] in fp32 or wider."""
-    z = z if z.dtype == torch.float64 else z.float()
-    y, a = (z + dt_bias).unflatten(-1, (a_log.numel(), -1)), a_log.exp()[:, None]
+    y, a = (wide(z) + wide(dt_bias)).unflatten(-1, (a_log.numel(), -1)), wide(a_log).exp()[:, None]
     return lower * torch.sigmoid(a * y) if lower else -a * torch.nn.functional.softplus(y)
 
 
@@ -102,30 +115,30 @@ def kda(qkv: Tensor, g: Tensor, beta: Tensor, seq, states: Tensor | None) -> Ten
     qkv [N, 3, H, D], g [N, H, D], beta [N, H] (logits), states [slots, H, D, D] (updated). Returns o [N, H, D].
     """
     _, _, h, d = qkv.shape
-    q, k, v = qkv.unbind(1)
+    q, k, v = wide(qkv).unbind(1)
     q = q * torch.rsqrt(q.pow(2).sum(-1, keepdim=True) + 1e-6) * d**-0.5
     k = k * torch.rsqrt(k.pow(2).sum(-1, keepdim=True) + 1e-6)
-    b, out = torch.sigmoid(beta), []
+    b, out = torch.sigmoid(wide(beta)), []
     for s, (lo, hi, start) in enumerate(_spans(seq)):
-        state = states[seq.slots[s]] if states is not None and start else qkv.new_zeros(h, d, d)
+        state = states[seq.slots[s]].to(q.dtype) if states is not None and start else q.new_zeros(h, d, d)
         rule = delta.recurrent if hi - lo == 1 else delta.chunkwise
         o, state = rule(q[lo:hi], k[lo:hi], v[lo:hi], g[lo:hi], b[lo:hi], state)
         out.append(o)
         if states is not None:
-            states[seq.slots[s]] = state
-    return torch.cat(out)
+            states[seq.slots[s]] = state.to(states.dtype)
+    return torch.cat(out).to(qkv.dtype)
 
 
 def mla(q: Tensor, rows: Tensor, rank: int, seq, pages: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Absorbed multi-head latent attention: q [N, H, D] (scaled) over shared rows [T, D] = [latent | rope key].
 
-    Returns softmax(q . row) row[:rank] as [N, H, rank] and the largest logit per head [H].
+    Returns softmax(q . row) row[:rank] as [N, H, rank], at least fp32 (K3 §2.2), and the largest logit per head [H].
     """
-    out, top = [], []
+    q, rows, out, top = wide(q), wide(rows), [], []
     for s, (a, b, start) in enumerate(_spans(seq)):
         keys = rows[a:b]
         if pages is not None:
-            keys = pages[seq.table[s].long()].flatten(0, 1)[: start + b - a]
+            keys = pages[seq.table[s].long()].flatten(0, 1)[: start + b - a].to(q.dtype)
         scores = torch.einsum("nhd,td->hnt", q[a:b], keys)
         future = torch.arange(keys.shape[0], device=q.device) > start + torch.arange(b - a, device=q.device)[:, None]
         scores = scores.masked_fill(future, float("-inf"))
@@ -136,6 +149,6 @@ def mla(q: Tensor, rows: Tensor, rank: int, seq, pages: Tensor | None) -> tuple[
 
 def mix(sources: Sequence[Tensor], w: Tensor, eps: float) -> Tensor:
     """Attention Residuals (K3 Eq. 8-10): softmax over sources of w . RMSNorm(source), values not normalised."""
-    v = torch.stack(list(sources), dim=1)
-    logits = (v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps) * w).sum(-1)
-    return torch.einsum("mj,mjd->md", logits.softmax(-1), v)
+    v = wide(torch.stack(list(sources), dim=1))
+    logits = (v * torch.rsqrt(v.pow(2).mean(-1, keepdim=True) + eps) * wide(w)).sum(-1)
+    return torch.einsum("mj,mjd->md", logits.softmax(-1), v).to(sources[0].dtype)
