@@ -96,7 +96,8 @@ class KeyStore:
         with self._db.transaction() as write:
             write(
                 "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
-                (key.id, self._hash(secret), key.hint, customer, name, role, training_consent, may_grant, key.created),
+                (key.id, self._hash(secret), key.hint, customer, name, role, int(training_consent),
+                 int(may_grant), key.created),
             )
         return key, secret
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
 from tidelock.service.objects import Objects
-from tidelock.service.prices import Price, PriceBook
-from tidelock.tokens.errors import UserError
+from tidelock.service.prices import PriceBook
+from tidelock.service.till import Till
+from tidelock.service.workers import Worker
 from tidelock.tokens.policy import Policy
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import TraceStore
@@ -24,6 +25,8 @@ class ServiceState:
     template: Template
     traces: TraceStore
     ledger: Ledger
+    till: Till  # the ledger, for running requests
+    worker: Worker
     keys: KeyStore
     prices: PriceBook
     objects: Objects
@@ -43,21 +46,7 @@ class ServiceState:
     lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
 
     def __post_init__(self) -> None:
-        if self.model not in self.prices.prices:
-            raise UserError(f"the price book {self.prices.version!r} has no price for model {self.model!r}")
-
-    @property
-    def price(self) -> Price:
-        return self.prices.prices[self.model]
-
-    @property
-    def batch_price(self) -> Price:
-        """Half of the list price."""
-        price = self.price
-        return replace(
-            price, input_nano=price.input_nano // 2, cached_input_nano=price.cached_input_nano // 2,
-            output_nano=max(price.output_nano // 2, 1),
-        )  # fmt: skip
+        self.prices.price(self.model)
 
     @property
     def hold_lifetime_s(self) -> float:
@@ -74,18 +63,25 @@ def open_state(
     model: str,
     context_length: int,
     weights_version: int,
+    database: str | None = None,
     **options: Any,
 ) -> ServiceState:
-    """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`."""
+    """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`.
+
+    `database`: a `postgresql://` URL instead of the file, for several workers or machines.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    db = Database(directory / "service.sqlite")
+    db = Database(database or directory / "service.sqlite")
     prices.register(db)
+    worker = Worker(db)
     return ServiceState(
         policy=policy,
         template=template,
         traces=TraceStore(directory / "trace.jsonl", template, patience_s=10.0),
-        ledger=Ledger(db),
+        ledger=Ledger(db, worker=worker.id),
+        till=Till(db, worker=worker.id),
+        worker=worker,
         keys=KeyStore.open(db, directory / "pepper"),
         prices=prices,
         objects=Objects(db),
