@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 import pytest
 
-from tidelock.service.books import Ask, InsufficientBalance, Metered
+from tidelock.service.books import Admission, InsufficientBalance, Metered
 from tidelock.service.db import Database, StorageDown
 from tidelock.service.ledger import Ledger
-from tidelock.service.meter import opened
+from tidelock.service.tab import opened
 from tidelock.service.prices import Counts, Price, PriceBook
 from tidelock.service.till import Till
 
 PRICE = Price(input_nano=300, cached_input_nano=30, output_nano=1500)
 
 
-def ask(request_id: str, prompt: int = 10, most: int = 20, customer: str = "ann") -> Ask:
-    return Ask(request_id, customer, "key_1", "m", PRICE, "v1", prompt, most, 60)
+def ask(request_id: str, prompt: int = 10, most: int = 20, customer: str = "ann") -> Admission:
+    return Admission(request_id, customer, "key_1", "m", PRICE, "v1", prompt, most, 60)
 
 
 def used(tokens: int, prompt: int = 10) -> Metered:
@@ -137,18 +137,18 @@ def test_in_an_outage_holds_fail_at_once_and_a_bill_is_written_when_it_is_over(t
     assert (row["completion_tokens"], row["nano_usd"]) == (7, 10 * 300 + 7 * 1500) and open_holds(ledger.db) == 0
 
 
-async def answered(till: Till, request: Ask, tokens: int, per_chunk: int, streaming: bool = True) -> tuple[int, int]:
+async def answered(till: Till, request: Admission, tokens: int, per_chunk: int, streaming: bool = True) -> tuple[int, int]:
     """(tokens handed on, charge) of an answer of `tokens` tokens."""
     handed_on = 0
-    async with opened(till, request, streaming) as meter:
+    async with opened(till, request, streaming) as tab:
         for start in range(0, tokens, per_chunk):
             chunk = min(per_chunk, tokens - start)
-            allowed = await meter.take(chunk)
+            allowed = await tab.take(chunk)
             handed_on += allowed
             if allowed < chunk:
-                assert meter.exhausted
+                assert tab.exhausted
                 break
-        return handed_on, await meter.settle(Metered(meter.counts(), "stop"))
+        return handed_on, await tab.settle(Metered(tab.counts(), "stop"))
 
 
 def test_a_long_answer_extends_its_hold_and_stops_exactly_where_the_money_ends(till, ledger):
@@ -171,15 +171,18 @@ def test_many_streams_on_one_small_balance_use_it_up_and_not_a_token_more(till, 
     assert sum(charge for _, charge in served) == 5_000_000 - ledger.balance("ann")
 
 
-def test_a_meter_that_is_left_without_a_bill_gives_everything_back(till, ledger):
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_tab_that_is_left_without_a_bill_charges_what_was_sent_and_nothing_else(till, ledger, streaming):
     ledger.topup("ann", 10**9)
 
     async def main() -> None:
         with pytest.raises(RuntimeError):
-            async with opened(till, ask("r1", most=4000), True) as meter:
-                await meter.take(100)
+            async with opened(till, ask("r1", most=4000), streaming) as tab:
+                await tab.take(100)
                 raise RuntimeError
 
     asyncio.run(main())
     till.close()
-    assert ledger.balance("ann") == 10**9 and open_holds(ledger.db) == 0
+    charged = (10 * 300 + 100 * 1500) * streaming
+    assert ledger.balance("ann") == 10**9 - charged and open_holds(ledger.db) == 0
+    assert ledger.db.read("SELECT COUNT(*) FROM usage")[0][0] == streaming

@@ -31,7 +31,7 @@ class InsufficientBalance(Exception):
 
 
 @dataclass(frozen=True)
-class Ask:
+class Admission:
     """What a request wants admitted: the prompt whole, and of `max_tokens` of answer as many as the pockets cover."""
 
     request_id: str
@@ -44,6 +44,7 @@ class Ask:
     max_tokens: int
     lifetime_s: float
     mode: str = ""
+    least_tokens: int = 1  # of answer, or it is not worth beginning
     tools: Mapping[str, int] = field(default_factory=dict)
     burn: tuple[str, ...] = BURN_ORDER  # which pockets may pay, in order
 
@@ -212,13 +213,13 @@ class Books:
 
     # ---- one request's life ------------------------------------------------------------------------------------
 
-    def hold(self, ask: Ask) -> Hold:
-        """Raises InsufficientBalance if the pockets do not cover the prompt, the tools and one token of answer."""
+    def hold(self, ask: Admission) -> Hold:
+        """Raises InsufficientBalance if the pockets do not cover the prompt, the tools and `least_tokens`."""
         if ask.request_id in self._holds:
             raise AssertionError(f"request {ask.request_id} already has a hold")
         pockets = self.pockets(ask.customer, ask.burn)
         affordable = ask.price.tokens_within(sum(nano for _, nano in pockets), ask.prompt_tokens, ask.tools)
-        if affordable < 1:
+        if affordable < ask.least_tokens:
             raise InsufficientBalance(ask.customer)
         tokens = min(ask.max_tokens, affordable)
         nano_usd = ask.price.ceiling_nano(ask.prompt_tokens, tokens, ask.tools)

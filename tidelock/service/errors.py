@@ -82,6 +82,16 @@ def insufficient_balance() -> ApiError:
     return ApiError(429, "exceeded_current_quota_error", message, code="insufficient_quota", retry=False)
 
 
+def balance_exhausted() -> ApiError:
+    message = "your balance is used up; what you were sent is charged, and nothing more"
+    return ApiError(429, "exceeded_current_quota_error", message, code="balance_exhausted", retry=False)
+
+
+def storage_down() -> ApiError:
+    message = "the books cannot be reached, so nothing is served; try again in a moment"
+    return ApiError(503, "server_unavailable", message, code="storage_down", retry_after_s=1)
+
+
 def policy_failed(message: str, status: int, kind: str) -> ApiError:
     overloaded = status in (429, 503)
     return ApiError(status, kind, message, retry_after_s=1 if overloaded else None)

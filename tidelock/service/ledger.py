@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tidelock.service.audit import Audit, audit, statement
-from tidelock.service.books import OUTSIDE, AccountName, Ask, Books, Hold, InsufficientBalance, Metered
+from tidelock.service.books import OUTSIDE, AccountName, Admission, Books, Hold, InsufficientBalance, Metered
 from tidelock.service.db import Conflict, Database
 from tidelock.service.prices import Counts, Price
 from tidelock.tokens.errors import UserError
@@ -132,7 +132,7 @@ class Ledger:
     ) -> Hold:
         """Sets aside the prompt plus as many of `max_tokens` as the pockets cover. Raises InsufficientBalance if they
         do not cover the prompt and one token."""
-        ask = Ask(request_id, customer, key_id, model, price, price_version, prompt_tokens, max_tokens, lifetime_s)
+        ask = Admission(request_id, customer, key_id, model, price, price_version, prompt_tokens, max_tokens, lifetime_s)
         with self.books([customer]) as books:
             return books.hold(ask)
 

@@ -16,12 +16,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tidelock.service.books import Ask, Books, Hold, InsufficientBalance, Metered
+from tidelock.service.books import Admission, Books, Hold, InsufficientBalance, Metered
 from tidelock.service.db import Database, StorageDown
 from tidelock.tokens.errors import UserError
 
 log = logging.getLogger(__name__)
 
+Also = Callable[[Any, int], None]  # (execute, charge): rows to be written with a settlement or not at all
 MOST_PER_COMMIT = 256
 RETRY_S = (0.05, 0.1, 0.2, 0.5)  # between attempts to reach the database; the last one repeats
 
@@ -56,7 +57,7 @@ class Till:
         self.commits = 0  # and how many operations they carried: the benchmark's group size
         self.operations = 0
 
-    async def hold(self, ask: Ask) -> Hold:
+    async def hold(self, ask: Admission) -> Hold:
         """Raises InsufficientBalance or StorageDown; a caller that is cancelled meanwhile leaves no hold behind."""
         operation = self._submit(ask.customer, ask.request_id, lambda books: books.hold(ask), new=True)
         try:
@@ -80,7 +81,7 @@ class Till:
         apply = lambda books: books.extend(hold, tokens, progress=progress, tools=tools)  # noqa: E731
         return await self._submit(hold.customer, hold.request_id, apply).future
 
-    async def settle(self, hold: Hold, metered: Metered, also: Callable[[Any, int], None] | None = None) -> int:
+    async def settle(self, hold: Hold, metered: Metered, also: Also | None = None) -> int:
         """`Books.settle`; returns the charge. `also(execute, charge)` runs in the same transaction.
 
         Raises StorageDown if the database was not back within the patience; the settlement is then still pending.
@@ -95,13 +96,10 @@ class Till:
         return await self._owed(self._submit(hold.customer, hold.request_id, apply, owed=True))
 
     async def release(self, hold: Hold) -> bool:
-        return await self._owed(self._release(hold.customer, hold.request_id))
+        return await self._owed(self.give_back(hold.customer, hold.request_id))
 
-    def give_back(self, customer: str, request_id: str) -> None:
+    def give_back(self, customer: str, request_id: str) -> _Operation:
         """Releases a hold that may or may not exist, without waiting."""
-        self._release(customer, request_id)
-
-    def _release(self, customer: str, request_id: str) -> _Operation:
         return self._submit(customer, request_id, lambda books: books.release(request_id), owed=True)
 
     async def _owed(self, operation: _Operation) -> Any:

@@ -7,23 +7,20 @@ is handed on that is not covered, so a customer is never charged beyond the bala
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from tidelock.service.books import Ask, Hold, Metered
+from tidelock.service.books import Admission, Hold, Metered
 from tidelock.service.db import StorageDown
 from tidelock.service.prices import Counts
-from tidelock.service.till import Till
-
-log = logging.getLogger(__name__)
+from tidelock.service.till import Also, Till
 
 FIRST_STRETCH, LONGEST_STRETCH = 128, 1024  # tokens of answer per extension
 
 
-class Meter:
-    """`streaming`: the client receives tokens as they are taken, so a crash may charge them."""
+class Tab:
+    """`streaming`: the client receives tokens as they are taken, so leaving, or a crash, charges them."""
 
     def __init__(self, till: Till, hold: Hold, asked_tokens: int, streaming: bool) -> None:
         self._till, self.hold, self._streaming = till, hold, streaming
@@ -47,17 +44,28 @@ class Meter:
         """Covers calls of paid tools before they are made. Raises InsufficientBalance."""
         await self._till.extend(self.hold, 0, progress=self._progress(), tools=calls)
 
-    async def settle(self, metered: Metered) -> int:
-        """Raises StorageDown if the database is down for long; the bill is then written when it is back."""
+    async def settle(self, metered: Metered, also: Also | None = None) -> int:
+        """Charges; `also` as for `Till.settle`. Raises StorageDown if the database is down for long; the bill is then written
+        when it is back."""
         await self._stop_growing()
         self.charge = 0  # from here on it is the till's
-        self.charge = await self._till.settle(self.hold, metered)
+        self.charge = await self._till.settle(self.hold, metered, also)
         return self.charge
 
-    async def release(self) -> None:
-        await self._stop_growing()
-        self.charge = 0
-        await self._till.release(self.hold)
+    async def close(self) -> None:
+        """For the ways out without a bill: what a client was sent is charged, all else is free. Submitted before it is
+        waited for, because the way out may be a cancellation."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+        if self.charge is None:
+            self.charge = 0
+            try:
+                if self._streaming and self._taken:
+                    await self._till.settle(self.hold, Metered(self.counts(), "abort"))
+                else:
+                    await self._till.release(self.hold)
+            except StorageDown:
+                pass  # it will be written when the database is back
 
     def counts(self, cached_tokens: int = 0, tools: Mapping[str, int] | None = None) -> Counts:
         """What was handed on so far."""
@@ -92,16 +100,14 @@ class Meter:
 
 
 @asynccontextmanager
-async def opened(till: Till, ask: Ask, streaming: bool) -> AsyncIterator[Meter]:
-    """A meter that cannot be left open. `ask.max_tokens` is what the client asked for in all.
+async def opened(till: Till, ask: Admission, streaming: bool) -> AsyncIterator[Tab]:
+    """A tab that cannot be left open. `ask.max_tokens` is what the client asked for in all.
 
     Raises InsufficientBalance if the balance does not cover the prompt and one token, StorageDown if it is unknown.
     """
-    hold = await till.hold(replace(ask, max_tokens=min(ask.max_tokens, FIRST_STRETCH)))
-    meter = Meter(till, hold, ask.max_tokens, streaming)
+    first = min(ask.max_tokens, max(FIRST_STRETCH, ask.least_tokens))
+    tab = Tab(till, await till.hold(replace(ask, max_tokens=first)), ask.max_tokens, streaming)
     try:
-        yield meter
+        yield tab
     finally:
-        if meter.charge is None:
-            # not awaited: the way out may be a cancellation
-            till.give_back(hold.customer, hold.request_id)
+        await tab.close()
