@@ -68,13 +68,14 @@ class Server:
             self.process = subprocess.Popen(self.argv, stdout=log, stderr=log)
 
     async def ready(self) -> None:
+        """Waits until it answers; one that ended because the database was away is started again."""
         for _ in range(600):
             if (self.directory / "ready").exists():
                 return
             if self.process.poll() is not None:
-                raise SystemExit(f"a server did not start:\n{(self.directory / 'log').read_text()[-2000:]}")
+                self.start()
             await asyncio.sleep(0.1)
-        raise SystemExit("a server did not start within a minute")
+        raise SystemExit(f"a server did not start within a minute:\n{(self.directory / 'log').read_text()[-2000:]}")
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Torture:
     rng: random.Random
     seen: list[Seen] = field(default_factory=list)
     outages: int = 0
+    unanswered: int = 0  # requests whose server died before its first byte
     done: bool = False
 
     # ---- clients -----------------------------------------------------------------------------------------------
@@ -103,9 +105,9 @@ class Torture:
         body = {"model": "tide", "messages": [{"role": "user", "content": "go on"}], "stream": stream,
                 "max_tokens": 8000, "metadata": {"session_id": f"s{n}"}}  # fmt: skip
         headers = {"authorization": f"Bearer {self.secrets[customer]}"}
-        url = rng.choice(self.servers).url
         known = None
         try:
+            url = await self.open_door(rng)
             async with session.post(f"{url}/chat/completions", json=body, headers=headers) as response:
                 known = Seen(response.headers.get("x-request-id", ""), customer)
                 self.seen.append(known)
@@ -119,6 +121,16 @@ class Torture:
         except (aiohttp.ClientError, TimeoutError, ConnectionError):
             if known is not None:
                 known.end = "connection broke"
+            else:
+                self.unanswered += 1
+
+    async def open_door(self, rng: random.Random) -> str:
+        """A server that accepts connections now, as a load balancer would find it."""
+        while True:
+            server = rng.choice(self.servers)
+            if (server.directory / "ready").exists() and server.process.poll() is None:
+                return server.url
+            await asyncio.sleep(0.1)
 
     async def read(self, response: aiohttp.ClientResponse, known: Seen, leaves_after: int | None) -> None:
         events = 0
@@ -151,8 +163,10 @@ class Torture:
             server.process.kill()
             server.process.wait()
             server.kills += 1
+            (server.directory / "ready").unlink(missing_ok=True)
             await asyncio.sleep(self.rng.uniform(0.0, 0.5))
             server.start()
+            await server.ready()
 
     async def outage(self) -> None:
         """The database goes away: PostgreSQL crashes, SQLite's file is locked by somebody else."""
@@ -243,6 +257,7 @@ def verdict(torture: Torture, ledger: Ledger, upstream_log: Path) -> tuple[dict,
     happened = {
         "customers": len(torture.secrets),
         "requests": len(torture.seen),
+        "without an answer": torture.unanswered,
         "ends": dict(Counter(known.end for known in torture.seen).most_common()),
         "usage_rows": len(usage),
         "of which settled for a dead server": sum(row["finish_reason"] == "lost" for row in usage),
@@ -267,20 +282,21 @@ def main() -> None:
     parser.add_argument("--customers", type=int, default=250)
     parser.add_argument("--streams", default="20-200", help="per customer, at the same time; LOW-HIGH")
     parser.add_argument("--at-once", type=int, default=5, help="customers at the same time")
-    parser.add_argument("--balance", type=int, default=20_000_000, help="nano-USD per customer (default: two cents)")
+    parser.add_argument("--balance", type=int, default=10_000_000, help="nano-USD per customer (default: one cent)")
     parser.add_argument("--spread", type=float, default=1.0, help="seconds over which a customer's streams begin")
     parser.add_argument("--kill-every", type=float, default=4.0, help="seconds between kills, on average")
     parser.add_argument("--outage", type=float, default=2.0, help="seconds the database is away")
     parser.add_argument("--outage-after", type=float, default=10.0, help="seconds")
     parser.add_argument("--stall", type=float, default=3.0, help="seconds an upstream says nothing; servers wait a third")
     parser.add_argument("--patience", type=float, default=60.0, help="of clients, seconds")
+    parser.add_argument("--no-fsync", action="store_true", help="PostgreSQL without fsync: faster, survives all but power loss")
     parser.add_argument("--calm", action="store_true", help="no kills, no outage")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="PATH")
     args = parser.parse_args()
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tidelock-torture-")))
-        postgres = stack.enter_context(local_postgres(durable=True)) if args.database == "postgres" else None
+        postgres = stack.enter_context(local_postgres(durable=not args.no_fsync)) if args.database == "postgres" else None
         database = postgres.database() if postgres else str(directory / "service.sqlite")
         db = Database(database)
         stack.callback(db.close)

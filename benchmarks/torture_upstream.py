@@ -40,7 +40,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
             if sent >= stop_at:
                 if fault == "malformed":
                     await response.write(b'{"ids": [1, 2\n')
-                request.transport.close()
+                if request.transport is not None:
+                    request.transport.close()
                 return response
             if fault == "stall" and sent >= 30:
                 fault = "none"

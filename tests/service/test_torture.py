@@ -17,7 +17,7 @@ SMALL = ["--customers", "5", "--streams", "8-16", "--balance", "2000000", "--spr
          "--outage-after", "1.2", "--outage", "0.7", "--stall", "2"]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [["--database", "sqlite"], ["--database", "postgres", "--workers", "2"]])
+@pytest.mark.parametrize("options", [["--database", "sqlite"], ["--database", "postgres", "--workers", "2", "--no-fsync"]])
 def test_the_books_survive_a_small_torture(tmp_path, options):
     if "postgres" in options and missing():
         pytest.skip(f"PostgreSQL: {missing()}")
