@@ -149,6 +149,8 @@ class Machine(RuleBasedStateMachine):
     def the_books_say_what_the_model_says(self):
         audit = self.ledger.audit()
         assert audit.sound, audit
+        rows = self.ledger.db.read("SELECT prompt_tokens, cached_tokens, completion_tokens, nano_usd FROM usage")
+        assert all((p - c) * 300 + c * 30 + t * 1500 == nano for p, c, t, nano in map(tuple, rows))
         assert {c: self.ledger.balance(c) for c in CUSTOMERS} == {c: self.model.free(c) for c in CUSTOMERS}
         books = [self.ledger.balances(customer) for customer in CUSTOMERS]
         assert sum(b.get("revenue", 0) for b in books) == self.model.spent

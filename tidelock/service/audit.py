@@ -23,7 +23,7 @@ class Audit:
     unbalanced: int  # transactions whose entries do not sum to zero
     wrong_balances: int  # accounts whose balance is not the sum of their entries
     overspend_nano: int  # charged beyond what was paid in or given, summed over customers
-    unmetered: int  # settlements whose usage row is missing, doubled or says something else
+    unmetered: int  # settlements without their usage row as it was written, and customers whose revenue is not their usage
     held_nano: int  # promised to holds, minus the open holds themselves
     broken_links: int  # transactions whose hash does not follow from the one before, and chains without their end
 
@@ -73,11 +73,17 @@ def _audit(read: Read) -> Audit:
 
 
 def _unmetered(read: Read) -> int:
-    """Settlements without their usage row or with another's numbers, and usage rows without a settlement."""
+    """Settlements without their usage row or with other numbers in it, usage rows without a settlement, and customers
+    whose revenue is not the sum of their usage and its adjustments."""
     settled = dict(map(tuple, read("SELECT reference, detail FROM transactions WHERE kind = 'settle'")))
     rows = read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage")
     wrong = sum(settled.pop(row[0], None) != usage_detail(row) for row in rows)
-    return wrong + len(settled)
+    revenue = read(
+        "SELECT COUNT(*) FROM (SELECT customer FROM (SELECT customer, nano_usd FROM usage UNION ALL "
+        "SELECT customer, nano_usd FROM adjustments UNION ALL SELECT customer, -nano_usd FROM entries WHERE kind = 'revenue') "
+        "AS sides GROUP BY customer HAVING SUM(nano_usd) <> 0) AS wrong"
+    )[0][0]
+    return wrong + len(settled) + revenue
 
 
 def _broken_links(read: Read) -> int:

@@ -20,7 +20,7 @@ from tidelock.tokens.errors import UserError
 
 BURN_ORDER = ("voucher", "plan", "extra", "cash")  # within a kind: what expires first, first
 CREDIT = ("voucher", "plan")  # not money that was paid for this usage
-HELD, REVENUE, OUTSIDE = ("held", ""), ("revenue", ""), ("outside", "")
+HELD, REVENUE, OUTSIDE, RECEIVABLE = ("held", ""), ("revenue", ""), ("outside", ""), ("receivable", "")
 
 AccountName = tuple[str, str]  # kind, lot
 Entry = tuple[AccountName, int]
@@ -107,7 +107,7 @@ class Books:
     def __init__(
         self, tx: Transaction, customers: Iterable[str], requests: Iterable[str] = (), *, now: float, worker: str = ""
     ) -> None:
-        self._tx, self._now, self._worker = tx, float(now), worker
+        self._tx, self.now, self._worker = tx, float(now), worker
         self._books = self._open(sorted(set(customers)))
         self._holds = self._open_holds(sorted(set(requests)))
         self._new_holds: set[str] = set()
@@ -133,7 +133,7 @@ class Books:
         rows = self._tx(
             f"SELECT customer, kind, lot, balance_nano, expires FROM accounts WHERE customer IN ({marks}) "
             "AND (balance_nano <> 0 OR lot = '' OR expires > ?)",
-            [*customers, self._now],
+            [*customers, self.now],
         ).fetchall()
         for customer, kind, lot, balance, expires in rows:
             books[customer].accounts[kind, lot] = _Account(balance, expires, stored=True)
@@ -166,7 +166,7 @@ class Books:
         found = [
             (burn.index(name[0]), account.expires or float("inf"), name, account.balance)
             for name, account in self._books[customer].accounts.items()
-            if name[0] in burn and account.balance > 0 and (account.expires is None or account.expires > self._now)
+            if name[0] in burn and account.balance > 0 and (account.expires is None or account.expires > self.now)
         ]
         return [(name, balance) for _, _, name, balance in sorted(found)]
 
@@ -186,14 +186,14 @@ class Books:
             raise AssertionError(f"transaction {kind} {reference} does not sum to zero: {rows}")
         seq = book.seq + 1
         named = [(*name, nano) for name, nano in rows]
-        hashed = link(book.hash, customer, seq, kind, reference, detail, self._now, named)
+        hashed = link(book.hash, customer, seq, kind, reference, detail, self.now, named)
         for n, (name, nano) in enumerate(rows):
             account = self._account(customer, name)
             account.balance += nano
             account.changed = True
             self._entries.append((customer, seq, n, *name, nano))
         self._booked.add((kind, reference))
-        self._transactions.append((customer, seq, kind, reference, detail, self._now, hashed))
+        self._transactions.append((customer, seq, kind, reference, detail, self.now, hashed))
         book.seq, book.hash, book.moved = seq, hashed, True
 
     def booked(self, kind: str, reference: str) -> bool:
@@ -223,13 +223,13 @@ class Books:
             raise InsufficientBalance(ask.customer)
         tokens = min(ask.max_tokens, affordable)
         nano_usd = ask.price.ceiling_nano(ask.prompt_tokens, tokens, ask.tools)
-        parts = _take(pockets, nano_usd)
+        parts = take(pockets, nano_usd)
         self._holds[ask.request_id] = {
             "request_id": ask.request_id, "customer": ask.customer, "key_id": ask.key_id, "model": ask.model,
             "price_version": ask.price_version, "mode": ask.mode, "prompt_tokens": ask.prompt_tokens,
             "max_tokens": tokens, "tools": _json(ask.tools), "nano_usd": nano_usd, "parts": _parts_json(parts), "steps": 1,
-            "progress": 0, "worker": self._worker, "state": "open", "created": self._now,
-            "expires": self._now + ask.lifetime_s,
+            "progress": 0, "worker": self._worker, "state": "open", "created": self.now,
+            "expires": self.now + ask.lifetime_s,
         }  # fmt: skip
         self._new_holds.add(ask.request_id)
         self._set_aside(ask.customer, "hold", ask.request_id, parts)
@@ -260,7 +260,7 @@ class Books:
         hold["progress"] = max(hold["progress"], min(progress, hold["max_tokens"]))
         if more or tools:
             nano = price.ceiling_nano(hold["prompt_tokens"], hold["max_tokens"] + more, called) - hold["nano_usd"]
-            parts = _take(pockets, nano)
+            parts = take(pockets, nano)
             hold["max_tokens"] += more
             hold["nano_usd"] += nano
             hold["tools"] = _json(called)
@@ -314,7 +314,7 @@ class Books:
         row = (
             hold["request_id"], hold["customer"], hold["key_id"], hold["model"], hold["price_version"], hold["mode"],
             used.prompt, used.cached, used.cache_write_5m, used.cache_write_1h, used.completion, _json(used.tools), cost,
-            credit, finish_reason, self._now,
+            credit, finish_reason, self.now,
         )  # fmt: skip
         self._usage.append(row)
         hold["state"] = state
@@ -344,7 +344,7 @@ class Books:
 
     def write(self) -> None:
         """Writes everything. Raises Conflict, and the transaction must be abandoned, if the books changed meanwhile."""
-        tx, now = self._tx, self._now
+        tx, now = self._tx, self.now
         new = [(c, b.seq, b.hash, now) for c, b in self._books.items() if b.new and (b.seq or b.wanted)]
         tx.insert("customers", ("customer", "seq", "hash", "created"), new)
         moved = [(c, b.seq, b.hash) for c, b in self._books.items() if not b.new and b.moved]
@@ -385,7 +385,8 @@ def _clamped(counts: Counts, hold: dict[str, Any]) -> Counts:
     return replace(Counts(prompt, cached, write_5m, write_1h, completion), tools={k: n for k, n in tools.items() if n})
 
 
-def _take(pockets: list[Entry], nano_usd: int) -> list[Entry]:
+def take(pockets: list[Entry], nano_usd: int) -> list[Entry]:
+    """What each pocket gives, in order, until there is enough or there are no more."""
     taken = []
     for name, balance in pockets:
         if nano_usd <= 0:

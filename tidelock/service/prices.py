@@ -7,6 +7,7 @@ bill can be computed again, and under another version too (`rating.py`).
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,6 +129,34 @@ class PriceBook:
             stored = tx("SELECT book FROM price_versions WHERE version = ?", (self.version,)).fetchone()[0]
         if json.loads(stored) != json.loads(document):
             raise UserError(f"price version {self.version!r} already stands for other numbers; give the new ones a new name")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Versions of a price book; each holds from its date until the next one's."""
+
+    books: tuple[PriceBook, ...]
+
+    def __post_init__(self) -> None:
+        names = [book.version for book in self.books]
+        dates = [book.effective for book in self.books]
+        if len(set(names)) < len(names) or len(set(dates)) < len(dates) or not names:
+            raise UserError("a price book needs at least one version, and versions with different names and dates")
+
+    def at(self, when: float) -> PriceBook:
+        """Raises UserError if no version has begun by then."""
+        begun = [book for book in self.books if book.effective <= when]
+        if not begun:
+            raise UserError("no version of the price book has begun yet")
+        return max(begun, key=lambda book: book.effective)
+
+    @property
+    def now(self) -> PriceBook:
+        return self.at(time.time())
+
+    def register(self, db: Database) -> None:
+        for book in self.books:
+            book.register(db)
 
 
 def to_json(book: PriceBook) -> str:

@@ -172,13 +172,14 @@ class Meter:
 @asynccontextmanager
 async def metered(state: ServiceState, turn: Turn) -> AsyncIterator[Meter]:
     """Raises ApiError: 429 if the balance does not cover the prompt and one token of each choice."""
+    book = state.prices.now
     admission = Admission(
         turn.request_id,
         turn.key.customer,
         turn.key.id,
         state.model,
-        state.prices.price(state.model, turn.mode),
-        state.prices.version,
+        book.price(state.model, turn.mode),
+        book.version,
         turn.prompt_tokens,
         turn.max_tokens * turn.ask.n,
         state.hold_lifetime_s,

@@ -11,7 +11,7 @@ from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
 from tidelock.service.objects import Objects
-from tidelock.service.prices import PriceBook
+from tidelock.service.prices import PriceBook, Schedule
 from tidelock.service.till import Till
 from tidelock.service.workers import Worker
 from tidelock.tokens.policy import Policy
@@ -28,7 +28,7 @@ class ServiceState:
     till: Till  # the ledger, for running requests
     worker: Worker
     keys: KeyStore
-    prices: PriceBook
+    prices: Schedule
     objects: Objects
     files: Path  # what clients uploaded
     model: str  # the name clients ask for
@@ -46,7 +46,7 @@ class ServiceState:
     lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
 
     def __post_init__(self) -> None:
-        self.prices.price(self.model)
+        self.prices.now.price(self.model)
 
     @property
     def hold_lifetime_s(self) -> float:
@@ -59,7 +59,7 @@ def open_state(
     *,
     policy: Policy,
     template: Template,
-    prices: PriceBook,
+    prices: PriceBook | Schedule,
     model: str,
     context_length: int,
     weights_version: int,
@@ -73,7 +73,8 @@ def open_state(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     db = Database(database or directory / "service.sqlite")
-    prices.register(db)
+    schedule = Schedule((prices,)) if isinstance(prices, PriceBook) else prices
+    schedule.register(db)
     worker = Worker(db)
     return ServiceState(
         policy=policy,
@@ -83,7 +84,7 @@ def open_state(
         till=Till(db, worker=worker.id),
         worker=worker,
         keys=KeyStore.open(db, directory / "pepper"),
-        prices=prices,
+        prices=schedule,
         objects=Objects(db),
         files=directory / "files",
         model=model,
