@@ -99,9 +99,9 @@ def _broken_links(read: Read) -> int:
     return broken + sum(at[customer] != head for customer, head in heads.items()) + len(at.keys() - heads.keys())
 
 
-def root(db: Database) -> str:
-    """`chain.root` of the books as they stand."""
-    return chain.root(map(tuple, db.read("SELECT customer, seq, hash FROM customers")))
+def audit_and_root(read: Read) -> tuple[Audit, str]:
+    """The audit, and `chain.root`, of one snapshot."""
+    return _audit(read), chain.root(map(tuple, read("SELECT customer, seq, hash FROM customers")))
 
 
 def _transactions(read: Read) -> Iterator[tuple[str, Any, list[tuple]]]:

@@ -48,6 +48,7 @@ class Backend(Protocol):
 
     name: str
     writers: int  # transactions that may usefully run at the same time
+    list_tables: str  # a query
 
     def transaction(self) -> AbstractContextManager[Transaction]: ...
     def read(self, sql: str, args: Sequence[Any]) -> list[Any]: ...
@@ -64,8 +65,9 @@ class Backend(Protocol):
 class Database:
     """Usable from any thread. Opening it brings its schema up to date."""
 
-    def __init__(self, target: str | Path) -> None:
-        """`target` is a file (made if missing), `:memory:`, or a `postgresql://` URL.
+    def __init__(self, target: str | Path, version: int | None = None) -> None:
+        """`target` is a file (made if missing), `:memory:`, or a `postgresql://` URL. `version`: of the schema, for
+        restoring an old backup.
 
         Raises UserError if it is no database of ours or cannot be opened.
         """
@@ -73,14 +75,17 @@ class Database:
         try:
             self._backend = _backend(self.target)
             try:
-                migrations.run(self._backend)
+                migrations.run(self._backend, version)
             except BaseException:
                 self._backend.close()
                 raise
         except (StorageDown, Conflict) as error:
             raise UserError(f"cannot open the service database {_shown(self.target)}: {error}") from error
-        self.name, self.writers = self._backend.name, self._backend.writers
+        self.name, self.writers, self.list_tables = self._backend.name, self._backend.writers, self._backend.list_tables
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="db-read")
+
+    def migrate(self) -> None:
+        migrations.run(self._backend)
 
     @contextmanager
     def transaction(self) -> Iterator[Transaction]:

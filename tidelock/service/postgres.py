@@ -28,6 +28,7 @@ MIGRATION_LOCK = 0x7D1E  # any number, the same in every process
 class Postgres:
     name = "postgres"
     writers = 2  # one commits while the other computes
+    list_tables = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()"
 
     def __init__(self, url: str, most_connections: int = 8) -> None:
         self._url = url

@@ -18,6 +18,7 @@ from tidelock.service.db import Conflict, StorageDown
 class Sqlite:
     name = "sqlite"
     writers = 1
+    list_tables = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
 
     def __init__(self, path: str) -> None:
         self._path = path
