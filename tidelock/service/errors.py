@@ -73,6 +73,10 @@ def not_found(message: str, param: str | None = None, code: str | None = None) -
     return ApiError(404, "resource_not_found_error", message, param=param, code=code)
 
 
+def conflict(message: str, code: str, *, retry: bool = False) -> ApiError:
+    return ApiError(409, "conflict_error", message, code=code, retry=retry, retry_after_s=1 if retry else None)
+
+
 def too_large(limit: int) -> ApiError:
     return ApiError(413, "invalid_request_error", f"the body is larger than {limit} bytes", code="request_too_large")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tidelock.service.db import Database
+from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
 from tidelock.service.objects import Objects
@@ -27,6 +28,7 @@ class ServiceState:
     ledger: Ledger
     till: Till  # the ledger, for running requests
     worker: Worker
+    idempotency: Idempotency
     keys: KeyStore
     prices: Schedule
     objects: Objects
@@ -83,6 +85,7 @@ def open_state(
         ledger=Ledger(db, worker=worker.id),
         till=Till(db, worker=worker.id),
         worker=worker,
+        idempotency=Idempotency(db, worker.id),
         keys=KeyStore.open(db, directory / "pepper"),
         prices=schedule,
         objects=Objects(db),

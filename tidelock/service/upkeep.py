@@ -45,6 +45,7 @@ def sweep(state: ServiceState) -> None:
     if lost:
         log.warning("settled %d requests whose holds expired", lost)
     state.ledger.expire_pockets()
+    state.idempotency.sweep()
 
 
 def leave(state: ServiceState) -> None:
