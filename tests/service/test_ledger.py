@@ -244,8 +244,15 @@ def test_an_expired_hold_is_swept_and_a_late_bill_changes_nothing(ledger, now):
     assert ledger.sweep() == 0
     now[0] += 1
     assert ledger.sweep() == 1
-    assert use(ledger, hold, 5) == 0 and not ledger.release("r1")
+    assert use(ledger, hold, 5) == 0 and not ledger.release("r1")  # 0 is what the sweep charged
     assert ledger.balance("ann") == 1_000_000 and len(usage(ledger)) == 1 and ledger.audit().sound
+
+
+def test_a_bill_written_twice_is_charged_once_and_says_the_same(ledger):
+    ledger.topup("ann", 1_000_000)
+    hold = place(ledger, "r1", prompt=10, most=10)
+    assert use(ledger, hold, 5) == use(ledger, hold, 7) == 10 * 300 + 5 * 1500
+    assert ledger.balance("ann") == 1_000_000 - 10_500 and len(usage(ledger)) == 1
 
 
 def test_absurd_counts_are_no_refund_and_no_overdraft(ledger):

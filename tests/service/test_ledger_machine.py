@@ -131,7 +131,9 @@ class Machine(RuleBasedStateMachine):
     def closing_again_does_nothing(self, data):
         if self.done:
             hold = data.draw(st.sampled_from(self.done))
-            assert self.ledger.settle(hold, cached_tokens=0, completion_tokens=1, finish_reason="stop") == 0
+            charged = self.ledger.db.read("SELECT nano_usd FROM usage WHERE request_id = ?", (hold.request_id,))
+            again = self.ledger.settle(hold, cached_tokens=0, completion_tokens=1, finish_reason="stop")
+            assert again == (charged[0][0] if charged else 0)
             assert not self.ledger.release(hold.request_id)
 
     @rule(seconds=st.integers(1, 30))

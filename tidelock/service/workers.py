@@ -1,7 +1,7 @@
 """Which server processes are alive, so that the holds of dead ones, and only those, are settled by others.
 
-A worker's row counts its heartbeats. On one machine a process id says at once who is dead; a worker elsewhere is taken
-for dead when we, reading the database all the while, saw its count stand still for `lease_s`. No clocks are compared,
+A worker's row counts its heartbeats. On one machine the process id says who is dead, at once and for certain, however
+slow a live one may be; a worker elsewhere is taken for dead when we, reading the database all the while, saw its count stand still for `lease_s`. No clocks are compared,
 and an outage of the database makes nobody dead: it interrupts the watching.
 """
 
@@ -52,8 +52,11 @@ class Worker:
         return [""] + [
             worker
             for worker, where, process, _ in rows
-            if (where == machine and _process(int(process.partition(" ")[0])) != process)
-            or now - self._seen[worker][1] >= self.lease_s
+            if (
+                _process(int(process.partition(" ")[0])) != process
+                if where == machine
+                else now - self._seen[worker][1] >= self.lease_s
+            )
         ]
 
     def forget(self, workers: list[str]) -> None:
