@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tidelock.service import migrations
-from tidelock.service.db import Conflict, Database, StorageDown
+from tidelock.service.db import Conflict, Database, StorageDown, service_database
 from tidelock.service.ledger import Ledger
 from tidelock.service.local_postgres import local_postgres, missing
 from tidelock.service.prices import Price, PriceBook
@@ -110,3 +110,30 @@ def test_a_directory_we_may_not_write_to_is_one_clear_line(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot open"):
         Database(tmp_path / "service.sqlite")
+
+
+def test_a_service_directory_names_its_database_and_its_prices(tmp_path, postgres):
+    from conftest import ScriptedPolicy
+
+    from tidelock.service.state import open_state
+    from tidelock.tokens.template import get_template
+    from tidelock.tokens.tokenizer import ByteTokenizer
+
+    url = postgres.database()
+    (tmp_path / "database").write_text(url + "\n")
+    (tmp_path / "prices.toml").write_text(
+        '[[version]]\nname = "mine"\neffective = 2026-01-01T00:00:00Z\n'
+        '[version.models.tide]\ninput = "0.30"\ncached_input = "0.03"\noutput = "1.50"\n'
+    )
+    template = get_template("xtml", ByteTokenizer())
+    state = open_state(
+        tmp_path, policy=ScriptedPolicy(template), template=template, prices=PriceBook("v1", {"tide": Price(1, 1, 1)}),
+        model="tide", context_length=100, weights_version=1,
+    )  # fmt: skip
+    assert state.ledger.db.name == "postgres" and not (tmp_path / "service.sqlite").exists()
+    assert state.prices.now.version == "mine" and state.prices.now.price("tide").output_nano == 1500
+    state.traces.close()
+    state.ledger.db.close()
+    (tmp_path / "database").write_text("/somewhere/else")
+    with pytest.raises(UserError, match="should hold one line"):
+        service_database(tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tidelock.service import backup, pricefile
 from tidelock.service.audit import audit_and_root
-from tidelock.service.db import Database
+from tidelock.service.db import Database, service_database
 from tidelock.service.ledger import Ledger
 from tidelock.service.prices import format_usd
 from tidelock.service.rating import rerate
@@ -30,7 +30,7 @@ def add(subparsers: Any) -> None:
     parser = command(subparsers, "admin", run, "verify, back up, restore and re-rate a service's books", EXAMPLE)
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--dir", type=Path, default=Path("service"), help="service directory, DIR/service of a run (default: service)")
-    where.add_argument("--database", metavar="URL", help="a postgresql:// database instead of the directory's file")
+    where.add_argument("--database", metavar="URL", help="a postgresql:// database, instead of the directory's")
     where.add_argument("--json", metavar="PATH", default=argparse.SUPPRESS, help="write the result as JSON to PATH")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
@@ -52,14 +52,15 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.action == "restore":
         return _restore(args)
-    if not args.database and not (args.dir / "service.sqlite").is_file():
+    target = _target(args)
+    if "://" not in target and not Path(target).is_file():
         raise UserError(f"no service in {args.dir}")
-    with closing(Database(_target(args))) as db:
+    with closing(Database(target)) as db:
         return {"verify": _verify, "backup": _backup, "prices": _prices, "rerate": _rerate}[args.action](args, db)
 
 
 def _target(args: argparse.Namespace) -> str:
-    return args.database or str(args.dir / "service.sqlite")
+    return args.database or service_database(args.dir)
 
 
 def _verify(args: argparse.Namespace, db: Database) -> dict[str, Any]:

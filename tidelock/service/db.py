@@ -119,6 +119,20 @@ class Database:
         self._backend.close()
 
 
+def service_database(directory: str | Path) -> str:
+    """Where a service directory keeps its books: the URL in its file `database` if it has one, else `service.sqlite`."""
+    named = Path(directory) / "database"
+    if not named.exists():
+        return str(Path(directory) / "service.sqlite")
+    try:
+        url = named.read_text().strip()
+    except OSError as error:
+        raise UserError(f"cannot read {named}: {error.strerror}") from error
+    if not url.startswith(("postgresql://", "postgres://")):
+        raise UserError(f"{named} should hold one line, postgresql://USER:PASSWORD@HOST/NAME")
+    return url
+
+
 def _backend(target: str) -> Backend:
     if target.startswith(("postgresql://", "postgres://")):
         from tidelock.service.postgres import Postgres

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tidelock.service.db import Database
+from tidelock.service.db import Database, service_database
 from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
 from tidelock.service.objects import Objects
+from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
 from tidelock.service.till import Till
 from tidelock.service.workers import Worker
@@ -70,12 +71,15 @@ def open_state(
 ) -> ServiceState:
     """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`.
 
-    `database`: a `postgresql://` URL instead of the file, for several workers or machines.
+    Two files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
+    and `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`. `database` overrides the former.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    db = Database(database or directory / "service.sqlite")
+    db = Database(database or service_database(directory))
     schedule = Schedule((prices,)) if isinstance(prices, PriceBook) else prices
+    if (directory / "prices.toml").is_file():
+        schedule = read_prices(directory / "prices.toml")
     schedule.register(db)
     worker = Worker(db)
     return ServiceState(
