@@ -155,7 +155,7 @@ class Meter:
             pieces += rest
             ended.append(last)
         usage = await self._settle()
-        return pieces, ended, Bill(usage, record(self._state, self._turn, self))
+        return pieces, ended, Bill(usage, await record(self._state, self._turn, self))
 
     async def _settle(self) -> Usage:
         completion = sum(len(choice.sample.ids) for choice in self.choices)
@@ -357,7 +357,7 @@ def _stopped_early() -> ApiError:
     return errors.policy_failed("the answer was stopped before its end", 503, "engine_overloaded_error")
 
 
-def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ...]:
+async def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ...]:
     """Writes the new messages and the answers to the trace, in one durable batch; returns the answers' node ids."""
     common = {
         "scope": turn.scope,
@@ -388,5 +388,5 @@ def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ...]:
                 **common,
             )
         )
-    state.traces.add_many([*nodes, *answers])
+    await state.scribe.add([*nodes, *answers])
     return tuple(answer.id for answer in answers)

@@ -14,6 +14,7 @@ from tidelock.service.ledger import Ledger
 from tidelock.service.objects import Objects
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
+from tidelock.service.scribe import Scribe
 from tidelock.service.till import Till
 from tidelock.service.workers import Worker
 from tidelock.tokens.policy import Policy
@@ -26,6 +27,7 @@ class ServiceState:
     policy: Policy
     template: Template
     traces: TraceStore
+    scribe: Scribe  # writes them
     ledger: Ledger
     till: Till  # the ledger, for running requests
     worker: Worker
@@ -82,10 +84,12 @@ def open_state(
         schedule = read_prices(directory / "prices.toml")
     schedule.register(db)
     worker = Worker(db)
+    traces = TraceStore(directory / "trace.jsonl", template, patience_s=10.0)
     return ServiceState(
         policy=policy,
         template=template,
-        traces=TraceStore(directory / "trace.jsonl", template, patience_s=10.0),
+        traces=traces,
+        scribe=Scribe(traces),
         ledger=Ledger(db, worker=worker.id),
         till=Till(db, worker=worker.id),
         worker=worker,
