@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import openai
 import pytest
 
+from tidelock.service.db import Database
+from tidelock.service.local_postgres import local_postgres, missing
 from tidelock.service.prices import Price, PriceBook
 from tidelock.service.server import Running, serving
 from tidelock.service.state import ServiceState, open_state
@@ -101,6 +103,30 @@ class Service:
                 return
             pause.wait(0.01)
         raise AssertionError("the server did not get there within 5 s")
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """One throw-away PostgreSQL for the session; tests make databases in it. Skips, with the reason, where there is none."""
+    if reason := missing():
+        pytest.skip(f"PostgreSQL: {reason}")
+    with local_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def target(request, tmp_path):
+    """What `Database` is opened on: the same tests run on both."""
+    if request.param == "sqlite":
+        return str(tmp_path / "service.sqlite")
+    return request.getfixturevalue("postgres").database()
+
+
+@pytest.fixture
+def db(target):
+    database = Database(target)
+    yield database
+    database.close()
 
 
 @pytest.fixture

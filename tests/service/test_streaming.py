@@ -45,7 +45,7 @@ def test_a_client_that_leaves_stops_the_sampling_and_pays_for_what_was_sampled(s
     headers = {"authorization": f"Bearer {service.key()}"}
     with httpx.stream("POST", service.running.base_url + path, json={**BODIES[path], "stream": True}, headers=headers) as r:
         next(r.iter_raw())
-    service.wait(lambda: usage_rows(service))
+    service.wait(lambda: service.state.traces.leaves())  # billed before it is traced
     (row,) = usage_rows(service)
     assert 0 < row["completion_tokens"] == len(service.policy.sampled[0]) < 300 and row["finish_reason"] == "abort"
     (leaf,) = service.state.traces.leaves()

@@ -1,4 +1,4 @@
-"""The HTTP routes and the service's background life: recover holds at start, sweep expired ones while running."""
+"""The HTTP routes of the service. Its background life is in `upkeep`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tidelock.service import batch_worker, errors, openapi, wire
+from tidelock.service import batch_worker, errors, openapi, upkeep, wire
 from tidelock.service.auth import authenticate
 from tidelock.service.http import Json, unknown_route
 from tidelock.service.state import ServiceState
@@ -45,7 +45,7 @@ _weights = msgspec.json.Decoder(Weights)
 
 
 def create_app(state: ServiceState) -> ASGIApp:
-    """The ASGI application. Only one server may run on a directory: its start-up releases every open hold."""
+    """The ASGI application. Several may share a database: each settles only the holds of those that died."""
 
     return Starlette(
         routes=[
@@ -105,10 +105,8 @@ async def published(state: ServiceState, request: Request) -> dict[str, Any]:
 def _lifespan(state: ServiceState) -> Callable[[Any], Any]:
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
-        released = state.ledger.recover()
-        if released:
-            log.warning("released %d holds of requests that died with the last server", released)
-        sweeper = asyncio.create_task(_sweep(state))
+        await asyncio.to_thread(upkeep.recover, state)
+        sweeper = asyncio.create_task(upkeep.run(state))
         batches = asyncio.create_task(batch_worker.work(state))
         try:
             yield
@@ -116,14 +114,6 @@ def _lifespan(state: ServiceState) -> Callable[[Any], Any]:
             sweeper.cancel()
             batches.cancel()
             await asyncio.gather(batches, return_exceptions=True)
+            await asyncio.to_thread(upkeep.leave, state)
 
     return lifespan
-
-
-async def _sweep(state: ServiceState) -> None:
-    while True:
-        await asyncio.sleep(state.sweep_interval_s)
-        try:
-            state.ledger.sweep()
-        except Exception:
-            log.exception("the sweeper failed; it will try again")

@@ -167,7 +167,7 @@ class _Batch:
         translation = SURFACES[endpoint](state, key, None, body)
         if translation.ask.stream:
             raise ApiError(400, "invalid_request_error", "a request in a batch cannot stream", param="stream")
-        turn = await run.prepare(state, key, translation.ask, request_id, state.batch_price)
+        turn = await run.prepare(state, key, translation.ask, request_id, "batch")
         translation.begin(turn)
         ended, bill = await run.whole(state, turn, asyncio.Event())
         return json.loads(wire.encode(translation.whole(ended, bill)))

@@ -23,6 +23,7 @@ from tidelock.service.auth import authenticate
 from tidelock.service.errors import ApiError
 from tidelock.service.http import as_api_error, failure, id_headers, new_request_id, read_body
 from tidelock.service.keys import Key
+from tidelock.service.replay import Recorder
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
 
@@ -60,9 +61,15 @@ class Endpoint:
         request = Request(scope, receive)
         out = Output(send, request_id, self._state.stall_timeout_s)
         translation: Translation | None = None
+        recorder: Recorder | None = None
         try:
             key = authenticate(self._state, request)
             body = await read_body(request, self._state.max_body_bytes)
+            if name := request.headers.get("idempotency-key"):
+                recorder = Recorder(self._state.idempotency, key.customer, name, request_id, send)
+                if await recorder.replay(request.url.path.encode() + b"\n" + body):
+                    return
+                out = Output(recorder, request_id, self._state.stall_timeout_s)
             translation = self._surface(self._state, key, request, body)
             turn = await run.prepare(self._state, key, translation.ask, request_id)
             translation.begin(turn)
@@ -76,6 +83,9 @@ class Endpoint:
                 await out.write(translation.fail(error), more=False)
             else:
                 await failure(error, request_id, self._surface.anthropic)(scope, receive, send)
+        finally:
+            if recorder is not None:
+                await recorder.end()
 
     async def _answer(self, turn: Turn, translation: Translation, left: asyncio.Event, out: Output) -> None:
         if not turn.ask.stream:

@@ -73,6 +73,10 @@ def not_found(message: str, param: str | None = None, code: str | None = None) -
     return ApiError(404, "resource_not_found_error", message, param=param, code=code)
 
 
+def conflict(message: str, code: str, *, retry: bool = False) -> ApiError:
+    return ApiError(409, "conflict_error", message, code=code, retry=retry, retry_after_s=1 if retry else None)
+
+
 def too_large(limit: int) -> ApiError:
     return ApiError(413, "invalid_request_error", f"the body is larger than {limit} bytes", code="request_too_large")
 
@@ -80,6 +84,16 @@ def too_large(limit: int) -> ApiError:
 def insufficient_balance() -> ApiError:
     message = "your balance does not cover this prompt and one token of answer; top up the account and try again"
     return ApiError(429, "exceeded_current_quota_error", message, code="insufficient_quota", retry=False)
+
+
+def balance_exhausted() -> ApiError:
+    message = "your balance is used up; what you were sent is charged, and nothing more"
+    return ApiError(429, "exceeded_current_quota_error", message, code="balance_exhausted", retry=False)
+
+
+def storage_down() -> ApiError:
+    message = "the books cannot be reached, so nothing is served; try again in a moment"
+    return ApiError(503, "server_unavailable", message, code="storage_down", retry_after_s=1)
 
 
 def policy_failed(message: str, status: int, kind: str) -> ApiError:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tidelock.service import errors, wire
+from tidelock.service.db import StorageDown
 from tidelock.service.errors import ApiError
 from tidelock.service.state import ServiceState
 from tidelock.tokens.policy import PolicyError
@@ -68,6 +69,9 @@ def as_api_error(exception: Exception, request_id: str) -> ApiError:
         return exception
     if isinstance(exception, PolicyError):
         return errors.policy_failed(str(exception), exception.status, exception.kind)
+    if isinstance(exception, StorageDown):
+        log.warning("%s: %s", request_id, exception)
+        return errors.storage_down()
     log.error("%s failed", request_id, exc_info=exception)
     return errors.internal()
 

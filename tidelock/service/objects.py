@@ -37,7 +37,8 @@ class Objects:
         """Applies `change` to the document, alone; returns it as it is then. Raises a 404."""
         with self._db.transaction() as write:
             row = write(
-                "SELECT body FROM objects WHERE id = ? AND kind = ? AND customer = ?", (object_id, kind, customer)
+                f"SELECT body FROM objects WHERE id = ? AND kind = ? AND customer = ?{write.for_update}",
+                (object_id, kind, customer),
             ).fetchone()
             if row is None:
                 raise errors.not_found(f"no {kind} {object_id!r}", "id")

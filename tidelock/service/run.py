@@ -1,15 +1,16 @@
 """One request, from a validated `Ask` to the settled bill, the same for every surface.
 
-The order is the point: find the conversation's stored ids and extend them, hold the worst case, sample, write the
-trace, settle, and only then say the last word. A client that saw the end of an answer can rely on its trace and its
+The order is the point: find the conversation's stored ids and extend them, hold the money, sample as far as it is
+covered, settle, write the trace, and only then say the last word. (Settle first: an answer may lack its trace after a
+crash, but never its bill.) A client that saw the end of an answer can rely on its trace and its
 charge; a client that left pays exactly for the tokens sampled until then.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 
 from tidelock.service import errors
@@ -18,11 +19,12 @@ from tidelock.service.ask import Ask
 from tidelock.service.errors import ApiError
 from tidelock.service.forcing import constraint
 from tidelock.service.keys import Key
-from tidelock.service.ledger import Hold, InsufficientBalance
-from tidelock.service.prices import Price
+from tidelock.service.books import Admission, InsufficientBalance, Metered
+from tidelock.service.prices import Counts
 from tidelock.service.state import ServiceState
+from tidelock.service.tab import Tab, opened
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import PolicyError, SamplingParams
+from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import Node
 
@@ -44,7 +46,7 @@ class Turn:
     prompt_ids: tuple[int, ...]
     prompt_tokens: int
     max_tokens: int  # of each choice
-    price: Price
+    mode: str  # of the price book
 
     @property
     def choice_ids(self) -> tuple[str, ...]:
@@ -52,7 +54,7 @@ class Turn:
         return (self.request_id,) if self.ask.n == 1 else tuple(f"{self.request_id}-{n}" for n in range(self.ask.n))
 
 
-async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, price: Price | None = None) -> Turn:
+async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode: str = "") -> Turn:
     """Everything that can still refuse the request before money is involved. Raises ApiError."""
     scope = f"{key.id}/{ask.origin.session}"
     parent, new, ids = extended(state, scope, ask)
@@ -73,7 +75,7 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, pric
         prompt_ids=prompt_ids,
         prompt_tokens=prompt_tokens,
         max_tokens=_max_tokens(state, ask.max_tokens, prompt_tokens),
-        price=price or state.price,
+        mode=mode,
     )
 
 
@@ -124,20 +126,19 @@ def _max_tokens(state: ServiceState, asked: int | None, prompt_tokens: int) -> i
 
 
 class Meter:
-    """A hold that is closed exactly once: settled for what was sampled, or released."""
+    """A tab and what is sampled on it."""
 
-    def __init__(self, state: ServiceState, turn: Turn, hold: Hold) -> None:
-        self._state, self._turn, self.hold = state, turn, hold
+    def __init__(self, state: ServiceState, turn: Turn, tab: Tab) -> None:
+        self._state, self._turn, self.tab = state, turn, tab
         self.choices = [Choice(n, turn.ask, state.template, turn.opening_ids) for n in range(turn.ask.n)]
         self.params = replace(
             turn.ask.params,
-            max_tokens=hold.max_tokens // turn.ask.n,
+            max_tokens=turn.max_tokens,
             stop_ids=tuple(state.template.stop_ids),
             constraint=constraint(state.template, turn.ask),
             tenant=turn.key.customer,
         )
         self.delivered = False  # whether the client has been sent any of it
-        self._closed = False
 
     @property
     def complete(self) -> bool:
@@ -145,70 +146,56 @@ class Meter:
             c.stopped is not None or (c.sample.ids and c.sample.finish_reason in ("stop", "length")) for c in self.choices
         )
 
-    def finish(self) -> tuple[list[Piece], list[Ended], Bill]:
-        """Stores the answers and charges for them, then tells how they ended."""
+    async def finish(self) -> tuple[list[Piece], list[Ended], Bill]:
+        """Charges for the answers and stores them, then tells how they ended."""
         pieces: list[Piece] = []
         ended: list[Ended] = []
         for choice in self.choices:
             *rest, last = choice.end()
             pieces += rest
             ended.append(last)
-        nodes = record(self._state, self._turn, self)
-        return pieces, ended, Bill(self._settle(), nodes)
+        usage = await self._settle()
+        return pieces, ended, Bill(usage, await record(self._state, self._turn, self))
 
-    def _settle(self) -> Usage:
+    async def _settle(self) -> Usage:
         completion = sum(len(choice.sample.ids) for choice in self.choices)
         cached = self.choices[0].sample.cached_tokens
         reason = "stop" if self.complete else "abort"
         if self.complete and any(choice.sample.finish_reason == "length" for choice in self.choices):
             reason = "length"
-        self._closed = True
-        nano_usd = self._state.ledger.settle(
-            self.hold, cached_tokens=cached, completion_tokens=completion, finish_reason=reason
-        )
+        counts = Counts(self._turn.prompt_tokens, cached, completion=completion)
+        nano_usd = await self.tab.settle(Metered(counts, reason))
         reasoning = sum(choice.reasoning_tokens for choice in self.choices)
-        return Usage(self.hold.prompt_tokens, completion, cached, reasoning, nano_usd)
-
-    def close(self) -> None:
-        """For the ways out that did not settle: what was delivered is charged, what was not is free."""
-        if self._closed:
-            return
-        if self.delivered:
-            self._settle()
-        else:
-            self._state.ledger.release(self.hold.request_id)
+        return Usage(counts.prompt, completion, cached, reasoning, nano_usd)
 
 
-@contextmanager
-def metered(state: ServiceState, turn: Turn) -> Iterator[Meter]:
-    """Raises ApiError (429) if the wallet does not cover the prompt and one token of each choice."""
+@asynccontextmanager
+async def metered(state: ServiceState, turn: Turn) -> AsyncIterator[Meter]:
+    """Raises ApiError: 429 if the balance does not cover the prompt and one token of each choice."""
+    book = state.prices.now
+    admission = Admission(
+        turn.request_id,
+        turn.key.customer,
+        turn.key.id,
+        state.model,
+        book.price(state.model, turn.mode),
+        book.version,
+        turn.prompt_tokens,
+        turn.max_tokens * turn.ask.n,
+        state.hold_lifetime_s,
+        turn.mode,
+        least_tokens=turn.ask.n,
+    )
     try:
-        hold = state.ledger.hold(
-            turn.key.customer,
-            turn.key.id,
-            turn.request_id,
-            model=state.model,
-            price=turn.price,
-            price_version=state.prices.version,
-            prompt_tokens=turn.prompt_tokens,
-            max_tokens=turn.max_tokens * turn.ask.n,
-            lifetime_s=state.hold_lifetime_s,
-        )
+        async with opened(state.till, admission, turn.ask.stream) as tab:
+            yield Meter(state, turn, tab)
     except InsufficientBalance:
         raise errors.insufficient_balance() from None
-    if hold.max_tokens < turn.ask.n:
-        state.ledger.release(turn.request_id)
-        raise errors.insufficient_balance()
-    meter = Meter(state, turn, hold)
-    try:
-        yield meter
-    finally:
-        meter.close()
 
 
 async def whole(state: ServiceState, turn: Turn, left: asyncio.Event) -> tuple[list[Ended], Bill]:
     """The finished answers. Raises ApiError; a failure costs nothing, a client that left pays for what was sampled."""
-    with metered(state, turn) as meter:
+    async with metered(state, turn) as meter:
         try:
             async with asyncio.timeout(state.request_timeout_s):
                 await _together([_sampled(state, turn, meter, choice) for choice in meter.choices])
@@ -219,7 +206,7 @@ async def whole(state: ServiceState, turn: Turn, left: asyncio.Event) -> tuple[l
         finally:
             meter.delivered = meter.complete or left.is_set()
             if meter.delivered and any(choice.sample.ids for choice in meter.choices):
-                _, ended, bill = meter.finish()
+                _, ended, bill = await meter.finish()
     return ended, bill
 
 
@@ -228,7 +215,7 @@ async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncI
 
     Raises ApiError. Closing the iterator is leaving: what was sampled until then is stored and charged.
     """
-    with metered(state, turn) as meter:
+    async with metered(state, turn) as meter:
         inbox = Inbox(min(state.keep_alive_s, state.request_timeout_s), state.merge_s)
         deadline = asyncio.get_running_loop().time() + state.request_timeout_s
         tasks = [asyncio.create_task(_pump(state, turn, meter, choice, inbox)) for choice in meter.choices]
@@ -238,15 +225,15 @@ async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncI
             while running and not left.is_set():
                 items = await inbox.take()
                 failure = next((item for item in items if isinstance(item, Exception)), None)
-                if failure is not None:
-                    raise failure
                 running -= items.count(None)
-                pieces = [item for item in items if item is not None]
+                pieces = [item for item in items if item is not None and not isinstance(item, Exception)]
                 if running and asyncio.get_running_loop().time() >= deadline:
                     raise errors.timed_out(state.request_timeout_s)
                 if pieces or not items:
                     meter.delivered |= any(choice.sample.ids for choice in meter.choices)
-                    yield pieces
+                    yield pieces  # before the failure that came after them: they will be charged
+                if failure is not None:
+                    raise failure
             if not meter.complete:
                 raise _stopped_early()
         finally:
@@ -256,7 +243,7 @@ async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncI
             await asyncio.gather(*tasks, return_exceptions=True)
             meter.delivered |= meter.complete or left.is_set()
             if meter.delivered and any(choice.sample.ids for choice in meter.choices):
-                rest, ended, bill = meter.finish()
+                rest, ended, bill = await meter.finish()
     yield [*rest, *ended, bill]
 
 
@@ -270,13 +257,25 @@ async def _sampled(
     try:
         async with aclosing(state.policy.generate(turn.prompt_ids, params, turn.choice_ids[choice.index])) as chunks:
             async for chunk in chunks:
-                pieces = choice.take(chunk)
+                covered = await meter.tab.take(len(chunk.ids))
+                broke = covered < len(chunk.ids)
+                pieces = choice.take(_cut(chunk, covered) if broke else chunk)
                 if inbox is not None:
                     inbox.put(pieces)
-                if choice.stopped is not None:
+                if broke and inbox is not None:
+                    raise errors.balance_exhausted()
+                if broke or choice.stopped is not None:
                     break
     except PolicyError as error:
         raise errors.policy_failed(str(error), error.status, error.kind) from error
+
+
+def _cut(chunk: Chunk, tokens: int) -> Chunk:
+    """Its beginning, as an answer that was too long: what the balance covers."""
+    return Chunk(
+        chunk.ids[:tokens], chunk.logprobs[:tokens], chunk.weights_version, "length",
+        sampled_logprobs=chunk.sampled_logprobs[:tokens], top_logprobs=chunk.top_logprobs[:tokens], kept=chunk.kept[:tokens],
+    )  # fmt: skip
 
 
 async def _pump(state: ServiceState, turn: Turn, meter: Meter, choice: Choice, inbox: Inbox) -> None:
@@ -358,7 +357,7 @@ def _stopped_early() -> ApiError:
     return errors.policy_failed("the answer was stopped before its end", 503, "engine_overloaded_error")
 
 
-def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ...]:
+async def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ...]:
     """Writes the new messages and the answers to the trace, in one durable batch; returns the answers' node ids."""
     common = {
         "scope": turn.scope,
@@ -389,5 +388,5 @@ def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ...]:
                 **common,
             )
         )
-    state.traces.add_many([*nodes, *answers])
+    await state.scribe.add([*nodes, *answers])
     return tuple(answer.id for answer in answers)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tidelock.service.db import Database
+from tidelock.service.db import Database, service_database
+from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
 from tidelock.service.objects import Objects
-from tidelock.service.prices import Price, PriceBook
-from tidelock.tokens.errors import UserError
+from tidelock.service.pricefile import read_prices
+from tidelock.service.prices import PriceBook, Schedule
+from tidelock.service.scribe import Scribe
+from tidelock.service.till import Till
+from tidelock.service.workers import Worker
 from tidelock.tokens.policy import Policy
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import TraceStore
@@ -23,9 +27,13 @@ class ServiceState:
     policy: Policy
     template: Template
     traces: TraceStore
+    scribe: Scribe  # writes them
     ledger: Ledger
+    till: Till  # the ledger, for running requests
+    worker: Worker
+    idempotency: Idempotency
     keys: KeyStore
-    prices: PriceBook
+    prices: Schedule
     objects: Objects
     files: Path  # what clients uploaded
     model: str  # the name clients ask for
@@ -43,21 +51,7 @@ class ServiceState:
     lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
 
     def __post_init__(self) -> None:
-        if self.model not in self.prices.prices:
-            raise UserError(f"the price book {self.prices.version!r} has no price for model {self.model!r}")
-
-    @property
-    def price(self) -> Price:
-        return self.prices.prices[self.model]
-
-    @property
-    def batch_price(self) -> Price:
-        """Half of the list price."""
-        price = self.price
-        return replace(
-            price, input_nano=price.input_nano // 2, cached_input_nano=price.cached_input_nano // 2,
-            output_nano=max(price.output_nano // 2, 1),
-        )  # fmt: skip
+        self.prices.now.price(self.model)
 
     @property
     def hold_lifetime_s(self) -> float:
@@ -70,24 +64,38 @@ def open_state(
     *,
     policy: Policy,
     template: Template,
-    prices: PriceBook,
+    prices: PriceBook | Schedule,
     model: str,
     context_length: int,
     weights_version: int,
+    database: str | None = None,
     **options: Any,
 ) -> ServiceState:
-    """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`."""
+    """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`.
+
+    Two files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
+    and `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`. `database` overrides the former.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    db = Database(directory / "service.sqlite")
-    prices.register(db)
+    db = Database(database or service_database(directory))
+    schedule = Schedule((prices,)) if isinstance(prices, PriceBook) else prices
+    if (directory / "prices.toml").is_file():
+        schedule = read_prices(directory / "prices.toml")
+    schedule.register(db)
+    worker = Worker(db)
+    traces = TraceStore(directory / "trace.jsonl", template, patience_s=10.0)
     return ServiceState(
         policy=policy,
         template=template,
-        traces=TraceStore(directory / "trace.jsonl", template, patience_s=10.0),
-        ledger=Ledger(db),
+        traces=traces,
+        scribe=Scribe(traces),
+        ledger=Ledger(db, worker=worker.id),
+        till=Till(db, worker=worker.id),
+        worker=worker,
+        idempotency=Idempotency(db, worker.id),
         keys=KeyStore.open(db, directory / "pepper"),
-        prices=prices,
+        prices=schedule,
         objects=Objects(db),
         files=directory / "files",
         model=model,
