@@ -72,7 +72,7 @@ class Agent:
         try:
             async for chunk in self.policy.generate(episode.ids, params):
                 episode.append_sampled(chunk.ids, chunk.logprobs, chunk.weights_version)
-                for delta in parser.feed(chunk.ids):
+                for delta in parser.feed(chunk.ids, chunk.stop):
                     on_event("delta", delta)
                 if chunk.finish_reason is not None:
                     finish = chunk.finish_reason

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from tidelock.tokens.policy import Chunk, PolicyError
+from tidelock.tokens.policy import PolicyError
 
 from .admission import Admission
 from .eviction import Eviction
@@ -23,12 +23,11 @@ from .line import Line
 from .memory import Memory
 from .offload import Store
 from .runner import Work, forward, plan
-from .sampling import sample
+from .sampler import draw
+from .sampling import Drawn
 from .sequence import DONE, RUNNING, WAITING, Sequence
 from .tree import Tree, common
 from .weights import Weights
-
-NOT_A_NUMBER = PolicyError("the model produced a value that is not a number", status=500, kind="server_error")
 
 
 class Scheduler:
@@ -89,7 +88,7 @@ class Scheduler:
         if go_on:
             begun, self.running = self.running, []
             for seq in sorted(begun, key=lambda s: s.number, reverse=True):
-                if seq.unsent_ids:
+                if seq.sampler.unsent:
                     self._send(seq, None)
                 self._withdraw(seq)
                 seq.state, seq.computed, seq.weights = WAITING, 0, None
@@ -175,6 +174,9 @@ class Scheduler:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _run(self, weights: Weights, work: Work) -> None:
+        for seq, rows in work:
+            if rows == seq.pending:
+                seq.sampler.prepare()
         hidden, last_rows = forward(weights.model, self.memory, work)
         ready = []
         for i, (seq, rows) in enumerate(work):
@@ -194,35 +196,23 @@ class Scheduler:
             self._sample([work[i][0] for i in ready], logits)
 
     def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> None:
-        ids, logprobs = sample(
-            logits,
-            np.array([s.params.temperature for s in ready]),
-            np.array([s.params.top_p for s in ready]),
-            np.array([s.seed for s in ready], dtype=np.uint64),
-            np.array([s.sampled for s in ready], dtype=np.uint64),
-        )
-        for seq, token, logprob in zip(ready, ids.tolist(), logprobs.tolist()):
-            if logprob != logprob:
-                self._fail(seq, NOT_A_NUMBER)
+        for seq, drawn in zip(ready, draw([s.sampler for s in ready], logits)):
+            if isinstance(drawn, PolicyError):
+                self._fail(seq, drawn)
             else:
-                self._accept(seq, token, logprob)
+                self._accept(seq, drawn)
 
-    def _accept(self, seq: Sequence, token: int, logprob: float) -> None:
-        seq.append(token)
-        seq.unsent_ids.append(token)
-        seq.unsent_logprobs.append(logprob)
-        if token in seq.params.stop_ids:
-            self.end(seq, "stop")
-        elif seq.sampled >= seq.params.max_tokens:
-            self.end(seq, "length")
-        elif len(seq.unsent_ids) >= self.limits.stream_every:
+    def _accept(self, seq: Sequence, drawn: Drawn) -> None:
+        seq.append(drawn.id)
+        finish = seq.sampler.add(drawn)
+        if finish is not None:
+            self.end(seq, finish)
+        elif seq.sampler.ready() >= self.limits.stream_every:
             self._send(seq, None)
 
     def _send(self, seq: Sequence, finish_reason: str | None) -> None:
         version = (seq.weights or self.weights).version
-        chunk = Chunk(tuple(seq.unsent_ids), tuple(seq.unsent_logprobs), version, finish_reason, max(seq.cached, 0))
-        seq.unsent_ids, seq.unsent_logprobs = [], []
-        seq.deliver(chunk)
+        seq.deliver(seq.sampler.chunk(version, finish_reason, max(seq.cached, 0)))
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 

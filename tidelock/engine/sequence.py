@@ -10,6 +10,8 @@ import numpy as np
 
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 
+from .sampler import Sampler
+
 if TYPE_CHECKING:
     from .tree import Node
     from .weights import Weights
@@ -47,11 +49,12 @@ class Sequence:
     stops: set[int] = field(default_factory=set)  # end a prefill chunk here and keep the state
     last_step: int = 0
     cached: int = -1  # prompt tokens found in the cache when it first ran
-    unsent_ids: list[int] = field(default_factory=list)
-    unsent_logprobs: list[float] = field(default_factory=list)
+    sampler: Sampler | None = None  # None: one without stop strings and constraint
 
     def __post_init__(self) -> None:
         self.urgency = self.params.priority
+        if self.sampler is None:
+            self.sampler = Sampler(self.prompt, self.params, self.seed)
         self._buffer, self._length = self.prompt, len(self.prompt)
         self.fingerprint = hash(self.prompt.tobytes())  # equal prompts have equal ones
 

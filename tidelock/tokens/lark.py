@@ -1,0 +1,131 @@
+"""Grammars for constrained turns, in Lark's syntax: the parts every template builds its own from.
+
+Special tokens are written as <[id]>, so nothing depends on how a marker is spelled. JSON is compact, as templates write
+it: a constraint that allowed white space would let a weak model emit nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import jsontext
+from .errors import UserError
+from .policy import Constraint
+
+TEXT = "/(.|\\n)*/"  # any text; a special token is never part of one
+COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+JSON_TYPES = ("string", "number", "boolean", "null", "object", "array")
+MAX_DEPTH = 32  # of references and alternatives at the head of one schema
+
+
+def special(token: int) -> str:
+    return f"<[{token}]>"
+
+
+def literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def any_of(expressions: Sequence[str]) -> str:
+    return expressions[0] if len(expressions) == 1 else "(" + " | ".join(expressions) + ")"
+
+
+def json_value(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None) -> str:
+    """A JSON text that satisfies the schema. `root` holds the definitions its references point to."""
+    carried = {k: root[k] for k in ("$defs", "definitions") if root and k in root}
+    return "%json " + json.dumps({**carried, **schema, "x-guidance": COMPACT}, ensure_ascii=False)
+
+
+def content(constraint: Constraint | None) -> str:
+    """The expression for an answer's text."""
+    if constraint is None:
+        return TEXT
+    if constraint.kind == "regex":
+        return regex(constraint.text)
+    if constraint.kind == "json_schema":
+        try:
+            return json_value(_object(json.loads(constraint.text)))
+        except ValueError as e:
+            raise UserError(f"the schema is not JSON: {e}") from None
+    raise UserError(f"an answer cannot be constrained by {constraint.kind!r}; use json_schema or regex")
+
+
+def regex(pattern: str) -> str:
+    return "/" + pattern.replace("/", "\\/").replace("\n", "\\n") + "/"
+
+
+def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a call's arguments: an object with no keys but the declared ones, unless it says otherwise."""
+    closing = {"additionalProperties": False} if schema.get("properties") else {}
+    return {"type": "object", **closing, **schema}
+
+
+def forms(schema: Any, root: Mapping[str, Any], depth: int = 0) -> list[tuple[str, Any]]:
+    """How a value may look at top level: (JSON type, schema of that type alone) pairs; a fixed value is ("const", value).
+
+    Raises UserError for a reference that leads nowhere or in a circle.
+    """
+    if depth > MAX_DEPTH:
+        raise UserError("a schema's references or alternatives go round in a circle")
+    if schema is True or schema == {}:
+        return [(t, {"type": t}) for t in JSON_TYPES]
+    if not isinstance(schema, dict):
+        raise UserError("a schema must be an object")
+    if "$ref" in schema:
+        rest = {k: v for k, v in schema.items() if k != "$ref"}
+        return forms({**_resolve(schema["$ref"], root), **rest}, root, depth + 1)
+    if "const" in schema:
+        return [("const", schema["const"])]
+    if "enum" in schema:
+        return [("const", value) for value in schema["enum"]]
+    for word in ("anyOf", "oneOf"):
+        if word in schema:
+            rest = {k: v for k, v in schema.items() if k != word}
+            return [f for s in schema[word] for f in forms({**rest, **_object(s)}, root, depth + 1)]
+    if "allOf" in schema:
+        merged = {k: v for k, v in schema.items() if k != "allOf"}
+        for s in schema["allOf"]:
+            merged |= _resolve(s["$ref"], root) if "$ref" in _object(s) else s
+        return forms(merged, root, depth + 1)
+    types = schema.get("type", JSON_TYPES)
+    return [(t, {**schema, "type": t}) for t in ([types] if isinstance(types, str) else types)]
+
+
+def raw_text(schema: Mapping[str, Any]) -> str:
+    """A string as it stands, without quotes, under the schema's pattern (found anywhere, as JSON Schema has it) and
+    lengths. For the right side of a terminal."""
+    low, high, pattern = schema.get("minLength", 0), schema.get("maxLength"), schema.get("pattern")
+    parts = []
+    if low or high is not None:
+        parts.append("/(.|\\n){%d,%s}/" % (low, "" if high is None else high))
+    if pattern is not None:
+        start, end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
+        body = pattern[start : len(pattern) - end]
+        parts.append(regex(("" if start else "(.|\n)*") + f"({body})" + ("" if end else "(.|\n)*")))
+    return " & ".join(parts) or TEXT
+
+
+def text_of(value: Any) -> str:
+    """A fixed value as an argument spells it: strings raw, everything else JSON."""
+    return value if isinstance(value, str) else jsontext.dump(value)
+
+
+def _object(schema: Any) -> dict[str, Any]:
+    if not isinstance(schema, dict):
+        raise UserError("a schema must be an object")
+    return schema
+
+
+def _resolve(reference: str, root: Mapping[str, Any]) -> dict[str, Any]:
+    at: Any = root
+    if not str(reference).startswith("#"):
+        raise UserError(f"a schema may only refer to itself, not to {reference!r}")
+    for step in str(reference).lstrip("#").strip("/").split("/"):
+        if step:
+            step = step.replace("~1", "/").replace("~0", "~")
+            if not isinstance(at, dict) or step not in at:
+                raise UserError(f"nothing in the schema is called {reference!r}")
+            at = at[step]
+    return _object(at)
