@@ -35,7 +35,48 @@ def any_of(expressions: Sequence[str]) -> str:
 def json_value(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None) -> str:
     """A JSON text that satisfies the schema. `root` holds the definitions its references point to."""
     carried = {k: root[k] for k in ("$defs", "definitions") if root and k in root}
-    return "%json " + json.dumps({**carried, **schema, "x-guidance": COMPACT}, ensure_ascii=False)
+    whole = _finite({**carried, **schema})
+    definitions = {**whole.get("$defs", {}), "any_finite": ANY}
+    return "%json " + json.dumps({**whole, "$defs": definitions, "x-guidance": COMPACT}, ensure_ascii=False)
+
+
+# What is written must be readable: 1e999 is JSON, but no reader gets a finite number from it, nor one of 5,000 digits.
+NUMBER = {"minimum": -(10**15), "maximum": 10**15}
+ANY_REF = {"$ref": "#/$defs/any_finite"}
+ANY = {"anyOf": [
+    {"type": "string"}, {"type": "boolean"}, {"type": "null"}, {"type": "number", **NUMBER},
+    {"type": "array", "items": ANY_REF}, {"type": "object", "additionalProperties": ANY_REF},
+]}  # fmt: skip
+SILENT = {"title", "description", "default", "examples", "$comment"}  # keywords that allow everything
+
+
+def _finite(schema: Any, top: bool = True) -> Any:
+    """The schema with bounds on every number that has none, however free its place."""
+    if schema is True or (isinstance(schema, dict) and not top and not set(schema) - SILENT):
+        return ANY_REF
+    if not isinstance(schema, dict):
+        return schema
+    out = dict(schema)
+    types = out.get("type", ())
+    types = (types,) if isinstance(types, str) else types
+    if "number" in types or "integer" in types:
+        low = {} if "exclusiveMinimum" in out else {"minimum": NUMBER["minimum"]}
+        high = {} if "exclusiveMaximum" in out else {"maximum": NUMBER["maximum"]}
+        out = {**low, **high, **out}
+    if "object" in types:
+        out.setdefault("additionalProperties", True)
+    if "array" in types and "prefixItems" not in out:
+        out.setdefault("items", True)
+    for key in ("additionalProperties", "items"):
+        if key in out:
+            out[key] = _finite(out[key], False)
+    for key in ("properties", "patternProperties", "$defs", "definitions"):
+        if isinstance(out.get(key), dict):
+            out[key] = {name: _finite(inner, False) for name, inner in out[key].items()}
+    for key in ("anyOf", "oneOf", "allOf", "prefixItems"):
+        if isinstance(out.get(key), list):
+            out[key] = [_finite(inner, False) for inner in out[key]]
+    return out
 
 
 def content(constraint: Constraint | None) -> str:
