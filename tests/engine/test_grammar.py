@@ -104,6 +104,8 @@ def test_forced_calls_have_arguments_that_satisfy_their_schema(tokenizer, name, 
         assert message.tool_calls and (choice == "required" or [c.name for c in message.tool_calls] == [choice])
         for call in message.tool_calls:
             jsonschema.validate(call.arguments, specs[call.name])
+            declared = specs[call.name].get("properties")
+            assert not declared or set(call.arguments) <= set(declared)
     grammars.close()
 
 

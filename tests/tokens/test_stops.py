@@ -73,7 +73,16 @@ def test_stops_look_at_the_content_and_a_cut_answer_ends_before_one():
         assert message.reasoning == answer.reasoning and list(message.verbatim) == ids[:end]
 
 
+def test_a_prefilled_answer_goes_on_where_it_was_left():
+    template = get_template("xtml", ByteTokenizer())
+    answer = template.sampled(Message("assistant", "one two"))
+    at = answer.index(ord("w"), 20)
+    prompt = [*template.render([Message("user", "x")], generation_prompt=True), *answer[:at]]
+    read = template.text_reader(prompt)
+    assert [read(i) for i in answer[at : at + 3]] == [b"w", b"o", None]
+
+
 def test_outside_a_chat_turn_all_text_is_looked_at():
     template = get_template("xtml", ByteTokenizer())
-    read = template.text_reader([1, 2, 3])
+    read = template.text_reader([*template.render([Message("user", "x")], generation_prompt=True)[:-1], 1, 2, 3])
     assert [read(i) for i in (65, template.stop_ids[0])] == [b"A", None]

@@ -16,7 +16,7 @@ from tidelock.service.keys import Key
 from tidelock.service.ledger import Hold, InsufficientBalance
 from tidelock.service.state import ServiceState
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
+from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams, drawn_from
 from tidelock.tokens.trace import Node
 
 
@@ -48,8 +48,10 @@ class Sample:
     versions: list[tuple[int, int]] = field(default_factory=list)  # (weights version, tokens) spans
     cached_tokens: int = 0
     finish_reason: str | None = None
+    chunks: list[Chunk] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
         self.ids += chunk.ids
         self.logprobs += chunk.logprobs
         if chunk.ids:
@@ -198,12 +200,15 @@ def record(state: ServiceState, turn: Turn, meter: Meter, message: Message) -> s
         nodes.append(Node.of(parent, given, ids, **common))
         parent = nodes[-1].id
     ids = (*state.template.generation_prompt(), *sample.ids)
+    sampled_logprobs, kept = drawn_from(sample.chunks)
     answer = Node.of(
         parent,
         message,
         ids,
         sampled=len(sample.ids),
         logprobs=tuple(sample.logprobs),
+        sampled_logprobs=sampled_logprobs,
+        kept=kept,
         weights_versions=tuple(sample.versions),
         sampling=asdict(meter.params),
         finish_reason=sample.finish_reason or "abort",

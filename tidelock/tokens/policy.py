@@ -91,6 +91,14 @@ class Chunk:
     stop: str | None = None  # on the last chunk: the stop string that was found
 
 
+def drawn_from(chunks: Sequence[Chunk]) -> tuple[tuple[float, ...], tuple[Kept, ...]]:
+    """(sampled_logprobs, kept) of a whole answer, one per id; each is empty when the chunks say nothing of it."""
+    told = any(c.sampled_logprobs for c in chunks)
+    logprobs = tuple(x for c in chunks for x in c.sampled_logprobs or c.logprobs) if told else ()
+    cut = any(c.kept for c in chunks)
+    return logprobs, tuple(x for c in chunks for x in c.kept or (None,) * len(c.ids)) if cut else ()
+
+
 class Policy(Protocol):
     """A model that continues token ids."""
 

@@ -73,12 +73,16 @@ class Template:
     def text_reader(self, prompt_ids: Sequence[int]) -> Callable[[int], bytes | None]:
         """Gives, id by id, the bytes in which stop strings are looked for; None is no text.
 
-        After a generation prompt that is the content of the answer, not its reasoning, calls and markup; after any other
-        prompt it is all that is no special token.
+        In an assistant's turn that is the content of the answer, not its reasoning, calls and markup; after a prompt
+        that opens no such turn it is all that is no special token.
         """
-        opening = self.generation_prompt()
-        if list(prompt_ids[-len(opening) :]) == opening:
-            return self.parser().content_bytes
+        opening, ids = self.generation_prompt(), list(prompt_ids)
+        last_stop = max((i for i, token in enumerate(ids) if token in self.stop_ids), default=-1)
+        for at in range(last_stop + 1, len(ids) - len(opening) + 1):
+            if ids[at : at + len(opening)] == opening:
+                parser = self.parser()
+                parser.feed(ids[at + len(opening) :])  # what was put into the answer's mouth
+                return parser.content_bytes
         return lambda token: None if self.tokenizer.is_special(token) else self.tokenizer.token_bytes(token)
 
     def constraint(
