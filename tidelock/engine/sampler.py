@@ -33,10 +33,6 @@ class Sampler:
         self._found: str | None = None
         self._reshaped = reshaped(params)
 
-    @property
-    def unsent(self) -> bool:
-        return bool(self._unsent)
-
     def prepare(self) -> None:
         """A draw is near: what it needs besides logits can be computed beside the forward."""
         if self.matcher is not None:
@@ -65,11 +61,11 @@ class Sampler:
 
     def ready(self) -> int:
         """How many tokens may be sent now."""
-        return len(self._unsent) - (self._finder.held if self._finder else 0)
+        return max(0, len(self._unsent) - (self._finder.held if self._finder else 0))
 
-    def chunk(self, version: int, finish_reason: str | None, cached: int) -> Chunk:
-        """What may be sent, or everything when this is the end. The next chunk starts after it."""
-        n = self.ready() if finish_reason is None else len(self._unsent)
+    def chunk(self, version: int, finish_reason: str | None, cached: int, everything: bool = False) -> Chunk:
+        """What may be sent, or everything: at the end, and before a change of weights (a chunk is of one version)."""
+        n = len(self._unsent) if everything or finish_reason is not None else self.ready()
         tokens, self._unsent = self._unsent[:n], self._unsent[n:]
         kept = tuple(t.kept for t in tokens)
         return Chunk(

@@ -88,8 +88,7 @@ class Scheduler:
         if go_on:
             begun, self.running = self.running, []
             for seq in sorted(begun, key=lambda s: s.number, reverse=True):
-                if seq.sampler.unsent:
-                    self._send(seq, None)
+                self._send(seq, None, everything=True)
                 self._withdraw(seq)
                 seq.state, seq.computed, seq.weights = WAITING, 0, None
                 self.line.rejoin(seq)
@@ -210,9 +209,11 @@ class Scheduler:
         elif seq.sampler.ready() >= self.limits.stream_every:
             self._send(seq, None)
 
-    def _send(self, seq: Sequence, finish_reason: str | None) -> None:
+    def _send(self, seq: Sequence, finish_reason: str | None, everything: bool = False) -> None:
         version = (seq.weights or self.weights).version
-        seq.deliver(seq.sampler.chunk(version, finish_reason, max(seq.cached, 0)))
+        chunk = seq.sampler.chunk(version, finish_reason, max(seq.cached, 0), everything)
+        if chunk.ids or finish_reason is not None:
+            seq.deliver(chunk)
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 
