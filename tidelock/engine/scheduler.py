@@ -26,6 +26,7 @@ from .runner import Work, forward, plan
 from .sampler import draw
 from .sampling import Drawn
 from .sequence import DONE, RUNNING, WAITING, Sequence
+from .speculation import Speculation
 from .tree import Tree, common
 from .weights import Weights
 
@@ -45,6 +46,7 @@ class Scheduler:
         self.admission = Admission(self.memory, self.tree, self.eviction, self.stats)
         self.line = Line(limits, self.stats)
         self.running: list[Sequence] = []
+        self.speculation = Speculation(limits.draft_tokens, again=2 if self.memory.hybrid else 1)
         self._boundary = boundary_id
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._full = False  # the next in line did not fit, and nothing has changed since
@@ -90,7 +92,7 @@ class Scheduler:
             for seq in sorted(begun, key=lambda s: s.number, reverse=True):
                 self._send(seq, None, everything=True)
                 self._withdraw(seq)
-                seq.state, seq.computed, seq.weights = WAITING, 0, None
+                seq.state, seq.computed, seq.weights, seq.decoding = WAITING, 0, None, False
                 self.line.rejoin(seq)
         for old in before:
             self._drop_if_unused(old)
@@ -173,41 +175,105 @@ class Scheduler:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _run(self, weights: Weights, work: Work) -> None:
+        begun = time.perf_counter()
+        if self.limits.draft_tokens:
+            work = self._with_drafts(work)
         for seq, rows in work:
-            if rows == seq.pending:
+            if rows == seq.pending + len(seq.draft):
                 seq.sampler.prepare()
         hidden, last_rows = forward(weights.model, self.memory, work)
         ready = []
-        for i, (seq, rows) in enumerate(work):
-            decoding = rows == 1 and seq.sampled > 0
-            self.stats.decoded += decoding
-            self.stats.prefilled += 0 if decoding else rows
+        for (seq, rows), last in zip(work, last_rows.tolist()):
+            self.stats.decoded += rows if seq.decoding else 0
+            self.stats.prefilled += 0 if seq.decoding else rows
             seq.spent += rows
-            seq.computed += rows
+            seq.computed += rows - len(seq.draft)
             seq.last_step = self.stats.steps
-            if not decoding:
+            if not seq.decoding:
                 self._keep_prefix(seq)
             if seq.pending == 0:
-                ready.append(i)
+                ready.append((seq, last - len(seq.draft)))
         if ready:
-            with torch.no_grad():
-                logits = weights.model.logits(hidden[last_rows[ready]])
-            self._sample([work[i][0] for i in ready], logits)
+            self._sample(ready, hidden, weights)
+        self.speculation.clock.saw(sum(rows for _, rows in work), time.perf_counter() - begun)
 
-    def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> None:
-        for seq, drawn in zip(ready, draw([s.sampler for s in ready], logits)):
-            if isinstance(drawn, PolicyError):
-                self._fail(seq, drawn)
-            else:
-                self._accept(seq, drawn)
+    def _with_drafts(self, work: Work) -> Work:
+        """The same work with drafts, within the step's budget. With KDA layers a copy of the state waits in a spare slot;
+        without one to spare there is no draft, nor while accepted tokens run again, which would put that off for ever."""
+        rows = sum(rows for _, rows in work)
+        self.speculation.plan(rows)
+        budget, out = self.limits.step_tokens - rows, []
+        for seq, rows in work:
+            if seq.decoding and rows == seq.pending and (not self.memory.hybrid or rows == 1 and self.memory.slots.free):
+                room = min(budget, seq.params.max_tokens - seq.sampled - 1)
+                seq.draft = self.speculation.draft(seq.track, room, seq.params.stop_ids)
+                budget -= len(seq.draft)
+                seq.computed_before = seq.computed
+                if seq.draft and self.memory.hybrid:
+                    seq.spare = self.memory.slots.take()
+                    self.memory.copy_slot(seq.slot, seq.spare)
+            out.append((seq, rows + len(seq.draft)))
+        return out
 
-    def _accept(self, seq: Sequence, drawn: Drawn) -> None:
-        seq.append(drawn.id)
-        finish = seq.sampler.add(drawn)
-        if finish is not None:
+    def _sample(self, ready: list[tuple[Sequence, int]], hidden: torch.Tensor, weights: Weights) -> None:
+        """Draw the next token of each, and where it is the one that was drafted, the one after it.
+
+        ready: sequences and the row of `hidden` that predicts their next token; those of the draft follow it.
+        """
+        rows = [row + i for seq, row in ready for i in range(len(seq.draft) + 1)]
+        with torch.no_grad():
+            logits = weights.model.logits(hidden[rows])
+        ends = np.cumsum([len(seq.draft) + 1 for seq, _ in ready])
+        going = [(seq, int(end) - len(seq.draft) - 1) for (seq, _), end in zip(ready, ends)]
+        depth = 0
+        while going:
+            rows = [row + depth for _, row in going]
+            drawn = draw([seq.sampler for seq, _ in going], logits if len(rows) == len(logits) else logits[rows])
+            going = [g for g, d in zip(going, drawn) if self._take(g[0], d, depth)]
+            depth += 1
+
+    def _take(self, seq: Sequence, drawn: Drawn | PolicyError, depth: int) -> bool:
+        """One drawn token, after `depth` that were drafted. Whether the next draft row stands for the same text."""
+        right = finish = None
+        if not isinstance(drawn, PolicyError):
+            right = depth < len(seq.draft) and seq.draft[depth] == drawn.id
+            finish = seq.sampler.add(drawn)
+            seq.append(drawn.id)
+        if finish is not None or not right:
+            self._settle(seq, depth)
+        if isinstance(drawn, PolicyError):
+            self._fail(seq, drawn)
+        elif finish is not None:
             self.end(seq, finish)
-        elif seq.sampler.ready() >= self.limits.stream_every:
+        else:
+            self._after(seq, drawn.id)
+        return bool(right and finish is None)
+
+    def _after(self, seq: Sequence, token: int) -> None:
+        if self.limits.draft_tokens:
+            if seq.track is None:
+                seq.track = self.speculation.begin(seq.params.tenant, seq.ids.tolist(), max(seq.cached, 0))
+            else:
+                self.speculation.grew(seq.track, token)
+        seq.decoding = True
+        if seq.sampler.ready() >= self.limits.stream_every:
             self._send(seq, None)
+
+    def _settle(self, seq: Sequence, right: int) -> None:
+        """The first `right` tokens of the draft were right: the cache holds them too, or, where a KDA state has gone on
+        past them, goes back to before this step; the next one runs them again."""
+        if not seq.draft:
+            return
+        self.stats.drafted += len(seq.draft)
+        self.stats.accepted += right
+        self.speculation.judged(seq.track, len(seq.draft), right)
+        if seq.spare < 0 or right == len(seq.draft):
+            seq.computed += right
+        else:
+            seq.slot, seq.spare, seq.computed = seq.spare, seq.slot, seq.computed_before
+        if seq.spare >= 0:
+            self.memory.slots.release(seq.spare)
+        seq.spare, seq.draft = -1, []
 
     def _send(self, seq: Sequence, finish_reason: str | None, everything: bool = False) -> None:
         version = (seq.weights or self.weights).version

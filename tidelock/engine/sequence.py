@@ -13,6 +13,7 @@ from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 from .sampler import Sampler
 
 if TYPE_CHECKING:
+    from .speculation import Track
     from .tree import Node
     from .weights import Weights
 
@@ -49,6 +50,11 @@ class Sequence:
     stops: set[int] = field(default_factory=set)  # end a prefill chunk here and keep the state
     last_step: int = 0
     cached: int = -1  # prompt tokens found in the cache when it first ran
+    decoding: bool = False  # whether it has sampled since it was admitted: its rows are no prefill
+    draft: list[int] = field(default_factory=list)  # ids that run after its own in this step, to be verified
+    spare: int = -1  # while there is a draft, the slot with the state from before this step
+    computed_before: int = 0  # and how many tokens that is the state of
+    track: Track | None = None
     sampler: Sampler | None = None  # None: one without stop strings and constraint
 
     def __post_init__(self) -> None:
@@ -71,6 +77,11 @@ class Sequence:
             self._buffer = grown
         self._buffer[self._length] = token
         self._length += 1
+
+    def upcoming(self, rows: int) -> np.ndarray:
+        """The ids of its next `rows` rows, which end with its draft."""
+        own = self.ids[self.computed : self.computed + rows - len(self.draft)]
+        return np.concatenate([own, np.array(self.draft, dtype=np.int32)]) if self.draft else own
 
     @property
     def sampled(self) -> int:
