@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-RUN = 3  # tokens that must recur
+RUNS = (7, 3)  # tokens that recur: the long run is looked up first, the short one is the least that counts
+RUN = RUNS[-1]
 LONGEST = 16  # of a match that is measured
 ENTRIES = 1 << 16  # of each generation of the index
 
@@ -38,25 +39,27 @@ class Lookup:
         # A run is indexed once it has a successor, or it would find itself.
         start, text.indexed = max(text.indexed, known, RUN), len(text.ids)
         for end in range(start, len(text.ids)):
-            self._young[hash((text.tenant, *text.ids[end - RUN : end]))] = text, end
+            for run in RUNS:
+                if end >= run:
+                    self._young[hash((text.tenant, *text.ids[end - run : end]))] = text, end
         if len(self._young) >= self._entries:
             self._young, self._old = {}, self._young
 
     def find(self, text: Text) -> tuple[Text, int, int] | None:
         """(text, position, length): where the longest known end of `text` occurred, and up to what length it is alike."""
         ids = text.ids
-        if len(ids) < RUN:
-            return None
-        key = hash((text.tenant, *ids[-RUN:]))
-        found = self._young.get(key) or self._old.get(key)
-        if found is None:
-            return None
-        other, at = found
-        length = 0
-        while length < min(LONGEST, at, len(ids)) and other.ids[at - 1 - length] == ids[-1 - length]:
-            length += 1
-        # Equal hashes of other ids, or of another tenant, are no match.
-        return (other, at, length) if length >= RUN and other.tenant == text.tenant else None
+        for run in RUNS:
+            key = hash((text.tenant, *ids[-run:]))
+            found = self._young.get(key) or self._old.get(key)
+            if found is None or len(ids) < run:
+                continue
+            other, at = found
+            length = 0
+            while length < min(LONGEST, at, len(ids)) and other.ids[at - 1 - length] == ids[-1 - length]:
+                length += 1
+            if length >= run and other.tenant == text.tenant:  # equal hashes of other ids are no match
+                return other, at, length
+        return None
 
     @staticmethod
     def read(text: Text, at: int, n: int) -> list[int]:
