@@ -1,6 +1,7 @@
 """Speculation: whatever is drafted, the output is that of plain decoding, every figure with ==; only steps are saved."""
 
 import asyncio
+import dataclasses
 import random
 
 import pytest
@@ -8,11 +9,15 @@ import torch
 
 from tidelock.engine import Engine, Limits
 from tidelock.engine.lookup import RUN, Lookup, Text
+from tidelock.engine.mtp import MTPDrafts
 from tidelock.engine.speculation import Clock, Speculation
-from tidelock.models import TransformerLM, ops, preset
+from tidelock.models import Batch, TransformerLM, ops, preset
 from tidelock.tokens.policy import Constraint, SamplingParams
 from tidelock.tokens.template import get_template
 from tidelock.tokens.tokenizer import ByteTokenizer
+from tidelock.train.loop import Recipe, train
+from tidelock.train.objectives import cross_entropy
+from tidelock.train.packing import Sample, make_pack
 
 TEMPLATE, VOCAB, END = get_template("xtml", ByteTokenizer()), 280, 260
 exact = pytest.mark.skipif(not ops.exact(), reason="bitwise only with the compiled kernels")
@@ -111,6 +116,45 @@ def test_lookup_saves_steps_where_text_repeats_and_changes_nothing(name, monkeyp
     drafted, after = with_engine(work, model, draft_tokens=8)
     assert drafted == plain
     assert after.accepted > 50 and after.steps < 0.8 * before.steps
+
+
+@exact
+@each_preset
+def test_the_mtp_layer_drafts_and_changes_nothing(name, monkeypatch):
+    """A layer trained for the purpose is right often; what it guesses is what its training forward predicts."""
+    monkeypatch.setattr(Clock, "share", lambda self, rows: 0.2)
+    monkeypatch.setattr(Lookup, "find", lambda self, text: None)
+    model = TransformerLM(dataclasses.replace(preset(name, VOCAB), num_mtp_layers=1), seed=0)
+    ids = [i * 7 % 32 for i in range(200)]  # a language in which every token has one successor
+    pack = make_pack([Sample(ids[i : i + 50], [0.0] + [1.0] * 49) for i in (0, 9, 18, 31)])
+    train(model, iter(lambda: pack, None), Recipe(lr=0.03, steps=20, warmup=2, mtp_weight=1.0), cross_entropy)
+
+    async def work(engine):
+        return await asyncio.gather(*(ask(engine, ids[i : i + 20], seed=i, max_tokens=50, temperature=0.3) for i in (0, 7, 50)))
+
+    plain, before = with_engine(work, model)
+    drafted, after = with_engine(work, model, draft_tokens=4)
+    assert drafted == plain
+    assert after.accepted > 0.6 * after.drafted > 30 and after.steps < 0.75 * before.steps
+
+
+@exact
+def test_the_mtp_cache_gives_what_the_whole_sequence_gives():
+    for name in ("nano-k3", "nano-k2"):
+        model = TransformerLM(dataclasses.replace(preset(name, VOCAB), num_mtp_layers=1), seed=0).eval()
+        ids = torch.tensor(prompts(1)[0] * 3)[:50]
+        whole = Batch(ids, torch.tensor([0, 50], dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+        with torch.no_grad():
+            hidden = model(whole)
+            states = model.mtp_hidden(hidden, ids.roll(-1), whole)[0]
+            expected = model.logits(states).argmax(-1).tolist()
+            drafts, at = MTPDrafts(model.config, 3), 0
+            place, other = drafts.take(), drafts.take()
+            for n in (20, 1, 3, 1, 10):
+                both = [hidden[at : at + n]] * 2
+                (a, b) = drafts.guess(model, [place, other], both, [ids[at + 1 : at + n + 1].tolist()] * 2)
+                at += n
+                assert a == b == expected[at - 1]
 
 
 def test_a_run_is_found_where_it_last_occurred_and_only_for_its_tenant():

@@ -21,6 +21,7 @@ from .eviction import Eviction
 from .limits import Limits, Stats
 from .line import Line
 from .memory import Memory
+from .mtp import PROMPT, MTPDrafts
 from .offload import Store
 from .runner import Work, forward, plan
 from .sampler import draw
@@ -47,6 +48,8 @@ class Scheduler:
         self.line = Line(limits, self.stats)
         self.running: list[Sequence] = []
         self.speculation = Speculation(limits.draft_tokens, again=2 if self.memory.hybrid else 1)
+        has_mtp = limits.draft_tokens and getattr(weights.model, "mtp", None)
+        self.mtp = MTPDrafts(weights.model.config, limits.max_batch) if has_mtp else None
         self._boundary = boundary_id
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._full = False  # the next in line did not fit, and nothing has changed since
@@ -187,6 +190,7 @@ class Scheduler:
             self.stats.decoded += rows if seq.decoding else 0
             self.stats.prefilled += 0 if seq.decoding else rows
             seq.spent += rows
+            seq.first_row = last + 1 - rows
             seq.computed += rows - len(seq.draft)
             seq.last_step = self.stats.steps
             if not seq.decoding:
@@ -225,12 +229,31 @@ class Scheduler:
             logits = weights.model.logits(hidden[rows])
         ends = np.cumsum([len(seq.draft) + 1 for seq, _ in ready])
         going = [(seq, int(end) - len(seq.draft) - 1) for (seq, _), end in zip(ready, ends)]
-        depth = 0
+        depth, before = 0, [(len(seq.ids), seq.decoding) for seq, _ in ready]
         while going:
             rows = [row + depth for _, row in going]
             drawn = draw([seq.sampler for seq, _ in going], logits if len(rows) == len(logits) else logits[rows])
             going = [g for g, d in zip(going, drawn) if self._take(g[0], d, depth)]
             depth += 1
+        if self.mtp is not None and self.speculation.guesses_pay() and getattr(weights.model, "mtp", None):
+            self._look_ahead([(s, row, *b) for (s, row), b in zip(ready, before) if s.state == RUNNING], hidden, weights)
+
+    def _look_ahead(self, went: list[tuple[Sequence, int, int, bool]], hidden: torch.Tensor, weights: Weights) -> None:
+        """Feed the MTP layer what was sampled. went: sequences, the row that predicted their first new token, how many
+        ids they had before it, and whether they were decoding (or else the end of their prompt is fed too)."""
+        places, states, following = [], [], []
+        for seq, row, length, decoding in went:
+            if seq.track.place is None:
+                seq.track.place = self.mtp.take()
+            if seq.track.place is not None:
+                back = 0 if decoding else min(PROMPT, row - seq.first_row)
+                places.append(seq.track.place)
+                states.append(hidden[row - back : row + len(seq.ids) - length])
+                following.append(seq.ids[length - back :].tolist())
+        if places:
+            for (seq, *_), token in zip([w for w in went if w[0].track.place is not None],
+                                        self.mtp.guess(weights.model, places, states, following)):  # fmt: skip
+                seq.track.guess = token
 
     def _take(self, seq: Sequence, drawn: Drawn | PolicyError, depth: int) -> bool:
         """One drawn token, after `depth` that were drafted. Whether the next draft row stands for the same text."""
@@ -333,6 +356,9 @@ class Scheduler:
     def _withdraw(self, seq: Sequence) -> None:
         """Give back everything a running sequence holds."""
         self.line.settle(seq)
+        if seq.track is not None and seq.track.place is not None:
+            self.mtp.release(seq.track.place)
+        seq.track = None
         self._unpin(seq)
         for page in seq.pages:
             self.memory.pages.release(page)

@@ -51,6 +51,7 @@ class Sequence:
     last_step: int = 0
     cached: int = -1  # prompt tokens found in the cache when it first ran
     decoding: bool = False  # whether it has sampled since it was admitted: its rows are no prefill
+    first_row: int = 0  # of its rows in the last forward
     draft: list[int] = field(default_factory=list)  # ids that run after its own in this step, to be verified
     spare: int = -1  # while there is a draft, the slot with the state from before this step
     computed_before: int = 0  # and how many tokens that is the state of

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from .lookup import LONGEST, RUN, Lookup, Text
+from .lookup import LONGEST, Lookup, Text
 
 FADE = 0.98  # of what was measured, per judgement
 RECENT = 0.9  # the same for one request
@@ -37,7 +37,9 @@ class Track:
 
     text: Text
     odds: Odds = field(default_factory=Odds)
-    length: int = 0  # of the match the draft came from
+    length: int = 0  # of the match the draft came from; 0: from the MTP layer
+    place: int | None = None  # in the MTP layer's cache
+    guess: int | None = None  # what the MTP layer expects next
 
 
 class Clock:
@@ -69,7 +71,7 @@ class Speculation:
     def __init__(self, most: int, again: int = 1) -> None:
         self.most, self._again = most, again
         self.lookup, self.clock = Lookup(), Clock()
-        self._odds = [Odds() for _ in range(LONGEST + 1)]  # by length of the match
+        self._odds = [Odds() for _ in range(LONGEST + 1)]  # by length of the match; 0: the MTP layer's
         self._share = 0.2
 
     def begin(self, tenant: str, ids: Sequence[int], known: int) -> Track:
@@ -93,7 +95,7 @@ class Speculation:
         """
         found = self.lookup.find(track.text) if min(room, self.most) > 0 else None
         if found is None:
-            return []
+            return self._guess(track, room, stop_ids)
         text, at, track.length = found
         rate = min(0.99, (self._odds[track.length].rate * track.odds.rate) ** 0.5)
         n, chance = 0, rate
@@ -102,10 +104,28 @@ class Speculation:
         if n == 0:  # so that what went out of favour can come back
             self._odds[track.length].saw(0, 0, 0.999)
             track.odds.saw(0, 0, 0.99)
+            return self._guess(track, room, stop_ids)
         ids = self.lookup.read(text, at, n)
         return ids[: next((i for i, token in enumerate(ids) if token in stop_ids), n)]
 
+    def guesses_pay(self) -> bool:
+        """Whether to run the MTP layer, a step's worth of work for one id: not while it is right less than once in four,
+        until some hundred steps later its record has faded."""
+        odds = self._odds[0]
+        if odds.rate < 0.25:
+            odds.saw(0, 0, 0.995)
+        return odds.rate >= 0.25
+
+    def _guess(self, track: Track, room: int, stop_ids: Collection[int]) -> list[int]:
+        """The one id the MTP layer expects, where no text was found that goes on."""
+        track.length = 0
+        worth = self._odds[0].rate > self._share * (1 + (self._again - 1) * (1 - self._odds[0].rate))
+        guess, track.guess = track.guess, None  # good for this step only
+        ok = guess is not None and min(room, self.most) > 0 and worth and guess not in stop_ids
+        return [guess] if ok else []
+
     def judged(self, track: Track, drafted: int, accepted: int) -> None:
         tries = accepted + (accepted < drafted)
-        self._odds[max(track.length, RUN)].saw(accepted, tries, FADE)
-        track.odds.saw(accepted, tries, RECENT)
+        self._odds[track.length].saw(accepted, tries, FADE)
+        if track.length:
+            track.odds.saw(accepted, tries, RECENT)
