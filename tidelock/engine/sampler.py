@@ -38,10 +38,15 @@ class Sampler:
         if self.matcher is not None:
             self.matcher.prepare()
 
-    def ask(self) -> Ask:
-        """For the next draw. Raises PolicyError when the constraint has become too complex."""
+    @property
+    def looks_back(self) -> bool:
+        """Whether a draw depends on what was drawn before it, through more than the logits."""
+        return self._seen is not None or self.matcher is not None
+
+    def ask(self, ahead: int = 0) -> Ask:
+        """For the next draw, or the one `ahead` of it. Raises PolicyError when the constraint has become too complex."""
         allowed = self.matcher.allowed(self.params.stop_ids) if self.matcher else None
-        return Ask(self.params, self.seed, self.count, self._seen, allowed)
+        return Ask(self.params, self.seed, self.count + ahead, self._seen, allowed)
 
     def add(self, drawn: Drawn) -> str | None:
         """Takes the token that was drawn. Returns why the request ends with it, or None."""
@@ -81,13 +86,14 @@ class Sampler:
         )
 
 
-def draw(samplers: Sequence[Sampler], logits: Tensor) -> list[Drawn | PolicyError]:
-    """One token for each, from row i of logits fp32 [B, V]; or why there is none. One request's failure is its own."""
+def draw(samplers: Sequence[tuple[Sampler, int]], logits: Tensor) -> list[Drawn | PolicyError]:
+    """For (sampler, n) number i the n-th draw from now on, from row i of logits fp32 [B, V]; or why there is none: one
+    request's failure is its own."""
     out: list[Drawn | PolicyError | None] = [None] * len(samplers)
     asks, rows = [], []
-    for i, sampler in enumerate(samplers):
+    for i, (sampler, ahead) in enumerate(samplers):
         try:
-            asks.append(sampler.ask())
+            asks.append(sampler.ask(ahead))
             rows.append(i)
         except PolicyError as e:
             out[i] = e

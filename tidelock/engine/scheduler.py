@@ -8,6 +8,7 @@ side; each forward is of one.
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
 from collections.abc import Callable
 
@@ -199,7 +200,8 @@ class Scheduler:
                 ready.append((seq, last - len(seq.draft)))
         if ready:
             self._sample(ready, hidden, weights)
-        self.speculation.clock.saw(sum(rows for _, rows in work), time.perf_counter() - begun)
+        if all(seq.decoding for seq, _ in work):
+            self.speculation.clock.saw(sum(rows for _, rows in work), time.perf_counter() - begun)
 
     def _with_drafts(self, work: Work) -> Work:
         """The same work with drafts, within the step's budget. With KDA layers a copy of the state waits in a spare slot;
@@ -208,14 +210,16 @@ class Scheduler:
         self.speculation.plan(rows)
         budget, out = self.limits.step_tokens - rows, []
         for seq, rows in work:
-            if seq.decoding and rows == seq.pending and (not self.memory.hybrid or rows == 1 and self.memory.slots.free):
+            if seq.decoding and rows == seq.pending and (rows == 1 or not self.memory.hybrid):
                 room = min(budget, seq.params.max_tokens - seq.sampled - 1)
                 seq.draft = self.speculation.draft(seq.track, room, seq.params.stop_ids)
-                budget -= len(seq.draft)
-                seq.computed_before = seq.computed
                 if seq.draft and self.memory.hybrid:
-                    seq.spare = self.memory.slots.take()
-                    self.memory.copy_slot(seq.slot, seq.spare)
+                    if self.eviction.make_room(slots=1):
+                        seq.spare, seq.computed_before = self.memory.slots.take(), seq.computed
+                        self.memory.copy_slot(seq.slot, seq.spare)
+                    else:
+                        seq.draft = []
+                budget -= len(seq.draft)
             out.append((seq, rows + len(seq.draft)))
         return out
 
@@ -224,17 +228,24 @@ class Scheduler:
 
         ready: sequences and the row of `hidden` that predicts their next token; those of the draft follow it.
         """
-        rows = [row + i for seq, row in ready for i in range(len(seq.draft) + 1)]
+        before = [(len(seq.ids), seq.decoding) for seq, _ in ready]
         with torch.no_grad():
-            logits = weights.model.logits(hidden[rows])
-        ends = np.cumsum([len(seq.draft) + 1 for seq, _ in ready])
-        going = [(seq, int(end) - len(seq.draft) - 1) for (seq, _), end in zip(ready, ends)]
-        depth, before = 0, [(len(seq.ids), seq.decoding) for seq, _ in ready]
+            logits = weights.model.logits(hidden[[row + i for seq, row in ready for i in range(len(seq.draft) + 1)]])
+        going, row = [], 0  # (sequence, first row of logits, where in its draft it is)
+        for seq, _ in ready:
+            going.append((seq, row, 0))
+            row += len(seq.draft) + 1
         while going:
-            rows = [row + depth for _, row in going]
-            drawn = draw([seq.sampler for seq, _ in going], logits if len(rows) == len(logits) else logits[rows])
-            going = [g for g, d in zip(going, drawn) if self._take(g[0], d, depth)]
-            depth += 1
+            # All rows of a draft are drawn at once, unless a draw must know the ones before it.
+            spans = [1 if seq.sampler.looks_back else len(seq.draft) + 1 for seq, _, _ in going]
+            rows = [row + at + i for (_, row, at), n in zip(going, spans) for i in range(n)]
+            asked = [(seq.sampler, i) for (seq, _, _), n in zip(going, spans) for i in range(n)]
+            drawn = iter(draw(asked, logits if len(rows) == len(logits) else logits[rows]))
+            going = [
+                (seq, row, at + n)
+                for (seq, row, at), n in zip(going, spans)
+                if self._take_all(seq, list(itertools.islice(drawn, n)), at)
+            ]
         if self.mtp is not None and self.speculation.guesses_pay() and getattr(weights.model, "mtp", None):
             self._look_ahead([(s, row, *b) for (s, row), b in zip(ready, before) if s.state == RUNNING], hidden, weights)
 
@@ -254,6 +265,11 @@ class Scheduler:
             for (seq, *_), token in zip([w for w in went if w[0].track.place is not None],
                                         self.mtp.guess(weights.model, places, states, following)):  # fmt: skip
                 seq.track.guess = token
+
+    def _take_all(self, seq: Sequence, drawn: list[Drawn | PolicyError], at: int) -> bool:
+        """Tokens drawn for the draft's rows from `at` on, up to the first that is not what was drafted. Whether the next
+        row still stands for the same text."""
+        return all(self._take(seq, d, at + i) for i, d in enumerate(drawn))
 
     def _take(self, seq: Sequence, drawn: Drawn | PolicyError, depth: int) -> bool:
         """One drawn token, after `depth` that were drafted. Whether the next draft row stands for the same text."""

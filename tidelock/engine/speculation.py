@@ -93,9 +93,10 @@ class Speculation:
         The n-th id is worth its rows while the odds that all of n come true exceed its share of the step: it adds
         b seconds to a + b rows, and so many tokens to `rows`.
         """
+        guess, track.guess = track.guess, None  # good for this step only
         found = self.lookup.find(track.text) if min(room, self.most) > 0 else None
         if found is None:
-            return self._guess(track, room, stop_ids)
+            return self._guess(track, guess, room, stop_ids)
         text, at, track.length = found
         rate = min(0.99, (self._odds[track.length].rate * track.odds.rate) ** 0.5)
         n, chance = 0, rate
@@ -104,7 +105,7 @@ class Speculation:
         if n == 0:  # so that what went out of favour can come back
             self._odds[track.length].saw(0, 0, 0.999)
             track.odds.saw(0, 0, 0.99)
-            return self._guess(track, room, stop_ids)
+            return self._guess(track, guess, room, stop_ids)
         ids = self.lookup.read(text, at, n)
         return ids[: next((i for i, token in enumerate(ids) if token in stop_ids), n)]
 
@@ -116,11 +117,10 @@ class Speculation:
             odds.saw(0, 0, 0.995)
         return odds.rate >= 0.25
 
-    def _guess(self, track: Track, room: int, stop_ids: Collection[int]) -> list[int]:
+    def _guess(self, track: Track, guess: int | None, room: int, stop_ids: Collection[int]) -> list[int]:
         """The one id the MTP layer expects, where no text was found that goes on."""
         track.length = 0
         worth = self._odds[0].rate > self._share * (1 + (self._again - 1) * (1 - self._odds[0].rate))
-        guess, track.guess = track.guess, None  # good for this step only
         ok = guess is not None and min(room, self.most) > 0 and worth and guess not in stop_ids
         return [guess] if ok else []
 
