@@ -124,7 +124,7 @@ class Schedule:
             n_pages=LONGEST // page + rng.randint(0, 20), n_slots=rng.randint(1, 8), patience=rng.choice([8, 64, 4096]),
             stream_every=rng.randint(1, 3), reuse=rng.random() < 0.95,
             host_bytes=rng.choice([0, 60_000, 10**7]) if tiered else 0, disk_bytes=10**6 if tiered else 0,
-            disk_dir=str(directory) if tiered else None,
+            disk_dir=str(directory) if tiered else None, draft_tokens=rng.choice([0, 5]),
         )  # fmt: skip
         self.version, self.weights_of = 0, {0: 0}
         self.scheduler = Scheduler(Weights(naive.models[0], 0), self.limits, END, clock=lambda: self.now)

@@ -3,12 +3,10 @@
 import asyncio
 import random
 
-import numpy as np
 import pytest
 import torch
 
 from tidelock.engine import Engine, Limits
-from tidelock.engine.sampling import sample
 from tidelock.models import Batch, TransformerLM, ops, preset, save_checkpoint
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.policy import PolicyError, SamplingParams
@@ -254,27 +252,3 @@ def test_closing_ends_what_is_running():
             await collect(engine, [1])
 
     run(inside())
-
-
-def draw(logits, n, temperature=1.0, top_p=1.0):
-    rows = torch.tensor(logits, dtype=torch.float32).repeat(n, 1)
-    full = lambda x, t=np.float64: np.full(n, x, dtype=t)  # noqa: E731
-    return sample(rows, full(temperature), full(top_p), full(5, np.uint64), np.arange(n, dtype=np.uint64))
-
-
-def test_draws_follow_the_distribution():
-    logits = np.log([0.5, 0.3, 0.15, 0.05])
-    ids, logprobs = draw(logits, 20_000)
-    assert np.bincount(ids, minlength=4) / 20_000 == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.015)
-    assert np.exp(logprobs[:5]) == pytest.approx(np.exp(logits)[ids[:5]], rel=1e-5)
-
-
-def test_top_p_keeps_the_smallest_set_that_reaches_it():
-    ids, logprobs = draw(np.log([0.05, 0.5, 0.15, 0.3]), 4000, top_p=0.7)
-    assert set(ids) == {1, 3} and (ids == 1).mean() == pytest.approx(0.625, abs=0.03)
-    assert np.exp(logprobs).max() == pytest.approx(0.5, rel=1e-5)  # recorded under the model, not under the nucleus
-
-
-def test_temperature_sharpens():
-    ids, _ = draw(np.log([0.6, 0.4]), 8000, temperature=0.5)
-    assert (ids == 0).mean() == pytest.approx(0.36 / 0.52, abs=0.02)

@@ -20,7 +20,7 @@ from tidelock.tokens.tokenizer import ByteTokenizer
 def running(tmp_path):
     """A server on a free port with an untrained nano model over byte tokens; yields (state, base_url)."""
     template = get_template("xtml", ByteTokenizer())
-    engine = Engine(TransformerLM(preset("nano-k3", 288), seed=0), 1, boundary_id=template.stop_ids[0])
+    engine = Engine(TransformerLM(preset("nano-k3", 288), seed=0), 1, boundary_id=template.stop_ids[0], template=template)
     ready, stop, box = threading.Event(), threading.Event(), {}
 
     async def main():

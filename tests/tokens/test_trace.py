@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.journal import Journal, read_journal
 from tidelock.tokens.message import Message, ToolCall, ToolSpec
+from tidelock.tokens.policy import Chunk, drawn_from
 from tidelock.tokens.template import get_template
 from tidelock.tokens.tokenizer import ByteTokenizer
 from tidelock.tokens.trace import Node, Outcome, Trace, TraceStore
@@ -24,6 +25,14 @@ def node(parent=None, text="hello", scope="key/session", ids=(1, 2, 3), **rest):
 def test_a_node_is_named_by_what_it_is_and_where_it_hangs():
     assert node().id == node().id
     assert len({node().id, node(parent="x").id, node(scope="b").id, node(ids=(1, 2)).id, node(text="z").id}) == 5
+
+
+def test_what_was_drawn_from_is_told_for_every_sampled_id_or_for_none():
+    told = {"sampled": 2, "logprobs": (-1.0, -1.0), "weights_versions": ((0, 2),)}
+    with pytest.raises(ValueError):
+        node(**told, kept=((1, 2),))
+    chunks = [Chunk((1,), (-1.0,), 0), Chunk((2,), (-2.0,), 0, sampled_logprobs=(-0.5,), kept=((2, 4),)), Chunk((), (), 0, "stop")]
+    assert drawn_from(chunks) == ((-1.0, -0.5), (None, (2, 4))) and drawn_from(chunks[:1]) == ((), ())
 
 
 def test_adding_twice_adds_once_also_over_a_restart(tmp_path):
@@ -42,7 +51,8 @@ def test_a_reopened_store_knows_everything_the_old_one_knew(tmp_path):
     tools = (ToolSpec("f", "d", {"type": "object"}),)
     root = Node.of(None, Message("system", "s", tools=tools), [1], scope="a")
     turn = Node.of(root.id, Message("assistant", "x", "r", (ToolCall("functions.f:0", "f", {"k": [1, None, "é"]}),), verbatim=(7,)),
-                   [2, 3], scope="a", sampled=1, logprobs=(-0.25,), weights_versions=((4, 1),), sampling={"seed": 1},
+                   [2, 3, 5], scope="a", sampled=3, logprobs=(-0.25,) * 3, weights_versions=((4, 3),), sampling={"seed": 1},
+                   sampled_logprobs=(-0.1, 0.0, -0.25), kept=((3, 7), b"\x03\xff", None),
                    template="h", sandbox="landlock-7", consent=True, consent_source="key", redactions=((0, 1),),
                    finish_reason="stop", exact=True, created=1.5)  # fmt: skip
     store.add_many([root, turn])
@@ -52,7 +62,7 @@ def test_a_reopened_store_knows_everything_the_old_one_knew(tmp_path):
     again = Trace.read(tmp_path / "t.jsonl")
     assert again.nodes == store.nodes and again.withdrawn == {"a"}
     assert again.outcomes(turn.id) == [Outcome(turn.id, False, 0.5, "v", turn.id, (root.id, turn.id))]
-    assert again.ids(turn.id) == [1, 2, 3] and [n.id for n in again.leaves()] == [turn.id]
+    assert again.ids(turn.id) == [1, 2, 3, 5] and [n.id for n in again.leaves()] == [turn.id]
 
 
 def test_match_finds_the_longest_known_beginning_and_never_crosses_scopes(tmp_path):

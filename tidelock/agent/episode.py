@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tidelock.tokens.message import Message
+from tidelock.tokens.policy import Chunk, Kept
 
 # Every episode ends for exactly one of these, checked in this order.
 STOP_REASONS = ("policy_error", "aborted", "length", "tool_crash", "answered", "max_turns")
@@ -12,13 +13,15 @@ STOP_REASONS = ("policy_error", "aborted", "length", "tool_crash", "answered", "
 
 @dataclass
 class Episode:
-    """A conversation token for token. `sampled`, `logprobs` and `versions` run parallel to `ids`."""
+    """A conversation token for token. Every list from `sampled` to `kept` runs parallel to `ids`."""
 
     messages: list[Message] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # 0 where not sampled
     versions: list[int] = field(default_factory=list)  # -1 where not sampled
+    sampled_logprobs: list[float] = field(default_factory=list)  # under what was drawn from; 0 where not sampled
+    kept: list[Kept] = field(default_factory=list)  # ids left by cut-offs and constraint; None = all, or not sampled
     exact: bool = True  # ids and logprobs are the sampler's own
     stop_reason: str = ""
     error: str = ""
@@ -40,10 +43,15 @@ class Episode:
         self.sampled += [False] * added
         self.logprobs += [0.0] * added
         self.versions += [-1] * added
+        self.sampled_logprobs += [0.0] * added
+        self.kept += [None] * added
 
-    def append_sampled(self, ids: tuple[int, ...], logprobs: tuple[float, ...], version: int) -> None:
-        self.ids = [*self.ids, *ids]
-        self.sampled += [True] * len(ids)
-        self.logprobs += logprobs
-        self.versions += [version] * len(ids)
-        self.sampled_tokens += len(ids)
+    def append_sampled(self, chunk: Chunk) -> None:
+        n = len(chunk.ids)
+        self.ids = [*self.ids, *chunk.ids]
+        self.sampled += [True] * n
+        self.logprobs += chunk.logprobs
+        self.versions += [chunk.weights_version] * n
+        self.sampled_logprobs += chunk.sampled_logprobs or chunk.logprobs
+        self.kept += chunk.kept or (None,) * n
+        self.sampled_tokens += n

@@ -71,8 +71,8 @@ class Agent:
         finish = None
         try:
             async for chunk in self.policy.generate(episode.ids, params):
-                episode.append_sampled(chunk.ids, chunk.logprobs, chunk.weights_version)
-                for delta in parser.feed(chunk.ids):
+                episode.append_sampled(chunk)
+                for delta in parser.feed(chunk.ids, chunk.stop):
                     on_event("delta", delta)
                 if chunk.finish_reason is not None:
                     finish = chunk.finish_reason

@@ -18,8 +18,12 @@ import numpy as np
 
 from tidelock.models import TransformerLM
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
+from tidelock.tokens.template import Template
 
+from .grammar import Grammars
 from .limits import Limits, Stats
+from .sampler import Sampler
+from .sampling import check_params
 from .scheduler import Scheduler
 from .selftest import self_test
 from .sequence import Sequence
@@ -34,11 +38,12 @@ class Engine:
     """Policy over a model in this process. `boundary_id` is the template's end-of-message id (for prefix reuse).
 
     `weights` says how the served copy is packed; `exactness`, whether that gives the training forward's numbers.
+    `template` tells ids from text: only with it are stop strings and constraints understood.
     """
 
     def __init__(
         self, model: TransformerLM, version: int = 0, *, limits: Limits = Limits(), boundary_id: int | None = None,
-        weights: str = "fp32",
+        weights: str = "fp32", template: Template | None = None,
     ) -> None:  # fmt: skip
         self.exact = True
         self.version = version
@@ -47,7 +52,8 @@ class Engine:
         self.context = limits.context or model.config.max_position_embeddings
         served = serving_copy(model.eval(), weights)
         self.exactness = self_test(model, served)
-        self._packing, self._config = weights, model.config
+        self._packing, self._config, self._template = weights, model.config, template
+        self._grammars = Grammars(template.tokenizer, model.config.vocab_size) if template else None
         self._scheduler = Scheduler(Weights(served, version), limits, boundary_id, self.stats)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: set[Sequence] = set()
@@ -68,12 +74,16 @@ class Engine:
         self, prompt_ids: Seq[int], params: SamplingParams, request_id: str | None = None
     ) -> AsyncIterator[Chunk]:
         prompt = self._checked(prompt_ids, params)
+        sampler = self._sampler(prompt_ids, params)
+        if params.constraint is not None:  # while it compiled, the door may have closed
+            sampler.matcher = await self._grammars.matcher(params.constraint)
+            self._checked(prompt_ids, params)
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue()
         seq = Sequence(
             request_id or f"r{next(self._names)}", prompt, params,
             lambda item: self._outbox.setdefault(loop, []).append((inbox, item)),
-            params.seed if params.seed is not None else random.getrandbits(63),
-            None if params.deadline_s is None else self._scheduler.clock() + params.deadline_s,
+            sampler.seed, None if params.deadline_s is None else self._scheduler.clock() + params.deadline_s,
+            sampler=sampler,
         )  # fmt: skip
         self._count_in(seq)
         try:
@@ -158,6 +168,8 @@ class Engine:
         """Stop the thread; requests still running end with an error."""
         self._commands.put(None)
         self._thread.join()
+        if self._grammars is not None:
+            self._grammars.close()
 
     # -- the door -----------------------------------------------------------------------------------------------------
 
@@ -184,6 +196,14 @@ class Engine:
         if prompt.min() < 0 or prompt.max() >= self._config.vocab_size:
             raise _bad(f"token ids must be in 0..{self._config.vocab_size - 1}")
         return prompt.astype(np.int32)
+
+    def _sampler(self, prompt_ids: Seq[int], params: SamplingParams) -> Sampler:
+        """Raises PolicyError (400) for parameters that no draw could honour."""
+        check_params(params, self._config.vocab_size)
+        if self._template is None and (params.stop or params.constraint):
+            raise _bad("this engine was given no tokenizer, so it knows no stop strings and no constraints")
+        read = self._template.text_reader(prompt_ids) if params.stop else None
+        return Sampler(prompt_ids, params, params.seed if params.seed is not None else random.getrandbits(63), read)
 
     def _count_in(self, seq: Sequence) -> None:
         with self._counting:

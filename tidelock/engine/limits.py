@@ -20,6 +20,7 @@ class Limits:
     stream_every: int = 4  # tokens per chunk of a stream
     context: int | None = None  # None: the model's own limit
     patience: int = 16384  # tokens the engine serves until a waiting request counts as one priority level more urgent
+    draft_tokens: int = 0  # most tokens of a draft (see `speculation`); 0: plain decoding
     reuse: bool = True  # False: no prefix cache, every prompt from its first token (the oracle of the tests)
     host_bytes: int = 0  # evicted pages and snapshots kept in host memory
     disk_bytes: int = 0  # and, pushed out of there, on disk
@@ -34,6 +35,8 @@ class Stats:
     prefilled: int = 0  # rows run for tokens the client sent, or again after a swap that continues
     cached: int = 0  # prompt tokens found in the cache
     decoded: int = 0  # rows run for tokens the model had sampled
+    drafted: int = 0  # rows run for ids that were only guessed
+    accepted: int = 0  # of those, the ones that were right
     finished: int = 0  # requests, however they ended
     snapshots: int = 0  # states kept
     evicted: int = 0  # nodes whose pages or state were dropped or offloaded

@@ -24,7 +24,7 @@ def forward(model: TransformerLM, memory: Memory, work: Work) -> tuple[Tensor, T
     """
     cu = np.zeros(len(work) + 1, dtype=np.int32)
     np.cumsum([rows for _, rows in work], out=cu[1:])
-    ids = np.concatenate([s.ids[s.computed : s.computed + rows] for s, rows in work]).astype(np.int64)
+    ids = np.concatenate([s.upcoming(rows) for s, rows in work]).astype(np.int64)
     start = np.array([s.computed for s, _ in work], dtype=np.int32)
     table = np.zeros((len(work), max(memory.pages_for(s.computed + rows) for s, rows in work)), dtype=np.int32)
     for row, (s, rows) in zip(table, work):
@@ -40,14 +40,18 @@ def plan(running: list[Sequence], budget: int, level: Callable[[Sequence], int])
     """The next step's work, at most `budget` tokens. Decoding sequences first, those that ran longest ago before others;
     but a quarter of the budget is for prompts, and what the others leave: the more urgent first (`level`, lower first),
     evenly among equals, so that a long prompt does not hold up the short ones."""
-    decoding = sorted((s for s in running if s.pending == 1), key=lambda s: s.last_step)
+    decoding = sorted((s for s in running if s.decoding or s.pending == 1), key=lambda s: s.last_step)
     prompts: dict[int, list[Sequence]] = {}
     for seq in running:
-        if seq.pending > 1:
+        if seq.pending > 1 and not seq.decoding:
             prompts.setdefault(level(seq), []).append(seq)
     theirs = min(max(budget // 4, 1), sum(s.pending for group in prompts.values() for s in group))
-    work = [(seq, 1) for seq in decoding[: budget - theirs]]
-    budget -= len(work)
+    work: Work = []
+    for seq in decoding:  # after a failed draft with more than one row
+        rows = min(seq.pending, budget - theirs)
+        if rows:
+            work.append((seq, rows))
+            budget -= rows
     for urgency in sorted(prompts):
         group = sorted(prompts[urgency], key=lambda s: (s.pending, s.number))
         for i, seq in enumerate(group):

@@ -8,27 +8,29 @@ side; each forward is of one.
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from tidelock.tokens.policy import Chunk, PolicyError
+from tidelock.tokens.policy import PolicyError
 
 from .admission import Admission
 from .eviction import Eviction
 from .limits import Limits, Stats
 from .line import Line
 from .memory import Memory
+from .mtp import PROMPT, MTPDrafts
 from .offload import Store
 from .runner import Work, forward, plan
-from .sampling import sample
+from .sampler import draw
+from .sampling import Drawn
 from .sequence import DONE, RUNNING, WAITING, Sequence
+from .speculation import Speculation
 from .tree import Tree, common
 from .weights import Weights
-
-NOT_A_NUMBER = PolicyError("the model produced a value that is not a number", status=500, kind="server_error")
 
 
 class Scheduler:
@@ -46,6 +48,9 @@ class Scheduler:
         self.admission = Admission(self.memory, self.tree, self.eviction, self.stats)
         self.line = Line(limits, self.stats)
         self.running: list[Sequence] = []
+        self.speculation = Speculation(limits.draft_tokens, again=2 if self.memory.hybrid else 1)
+        has_mtp = limits.draft_tokens and getattr(weights.model, "mtp", None)
+        self.mtp = MTPDrafts(weights.model.config, limits.max_batch) if has_mtp else None
         self._boundary = boundary_id
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._full = False  # the next in line did not fit, and nothing has changed since
@@ -89,10 +94,9 @@ class Scheduler:
         if go_on:
             begun, self.running = self.running, []
             for seq in sorted(begun, key=lambda s: s.number, reverse=True):
-                if seq.unsent_ids:
-                    self._send(seq, None)
+                self._send(seq, None, everything=True)
                 self._withdraw(seq)
-                seq.state, seq.computed, seq.weights = WAITING, 0, None
+                seq.state, seq.computed, seq.weights, seq.decoding = WAITING, 0, None, False
                 self.line.rejoin(seq)
         for old in before:
             self._drop_if_unused(old)
@@ -175,54 +179,146 @@ class Scheduler:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _run(self, weights: Weights, work: Work) -> None:
+        begun = time.perf_counter()
+        if self.limits.draft_tokens:
+            work = self._with_drafts(work)
+        for seq, rows in work:
+            if rows == seq.pending + len(seq.draft):
+                seq.sampler.prepare()
         hidden, last_rows = forward(weights.model, self.memory, work)
         ready = []
-        for i, (seq, rows) in enumerate(work):
-            decoding = rows == 1 and seq.sampled > 0
-            self.stats.decoded += decoding
-            self.stats.prefilled += 0 if decoding else rows
+        for (seq, rows), last in zip(work, last_rows.tolist()):
+            self.stats.decoded += rows if seq.decoding else 0
+            self.stats.prefilled += 0 if seq.decoding else rows
             seq.spent += rows
-            seq.computed += rows
+            seq.first_row = last + 1 - rows
+            seq.computed += rows - len(seq.draft)
             seq.last_step = self.stats.steps
-            if not decoding:
+            if not seq.decoding:
                 self._keep_prefix(seq)
             if seq.pending == 0:
-                ready.append(i)
+                ready.append((seq, last - len(seq.draft)))
         if ready:
-            with torch.no_grad():
-                logits = weights.model.logits(hidden[last_rows[ready]])
-            self._sample([work[i][0] for i in ready], logits)
+            self._sample(ready, hidden, weights)
+        if all(seq.decoding for seq, _ in work):
+            self.speculation.clock.saw(sum(rows for _, rows in work), time.perf_counter() - begun)
 
-    def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> None:
-        ids, logprobs = sample(
-            logits,
-            np.array([s.params.temperature for s in ready]),
-            np.array([s.params.top_p for s in ready]),
-            np.array([s.seed for s in ready], dtype=np.uint64),
-            np.array([s.sampled for s in ready], dtype=np.uint64),
-        )
-        for seq, token, logprob in zip(ready, ids.tolist(), logprobs.tolist()):
-            if logprob != logprob:
-                self._fail(seq, NOT_A_NUMBER)
+    def _with_drafts(self, work: Work) -> Work:
+        """The same work with drafts, within the step's budget. With KDA layers a copy of the state waits in a spare slot;
+        without one to spare there is no draft, nor while accepted tokens run again, which would put that off for ever."""
+        rows = sum(rows for _, rows in work)
+        self.speculation.plan(rows)
+        budget, out = self.limits.step_tokens - rows, []
+        for seq, rows in work:
+            if seq.decoding and rows == seq.pending and (rows == 1 or not self.memory.hybrid):
+                room = min(budget, seq.params.max_tokens - seq.sampled - 1)
+                seq.draft = self.speculation.draft(seq.track, room, seq.params.stop_ids)
+                if seq.draft and self.memory.hybrid:
+                    if self.eviction.make_room(slots=1):
+                        seq.spare, seq.computed_before = self.memory.slots.take(), seq.computed
+                        self.memory.copy_slot(seq.slot, seq.spare)
+                    else:
+                        seq.draft = []
+                budget -= len(seq.draft)
+            out.append((seq, rows + len(seq.draft)))
+        return out
+
+    def _sample(self, ready: list[tuple[Sequence, int]], hidden: torch.Tensor, weights: Weights) -> None:
+        """Draw the next token of each, and where it is the one that was drafted, the one after it.
+
+        ready: sequences and the row of `hidden` that predicts their next token; those of the draft follow it.
+        """
+        before = [(len(seq.ids), seq.decoding) for seq, _ in ready]
+        with torch.no_grad():
+            logits = weights.model.logits(hidden[[row + i for seq, row in ready for i in range(len(seq.draft) + 1)]])
+        going, row = [], 0  # (sequence, first row of logits, where in its draft it is)
+        for seq, _ in ready:
+            going.append((seq, row, 0))
+            row += len(seq.draft) + 1
+        while going:
+            # All rows of a draft are drawn at once, unless a draw must know the ones before it.
+            spans = [1 if seq.sampler.looks_back else len(seq.draft) + 1 for seq, _, _ in going]
+            rows = [row + at + i for (_, row, at), n in zip(going, spans) for i in range(n)]
+            asked = [(seq.sampler, i) for (seq, _, _), n in zip(going, spans) for i in range(n)]
+            drawn = iter(draw(asked, logits if len(rows) == len(logits) else logits[rows]))
+            going = [
+                (seq, row, at + n)
+                for (seq, row, at), n in zip(going, spans)
+                if self._take_all(seq, list(itertools.islice(drawn, n)), at)
+            ]
+        if self.mtp is not None and self.speculation.guesses_pay() and getattr(weights.model, "mtp", None):
+            self._look_ahead([(s, row, *b) for (s, row), b in zip(ready, before) if s.state == RUNNING], hidden, weights)
+
+    def _look_ahead(self, went: list[tuple[Sequence, int, int, bool]], hidden: torch.Tensor, weights: Weights) -> None:
+        """Feed the MTP layer what was sampled. went: sequences, the row that predicted their first new token, how many
+        ids they had before it, and whether they were decoding (or else the end of their prompt is fed too)."""
+        places, states, following = [], [], []
+        for seq, row, length, decoding in went:
+            if seq.track.place is None:
+                seq.track.place = self.mtp.take()
+            if seq.track.place is not None:
+                back = 0 if decoding else min(PROMPT, row - seq.first_row)
+                places.append(seq.track.place)
+                states.append(hidden[row - back : row + len(seq.ids) - length])
+                following.append(seq.ids[length - back :].tolist())
+        if places:
+            for (seq, *_), token in zip([w for w in went if w[0].track.place is not None],
+                                        self.mtp.guess(weights.model, places, states, following)):  # fmt: skip
+                seq.track.guess = token
+
+    def _take_all(self, seq: Sequence, drawn: list[Drawn | PolicyError], at: int) -> bool:
+        """Tokens drawn for the draft's rows from `at` on, up to the first that is not what was drafted. Whether the next
+        row still stands for the same text."""
+        return all(self._take(seq, d, at + i) for i, d in enumerate(drawn))
+
+    def _take(self, seq: Sequence, drawn: Drawn | PolicyError, depth: int) -> bool:
+        """One drawn token, after `depth` that were drafted. Whether the next draft row stands for the same text."""
+        right = finish = None
+        if not isinstance(drawn, PolicyError):
+            right = depth < len(seq.draft) and seq.draft[depth] == drawn.id
+            finish = seq.sampler.add(drawn)
+            seq.append(drawn.id)
+        if finish is not None or not right:
+            self._settle(seq, depth)
+        if isinstance(drawn, PolicyError):
+            self._fail(seq, drawn)
+        elif finish is not None:
+            self.end(seq, finish)
+        else:
+            self._after(seq, drawn.id)
+        return bool(right and finish is None)
+
+    def _after(self, seq: Sequence, token: int) -> None:
+        if self.limits.draft_tokens:
+            if seq.track is None:
+                seq.track = self.speculation.begin(seq.params.tenant, seq.ids.tolist(), max(seq.cached, 0))
             else:
-                self._accept(seq, token, logprob)
-
-    def _accept(self, seq: Sequence, token: int, logprob: float) -> None:
-        seq.append(token)
-        seq.unsent_ids.append(token)
-        seq.unsent_logprobs.append(logprob)
-        if token in seq.params.stop_ids:
-            self.end(seq, "stop")
-        elif seq.sampled >= seq.params.max_tokens:
-            self.end(seq, "length")
-        elif len(seq.unsent_ids) >= self.limits.stream_every:
+                self.speculation.grew(seq.track, token)
+        seq.decoding = True
+        if seq.sampler.ready() >= self.limits.stream_every:
             self._send(seq, None)
 
-    def _send(self, seq: Sequence, finish_reason: str | None) -> None:
+    def _settle(self, seq: Sequence, right: int) -> None:
+        """The first `right` tokens of the draft were right: the cache holds them too, or, where a KDA state has gone on
+        past them, goes back to before this step; the next one runs them again."""
+        if not seq.draft:
+            return
+        self.stats.drafted += len(seq.draft)
+        self.stats.accepted += right
+        self.speculation.judged(seq.track, len(seq.draft), right)
+        if seq.spare < 0 or right == len(seq.draft):
+            seq.computed += right
+        else:
+            seq.slot, seq.spare, seq.computed = seq.spare, seq.slot, seq.computed_before
+        if seq.spare >= 0:
+            self.memory.slots.release(seq.spare)
+        seq.spare, seq.draft = -1, []
+
+    def _send(self, seq: Sequence, finish_reason: str | None, everything: bool = False) -> None:
         version = (seq.weights or self.weights).version
-        chunk = Chunk(tuple(seq.unsent_ids), tuple(seq.unsent_logprobs), version, finish_reason, max(seq.cached, 0))
-        seq.unsent_ids, seq.unsent_logprobs = [], []
-        seq.deliver(chunk)
+        chunk = seq.sampler.chunk(version, finish_reason, max(seq.cached, 0), everything)
+        if chunk.ids or finish_reason is not None:
+            seq.deliver(chunk)
 
     # -- what is kept -------------------------------------------------------------------------------------------------
 
@@ -276,6 +372,9 @@ class Scheduler:
     def _withdraw(self, seq: Sequence) -> None:
         """Give back everything a running sequence holds."""
         self.line.settle(seq)
+        if seq.track is not None and seq.track.place is not None:
+            self.mtp.release(seq.track.place)
+        seq.track = None
         self._unpin(seq)
         for page in seq.pages:
             self.memory.pages.release(page)

@@ -10,7 +10,10 @@ import numpy as np
 
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 
+from .sampler import Sampler
+
 if TYPE_CHECKING:
+    from .speculation import Track
     from .tree import Node
     from .weights import Weights
 
@@ -47,11 +50,18 @@ class Sequence:
     stops: set[int] = field(default_factory=set)  # end a prefill chunk here and keep the state
     last_step: int = 0
     cached: int = -1  # prompt tokens found in the cache when it first ran
-    unsent_ids: list[int] = field(default_factory=list)
-    unsent_logprobs: list[float] = field(default_factory=list)
+    decoding: bool = False  # whether it has sampled since it was admitted: its rows are no prefill
+    first_row: int = 0  # of its rows in the last forward
+    draft: list[int] = field(default_factory=list)  # ids that run after its own in this step, to be verified
+    spare: int = -1  # while there is a draft, the slot with the state from before this step
+    computed_before: int = 0  # and how many tokens that is the state of
+    track: Track | None = None
+    sampler: Sampler | None = None  # None: one without stop strings and constraint
 
     def __post_init__(self) -> None:
         self.urgency = self.params.priority
+        if self.sampler is None:
+            self.sampler = Sampler(self.prompt, self.params, self.seed)
         self._buffer, self._length = self.prompt, len(self.prompt)
         self.fingerprint = hash(self.prompt.tobytes())  # equal prompts have equal ones
 
@@ -68,6 +78,11 @@ class Sequence:
             self._buffer = grown
         self._buffer[self._length] = token
         self._length += 1
+
+    def upcoming(self, rows: int) -> np.ndarray:
+        """The ids of its next `rows` rows, which end with its draft."""
+        own = self.ids[self.computed : self.computed + rows - len(self.draft)]
+        return np.concatenate([own, np.array(self.draft, dtype=np.int32)]) if self.draft else own
 
     @property
     def sampled(self) -> int:

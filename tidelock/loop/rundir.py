@@ -46,7 +46,7 @@ class RunDir:
         return load_checkpoint(checkpoint).eval()
 
     def engine(self, model: TransformerLM, template: Template, version: int = 0, limits: Limits = Limits()) -> Engine:
-        return Engine(model, version, limits=limits, boundary_id=template.stop_ids[0])
+        return Engine(model, version, limits=limits, boundary_id=template.stop_ids[0], template=template)
 
     def service_state(self, limits: Limits = Limits()) -> ServiceState:
         """The current release behind the service. The caller closes `state.policy`."""

@@ -44,10 +44,12 @@ class MTP(nn.Module):
         self.eh_proj = Linear(2 * d, d)
         self.layer = Layer(c, c.num_layers - 1, attention_residuals=False)
 
-    def forward(self, hidden: Tensor, embedded: Tensor, batch: Batch) -> Tensor:
-        """hidden [N, d] (after the model's last norm), embedded [N, d] of the tokens that follow -> [N, d]."""
+    def forward(self, hidden: Tensor, embedded: Tensor, batch: Batch, cache=None) -> Tensor:
+        """hidden [N, d] (after the model's last norm), embedded [N, d] of the tokens that follow -> [N, d].
+
+        cache: what `self_attn` continues from, when the rows are not whole sequences."""
         x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
-        x = x + self.layer.self_attn(self.layer.input_layernorm(x), batch, None)
+        x = x + self.layer.self_attn(self.layer.input_layernorm(x), batch, cache)
         x = x + self.layer.mlp(self.layer.post_attention_layernorm(x))
         return self.norm(x)
 

@@ -78,8 +78,10 @@ class Sample:
     versions: list[tuple[int, int]] = field(default_factory=list)  # (weights version, tokens) spans
     cached_tokens: int = 0
     finish_reason: str | None = None
+    chunks: list[Chunk] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
         self.ids += chunk.ids
         self.logprobs += chunk.logprobs
         if chunk.ids:
@@ -108,7 +110,7 @@ class Choice:
         self._calls_before = count_calls(ask.messages)
         self._parser = template.parser(self._calls_before)
         self._parser.feed(opening_ids)
-        self._filters = {kind: StopFilter(ask.params.stop) for kind in ("reasoning", "content")}
+        self._stop = StopFilter(ask.params.stop)  # of the content, as the engine has it
         self._said = {"reasoning": "", "content": ""}
         self._calls: list[int] = []  # the parser's call indices in order of appearance
         self._tokens: list[Token] = []
@@ -117,7 +119,7 @@ class Choice:
     @property
     def stopped(self) -> str | None:
         """The stop string that was found; nothing more need be sampled."""
-        return next((f.found for f in self._filters.values() if f.found is not None), None)
+        return self._stop.found
 
     def take(self, chunk: Chunk) -> list[Piece]:
         self.sample.add(chunk)
@@ -136,8 +138,7 @@ class Choice:
         message = self._parser.finish()
         for delta in self._parser.feed(()):
             self._say(pieces, delta.kind, delta.text, delta.call_index, ())
-        for kind, held in self._filters.items():
-            self._emit(pieces, kind, held.finish(), ())
+        self._emit(pieces, "content", self._stop.finish(), ())
         opening = self.ask.opening or Message("assistant")
         if self.stopped is not None:
             content = opening.content + self._said["content"]
@@ -154,8 +155,10 @@ class Choice:
         return "tool_calls" if message.tool_calls and reason == "stop" else "length" if reason == "length" else "stop"
 
     def _say(self, pieces: list[Piece], kind: str, text: str, index: int, tokens: tuple[Token, ...]) -> None:
-        if kind in self._filters:
-            self._emit(pieces, kind, self._filters[kind].feed(text), tokens)
+        if kind == "content":
+            self._emit(pieces, kind, self._stop.feed(text), tokens)
+        elif kind == "reasoning":
+            self._emit(pieces, kind, text, tokens)
         elif self.stopped is not None:
             return
         elif kind == "tool_name":

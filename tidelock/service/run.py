@@ -17,14 +17,14 @@ from tidelock.service import errors
 from tidelock.service.answer import Bill, Choice, Ended, Event, Piece, Usage
 from tidelock.service.ask import Ask
 from tidelock.service.errors import ApiError
-from tidelock.service.forcing import constraint
+from tidelock.service.forcing import constraint, held
 from tidelock.service.keys import Key
 from tidelock.service.books import Admission, InsufficientBalance, Metered
 from tidelock.service.prices import Counts
 from tidelock.service.state import ServiceState
 from tidelock.service.tab import Tab, opened
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
+from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams, drawn_from
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import Node
 
@@ -102,7 +102,7 @@ async def count_tokens(state: ServiceState, key: Key, ask: Ask) -> int:
 
 def opening(template: Template, ask: Ask) -> tuple[int, ...]:
     """Ids of the answer's given beginning. Without thinking that is the empty thought, so that the answer comes next."""
-    if ask.opening is None and ask.thinking:
+    if ask.opening is None and (ask.thinking or held(ask)):
         return ()
     empty, probe = (template.sampled(Message("assistant", text)) for text in ("", "x"))
     tail = 0  # how many ids close a turn whose last channel is its content: those that any content leaves alone
@@ -375,6 +375,7 @@ async def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ..
     sampling = asdict(meter.params)
     for choice in meter.choices:
         sample = choice.sample
+        sampled_logprobs, kept = drawn_from(sample.chunks)
         answers.append(
             Node.of(
                 parent,
@@ -382,6 +383,8 @@ async def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ..
                 (*state.template.generation_prompt(), *turn.opening_ids, *sample.ids),
                 sampled=len(sample.ids),
                 logprobs=tuple(sample.logprobs),
+                sampled_logprobs=sampled_logprobs,
+                kept=kept,
                 weights_versions=tuple(sample.versions),
                 sampling=sampling,
                 finish_reason="stop" if choice.stopped is not None else sample.finish_reason or "abort",

@@ -18,8 +18,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from . import jsontext
-from .message import Message
+from . import jsontext, lark
+from .message import Message, ToolSpec
 from .template import (
     Template,
     add_system_text,
@@ -107,6 +107,15 @@ class ChatML(Template):
             return self._message(self.SYSTEM, header, RETURN.format(id=identifier) + message.content)
         names = {"tools": "tool_declare", "text": "system"}
         return [i for kind, text in system_parts(message) for i in self._message(self.SYSTEM, names[kind], text)]
+
+    def _turn(self, content: str, calls: str | None = None) -> str:
+        called = f"{lark.special(self.SECTION)} {calls} {lark.special(self.SECTION_END)} " if calls else ""
+        return f"thought {lark.special(self.THINK_END)} {content} {called}{lark.special(self.END)}"
+
+    def _call_rules(self, rule: str, tool: ToolSpec) -> list[str]:
+        head = f"{lark.special(self.CALL)} {lark.literal(f'functions.{tool.name}:')} /[0-9]{{1,4}}/"
+        arguments = lark.json_value(lark.closed(tool.parameters))
+        return [f"{rule}: {head} {lark.special(self.ARGUMENTS)} {arguments} {lark.special(self.CALL_END)}"]
 
     def parser(self, calls_before: int = 0) -> ChatMLParser:
         return ChatMLParser(self, calls_before)

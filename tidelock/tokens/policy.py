@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 
 class PolicyError(Exception):
     """The policy could not answer (provider down, queue full, request refused). Nobody's task failed."""
@@ -51,6 +53,29 @@ class SamplingParams:
     deadline_s: float | None = None  # from arrival; a request that is not done by then ends with "deadline"
 
 
+# The ids that cut-offs and a constraint left: None = all; else the ids, ascending, or, where that is smaller, a bit mask
+# of the vocabulary (bit i % 8, counted from the lowest, of byte i // 8 is id i). `kept_ids` reads both.
+Kept = tuple[int, ...] | bytes | None
+
+
+def compact(ids: np.ndarray, vocab: int) -> Kept:
+    """Ascending int64 ids as `Kept`, in whichever form is smaller (4 bytes an id against one bit of the vocabulary)."""
+    if len(ids) == vocab:
+        return None
+    if 32 * len(ids) <= vocab:
+        return tuple(ids.tolist())
+    mask = np.zeros(vocab, dtype=bool)
+    mask[ids] = True
+    return np.packbits(mask, bitorder="little").tobytes()
+
+
+def kept_ids(kept: tuple[int, ...] | bytes) -> np.ndarray:
+    """The ids, int64, ascending."""
+    if isinstance(kept, bytes):
+        return np.flatnonzero(np.unpackbits(np.frombuffer(kept, dtype=np.uint8), bitorder="little"))
+    return np.asarray(kept, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Some newly sampled tokens. The last chunk of a request, and only it, has a `finish_reason`."""
@@ -62,8 +87,16 @@ class Chunk:
     cached_tokens: int = 0  # on the last chunk: prompt tokens that were not prefilled again
     sampled_logprobs: tuple[float, ...] = ()  # under the distribution that was drawn from; empty = same as logprobs
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # per token (id, logprob), likeliest first
-    kept: tuple[tuple[int, ...] | None, ...] = ()  # per token the ids left by cut-offs and constraint; None = all
+    kept: tuple[Kept, ...] = ()  # per token what cut-offs and constraint left; empty = nothing was ever cut
     stop: str | None = None  # on the last chunk: the stop string that was found
+
+
+def drawn_from(chunks: Sequence[Chunk]) -> tuple[tuple[float, ...], tuple[Kept, ...]]:
+    """(sampled_logprobs, kept) of a whole answer, one per id; each is empty when the chunks say nothing of it."""
+    told = any(c.sampled_logprobs for c in chunks)
+    logprobs = tuple(x for c in chunks for x in c.sampled_logprobs or c.logprobs) if told else ()
+    cut = any(c.kept for c in chunks)
+    return logprobs, tuple(x for c in chunks for x in c.kept or (None,) * len(c.ids)) if cut else ()
 
 
 class Policy(Protocol):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from . import lark
 from .errors import UserError
 from .message import Message, ToolCall, ToolSpec
+from .policy import Constraint
 from .tokenizer import BPETokenizer, ByteTokenizer
 from .turn import Delta, TurnParser, call_id, make_calls
 
@@ -66,6 +68,58 @@ class Template:
 
     def parser(self, calls_before: int = 0) -> TurnParser:
         """Reads one sampled turn. `calls_before`: tool calls made earlier in the conversation, which number the new."""
+        raise NotImplementedError
+
+    def text_reader(self, prompt_ids: Sequence[int]) -> Callable[[int], bytes | None]:
+        """Gives, id by id, the bytes in which stop strings are looked for; None is no text.
+
+        In an assistant's turn that is the content of the answer, not its reasoning, calls and markup; after a prompt
+        that opens no such turn it is all that is no special token.
+        """
+        opening, ids = self.generation_prompt(), list(prompt_ids)
+        last_stop = max((i for i, token in enumerate(ids) if token in self.stop_ids), default=-1)
+        for at in range(last_stop + 1, len(ids) - len(opening) + 1):
+            if ids[at : at + len(opening)] == opening:
+                parser = self.parser()
+                parser.feed(ids[at + len(opening) :])  # what was put into the answer's mouth
+                return parser.content_bytes
+        return lambda token: None if self.tokenizer.is_special(token) else self.tokenizer.token_bytes(token)
+
+    def constraint(
+        self, tools: Sequence[ToolSpec] = (), choice: str = "auto", content: Constraint | None = None, thinking: bool = True
+    ) -> Constraint:
+        """What a turn of this format must match, from the first id after the generation prompt to the stop id.
+
+        choice: "none", "auto" (calls or not), "required" (at least one call), or the name of the tool to call, once.
+        Arguments satisfy their tool's schema. content: what an answer without calls must match, a JSON schema or regex.
+        thinking: False leaves the thought empty.
+        Raises UserError for an unknown tool, or a schema that cannot be read.
+        """
+        named = [t for t in tools if t.name == choice]
+        if choice not in ("none", "auto", "required") and not named:
+            raise UserError(f"no tool is called {choice!r}")
+        if choice == "required" and not tools:
+            raise UserError("a call is required, but there are no tools")
+        answering, calling = self._turn("content"), self._turn("text", "call" if named else "call+")
+        if named or choice == "required":
+            start, callable_ = calling, named or tools
+        elif choice == "auto" and tools:
+            start, callable_ = f"{answering} | {calling}", tools
+        else:
+            start, callable_ = answering, ()
+        thought = lark.TEXT if thinking else '""'
+        rules = [f"start: {start}", f"thought: {thought}", f"content: {lark.content(content)}", f"text: {lark.TEXT}"]
+        if callable_:
+            rules.append("call: " + lark.any_of([f"call_{i}" for i in range(len(callable_))]))
+            rules += [rule for i, tool in enumerate(callable_) for rule in self._call_rules(f"call_{i}", tool)]
+        return Constraint("lark", "\n".join(rules) + "\n")
+
+    def _turn(self, content: str, calls: str | None = None) -> str:
+        """A whole turn in Lark's syntax, given the expressions for its content and its calls."""
+        raise NotImplementedError
+
+    def _call_rules(self, rule: str, tool: ToolSpec) -> list[str]:
+        """The rule for one call of this tool, and those it needs, in Lark's syntax. Their names begin with `rule`."""
         raise NotImplementedError
 
     def parse(self, ids: Sequence[int]) -> list[Message]:

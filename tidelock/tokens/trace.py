@@ -6,6 +6,7 @@ A node says what produced its ids (weights versions, sampling, template, sandbox
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 from .journal import Journal, read_journal
 from .message import Message, ToolCall, ToolSpec
+from .policy import Kept
 from .template import Template
 
 
@@ -25,6 +27,8 @@ class Node:
     """One message of a conversation and the ids it added. Make one with `Node.of`, which derives the id.
 
     sampled: how many of the trailing ids were sampled (0 for messages that came in); `logprobs` belong to those.
+    sampled_logprobs, kept: of the distribution that was drawn from, where it was not the model's own (see
+    `policy.Chunk`): with them the log-probability under the same cut-offs can be computed again. Empty where it was.
     weights_versions: (version, count) spans over the sampled ids. redactions: [start, end) ranges of `ids` kept out of
     any loss; ids themselves are never rewritten. exact: ids and logprobs are the sampler's own.
     """
@@ -36,6 +40,8 @@ class Node:
     ids: tuple[int, ...]
     sampled: int = 0
     logprobs: tuple[float, ...] = ()
+    sampled_logprobs: tuple[float, ...] = ()
+    kept: tuple[Kept, ...] = ()
     weights_versions: tuple[tuple[int, int], ...] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
     template: str = ""
@@ -54,6 +60,8 @@ class Node:
                 f"a node of {len(self.ids)} ids, {self.sampled} of them sampled, needs a logprob and a weights version "
                 f"for each sampled id, not {len(self.logprobs)} and {spanned}"
             )
+        if not {len(self.sampled_logprobs), len(self.kept)} <= {0, self.sampled}:
+            raise ValueError(f"what was drawn from is told for each of the {self.sampled} sampled ids, or for none")
 
     @staticmethod
     def of(parent: str | None, message: Message, ids: Sequence[int], *, scope: str, **rest: Any) -> Node:
@@ -121,13 +129,18 @@ def message_from_dict(data: dict[str, Any]) -> Message:
 
 
 def node_to_dict(node: Node) -> dict[str, Any]:
-    return {**node.__dict__, "message": message_to_dict(node.message)}
+    out = {**node.__dict__, "message": message_to_dict(node.message)}
+    out["kept"] = [base64.b64encode(k).decode() if isinstance(k, bytes) else k for k in node.kept]
+    return out
 
 
 def node_from_dict(data: dict[str, Any]) -> Node:
     fields = dict(data, message=message_from_dict(data["message"]))
-    for name in ("ids", "logprobs"):
-        fields[name] = tuple(fields[name])
+    for name in ("ids", "logprobs", "sampled_logprobs"):
+        fields[name] = tuple(fields.get(name, ()))
+    fields["kept"] = tuple(
+        base64.b64decode(k) if isinstance(k, str) else None if k is None else tuple(k) for k in fields.get("kept", ())
+    )
     for name in ("weights_versions", "redactions"):
         fields[name] = tuple(tuple(pair) for pair in fields[name])
     return Node(**fields)

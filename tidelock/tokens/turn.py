@@ -63,15 +63,41 @@ class TurnParser:
         self._text: dict[str, list[str]] = {"reasoning": [], "content": [], "value": []}
         self._streams_value = False  # text of a value goes out while it arrives, as the inside of a JSON string
         self._deltas: list[Delta] = []
+        self._heard: bytes | None = None  # what the last id added to the content
         # Holds back the bytes of an unfinished character.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def feed(self, ids: Sequence[int]) -> list[Delta]:
+    def feed(self, ids: Sequence[int], stop: str | None = None) -> list[Delta]:
+        """`stop`: the stop string in which these ids end; the content is cut before it, the ids stay what they are."""
         for token in ids:
             self.ids.append(token)
             self._read(token)
+        if stop is not None:
+            self._cut(stop)
         deltas, self._deltas = self._deltas, []
         return deltas
+
+    def content_bytes(self, token: int) -> bytes | None:
+        """Feed one id; the bytes it adds to the content, None when it adds to anything else (reasoning, a call, markup)."""
+        self._heard = None
+        self.feed((token,))
+        return self._heard
+
+    def _cut(self, stop: str) -> None:
+        """Whoever streams holds back what may become a stop, so the cut lies within the deltas not yet handed out."""
+        content = "".join(self._text["content"])
+        at = content.rfind(stop)
+        if at < 0:
+            return
+        self._text["content"] = [content[:at]]
+        surplus = len(content) - at
+        for i in range(len(self._deltas) - 1, -1, -1):
+            delta = self._deltas[i]
+            if delta.kind == "content":
+                cut = min(surplus, len(delta.text))
+                self._deltas[i] = Delta("content", delta.text[: len(delta.text) - cut])
+                surplus -= cut
+        self._deltas = [d for d in self._deltas if d.text or d.kind != "content"]
 
     def finish(self) -> Message:
         """The message so far; what was still open is closed, the bytes of half a character are left out.
@@ -107,7 +133,10 @@ class TurnParser:
             self.entering.get(target, _nothing)()
 
     def _hear(self, token: int) -> None:
-        self._say(self._utf8.decode(self.template.tokenizer.token_bytes(token)))
+        heard = self.template.tokenizer.token_bytes(token)
+        if self.sinks.get(self.state) == "content":
+            self._heard = heard
+        self._say(self._utf8.decode(heard))
 
     def _say(self, text: str) -> None:
         sink = self.sinks.get(self.state)

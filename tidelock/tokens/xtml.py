@@ -12,10 +12,11 @@ Format: K3 report, App. F (facts in the model reference).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from . import jsontext
-from .message import Message
+from . import jsontext, lark
+from .message import Message, ToolSpec
 from .template import (
     Template,
     add_system_text,
@@ -137,6 +138,52 @@ class XTML(Template):
             else:
                 out += self._message(text, role="system")
         return out
+
+    def _turn(self, content: str, calls: str | None = None) -> str:
+        opened, closed = self._mark_open, self._mark_close
+        called = f"{opened('tools')} {calls} {closed('tools')} " if calls else ""
+        end = f"{closed('message')} {lark.special(self.END)}"
+        return f"thought {closed('think')} {opened('response')} {content} {closed('response')} {called}{end}"
+
+    def _mark_open(self, header: str) -> str:
+        return f"{lark.special(self.OPEN)} {lark.literal(header)} {lark.special(self.SEP)}"
+
+    def _mark_close(self, tag: str) -> str:
+        return f"{lark.special(self.CLOSE)} {lark.literal(tag)} {lark.special(self.SEP)}"
+
+    def _call_rules(self, rule: str, tool: ToolSpec) -> list[str]:
+        """Arguments in the order of the schema's properties, those not required optional; each in one of its forms."""
+        schema = lark.closed(tool.parameters)
+        rules, arguments = [], []
+        for i, (key, inner) in enumerate(schema.get("properties", {}).items()):
+            argument, value = f"{rule}_{i}", f"{rule.upper()}_{i}"
+            rules += self._argument_rules(argument, value, _header("argument", key=key), lark.forms(inner, schema), schema)
+            arguments.append(argument if key in schema.get("required", ()) else f"{argument}?")
+        if schema.get("additionalProperties", True) is not False:
+            rules += self._argument_rules(f"{rule}_more", f"{rule.upper()}_MORE", None, lark.forms(
+                schema.get("additionalProperties", True), schema), schema)  # fmt: skip
+            arguments.append(f"{rule}_more*")
+        head = f"{lark.special(self.OPEN)} {lark.literal(_header('call', tool=tool.name) + ' index=')} /\"[1-9][0-9]?\"/"
+        body = " ".join([head, lark.special(self.SEP), *arguments, self._mark_close("call")])
+        return [f"{rule}: {body}", *rules]
+
+    def _argument_rules(
+        self, rule: str, terminal: str, header: str | None, forms: list[tuple[str, Any]], root: Mapping[str, Any]
+    ) -> list[str]:
+        """header None: an argument of any name that needs no escape."""
+        rules, ways = [], []
+        for i, (kind, form) in enumerate(forms):
+            if kind == "const":
+                kind, value = TYPES[type(form)], lark.literal(lark.text_of(form))
+            elif kind == "string":
+                value = f"{terminal}_{i}"
+                rules.append(f"{value}: {lark.raw_text(form)}")
+            else:
+                value, kind = lark.json_value(form, root), "number" if kind == "integer" else kind
+            typed = lark.literal(f' type="{kind}"')
+            opening = f"{lark.literal(header)} {typed}" if header else f'"argument key=" /"[^"<>&]+"/ {typed}'
+            ways.append(f"{lark.special(self.OPEN)} {opening} {lark.special(self.SEP)} {value} {self._mark_close('argument')}")
+        return [f"{rule}: {lark.any_of(ways)}", *rules]
 
     def parser(self, calls_before: int = 0) -> XTMLParser:
         return XTMLParser(self, calls_before)

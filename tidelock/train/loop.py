@@ -7,13 +7,14 @@ about where data comes from or when to stop.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tidelock.models import Batch, MoE, TransformerLM
+from tidelock.tokens.policy import Kept, kept_ids
 
 from .muonclip import MuonClip, qk_clip
 from .objectives import cross_entropy
@@ -57,12 +58,25 @@ def token_logprobs(model: TransformerLM, pack: Pack, hidden: Tensor | None = Non
     """
     hidden = model(Batch(pack.ids, pack.cu, pack.start)) if hidden is None else hidden
     rows = pack.weights.nonzero()[:, 0]
-    return head_logprobs(model, hidden[rows], pack.targets[rows]), rows
+    kept = None if pack.kept is None else [pack.kept[i] for i in rows.tolist()]
+    return head_logprobs(model, hidden[rows], pack.targets[rows], kept), rows
 
 
-def head_logprobs(model: TransformerLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log p(target) under the shared head. hidden [M, d], targets [M] -> [M]."""
-    return torch.log_softmax(model.logits(hidden), dim=-1).gather(1, targets[:, None])[:, 0]
+def head_logprobs(model: TransformerLM, hidden: Tensor, targets: Tensor, kept: Sequence[Kept] | None = None) -> Tensor:
+    """log p(target) under the shared head, among the ids `kept` says. hidden [M, d], targets [M] -> [M].
+
+    Cut-offs and constraints change what a token was drawn from; replaying the kept sets makes training's ratio one of
+    the same distributions ("sampling-mask replay").
+    """
+    logits = model.logits(hidden)
+    if kept is not None and any(k is not None for k in kept):
+        left_out = torch.zeros(logits.shape, dtype=torch.bool)
+        for row, ids in zip(left_out, kept):
+            if ids is not None:
+                row.fill_(True)
+                row[torch.from_numpy(kept_ids(ids))] = False
+        logits = logits.masked_fill(left_out, float("-inf"))
+    return torch.log_softmax(logits, dim=-1).gather(1, targets[:, None])[:, 0]
 
 
 def mtp_loss(model: TransformerLM, pack: Pack, hidden: Tensor) -> Tensor:

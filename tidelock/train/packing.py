@@ -8,17 +8,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from tidelock.tokens.policy import Kept
+
 
 @dataclass(frozen=True)
 class Sample:
     """Ids and, for each, the loss weight of predicting it from its past (so weights[0] is always 0).
 
-    extras: further per-token figures that follow the same convention (advantage, old_logp).
+    extras: further per-token figures that follow the same convention (advantage, old_logp). kept: what cut-offs and
+    constraint had left when the token was drawn (`policy.Kept`), if it is to be trained under the same; None = all.
     """
 
     ids: list[int]
     weights: list[float]
     extras: dict[str, list[float]] = field(default_factory=dict)
+    kept: list[Kept] | None = None
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Pack:
     """S samples in N rows. Row i predicts targets[i] (its successor in the same sample) with weight weights[i].
 
     ids, targets: int64 [N]; weights: fp32 [N], 0 in each sample's last row; cu: int32 [S + 1]; start: int32 [S], zeros.
+    kept: N sets of ids that row i's prediction is normalised over, or None where no sample has any.
     """
 
     ids: Tensor
@@ -34,6 +39,7 @@ class Pack:
     cu: Tensor
     start: Tensor
     extras: dict[str, Tensor]
+    kept: tuple[Kept, ...] | None = None
 
 
 def make_pack(samples: Sequence[Sample]) -> Pack:
@@ -50,6 +56,7 @@ def make_pack(samples: Sequence[Sample]) -> Pack:
         cu,
         torch.zeros(len(samples), dtype=torch.int32),
         {n: torch.tensor(shifted(s.extras[n] for s in samples), dtype=torch.float32) for n in names},
+        tuple(k for s in samples for k in (*(s.kept or [None] * len(s.ids))[1:], None)) if any(s.kept for s in samples) else None,
     )
 
 

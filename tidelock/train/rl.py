@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from tidelock.agent import Agent
 from tidelock.engine import Engine
+from tidelock.engine.sampling import reshaped
 from tidelock.envs.run import Scored, run_tasks
 from tidelock.envs.task import Task
 from tidelock.models import TransformerLM
 from tidelock.sandbox import ToolHost
+from tidelock.tokens.policy import SamplingParams
 
 from .loop import Recipe, Trainer
 from .objectives import KimiRL, group_advantages
@@ -36,18 +38,29 @@ class RLRecipe:
     tokens_per_step: int = 16384
 
 
-def rl_sample(scored: Scored, advantage: float) -> Sample:
-    """The episode's own ids; weight 1 on the tokens that were sampled."""
+def rl_sample(scored: Scored, advantage: float, replay: bool = False) -> Sample:
+    """The episode's own ids; weight 1 on the tokens that were sampled.
+
+    replay: both log-probabilities of the ratio are those under the cut-offs and constraints the token was drawn with;
+    only for episodes sampled at temperature 1 without penalties or bias, which a kept set does not tell.
+    """
     episode = scored.episode
     weights = [float(s) for s in episode.sampled]
+    old = episode.sampled_logprobs if replay else episode.logprobs
     extras = {
         "advantage": [advantage * w for w in weights],
-        "old_logp": [lp * w for lp, w in zip(episode.logprobs, weights)],
+        "old_logp": [lp * w for lp, w in zip(old, weights)],
     }
-    return Sample(list(episode.ids), weights, extras)
+    return Sample(list(episode.ids), weights, extras, list(episode.kept) if replay else None)
 
 
-def advantage_samples(scored: Sequence[Scored]) -> list[Sample]:
+def replayable(params: SamplingParams) -> bool:
+    """Whether tokens sampled so were drawn from the model's own distribution among the ids that were kept."""
+    plain = replace(params, top_k=0, top_p=1.0, min_p=0.0, constraint=None)
+    return params != plain and not reshaped(plain)
+
+
+def advantage_samples(scored: Sequence[Scored], replay: bool = False) -> list[Sample]:
     """Group-centred advantages per task. Failed infrastructure is left out of the mean; groups without contrast
     (all right or all wrong) carry no gradient and are dropped."""
     groups: dict[str, list[Scored]] = defaultdict(list)
@@ -57,7 +70,7 @@ def advantage_samples(scored: Sequence[Scored]) -> list[Sample]:
     samples = []
     for group in groups.values():
         advantages = group_advantages([s.reward for s in group])
-        samples += [rl_sample(s, a) for s, a in zip(group, advantages) if a != 0.0]
+        samples += [rl_sample(s, a, replay) for s, a in zip(group, advantages) if a != 0.0]
     return samples
 
 
@@ -81,7 +94,7 @@ async def reinforce(
         wanted = [(task, attempt) for task in draw(i) for attempt in range(rl.group)]
         scored = await run_tasks(agent, host, wanted, seed=seed * 1_000_003 + i)
         rewards = [s.reward for s in scored if s.reward is not None]
-        samples = advantage_samples(scored)
+        samples = advantage_samples(scored, replayable(agent.params))
         figures = {
             "step": i,
             "reward": float(np.mean(rewards)) if rewards else 0.0,
