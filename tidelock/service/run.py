@@ -24,7 +24,7 @@ from tidelock.service.prices import Counts
 from tidelock.service.state import ServiceState
 from tidelock.service.tab import Tab, opened
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams, drawn_from
+from tidelock.tokens.policy import Chunk, Constraint, PolicyError, SamplingParams, drawn_from
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import Node
 
@@ -43,6 +43,7 @@ class Turn:
     parent: str | None
     new: tuple[tuple[Message, tuple[int, ...]], ...]
     opening_ids: tuple[int, ...]
+    constraint: Constraint | None
     prompt_ids: tuple[int, ...]
     prompt_tokens: int
     max_tokens: int  # of each choice
@@ -72,6 +73,7 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
         parent=parent,
         new=new,
         opening_ids=opening_ids,
+        constraint=constraint(state.template, ask),
         prompt_ids=prompt_ids,
         prompt_tokens=prompt_tokens,
         max_tokens=_max_tokens(state, ask.max_tokens, prompt_tokens),
@@ -135,7 +137,7 @@ class Meter:
             turn.ask.params,
             max_tokens=turn.max_tokens,
             stop_ids=tuple(state.template.stop_ids),
-            constraint=constraint(state.template, turn.ask),
+            constraint=turn.constraint,
             tenant=turn.key.customer,
         )
         self.delivered = False  # whether the client has been sent any of it

@@ -100,11 +100,11 @@ class Template:
             raise UserError(f"no tool is called {choice!r}")
         if choice == "required" and not tools:
             raise UserError("a call is required, but there are no tools")
-        answering, calling = self._turn("content"), self._turn("text", "call" if named else "call+")
-        if named or choice == "required":
-            start, callable_ = calling, named or tools
+        answering = self._turn("content")
+        if named or choice == "required":  # a call and no words: a model that would rather talk could talk for ever
+            start, callable_ = self._turn('""', "call" if named else "call+"), named or tools
         elif choice == "auto" and tools:
-            start, callable_ = f"{answering} | {calling}", tools
+            start, callable_ = f"{answering} | {self._turn('text', 'call+')}", tools
         else:
             start, callable_ = answering, ()
         thought = lark.TEXT if thinking else '""'
