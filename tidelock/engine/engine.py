@@ -88,8 +88,7 @@ class Engine:
         self._count_in(seq)
         try:
             self._commands.put(lambda: self._scheduler.submit(seq))
-            if self._dead is not None:  # it died meanwhile, and may not have seen us
-                raise self._dead
+            _raise(self._dead)  # it may have died meanwhile and not have seen us
             while True:
                 item = await inbox.get()
                 if isinstance(item, PolicyError):
@@ -175,8 +174,7 @@ class Engine:
 
     def _checked(self, prompt_ids: Seq[int], params: SamplingParams) -> np.ndarray:
         """The prompt as int32. Raises PolicyError for what can never run, before anything is allocated for it."""
-        if self._dead is not None or self._refusing is not None:
-            raise self._dead or self._refusing
+        _raise(self._dead, self._refusing)
         longest = len(prompt_ids) + params.max_tokens
         if not len(prompt_ids):
             raise _bad("the prompt is empty")
@@ -259,8 +257,7 @@ class Engine:
 
     async def _on_thread(self, command: Callable[[], None]) -> None:
         """Run `command` between two steps and wait until it has."""
-        if self._dead is not None:
-            raise self._dead
+        _raise(self._dead)
         loop, done = asyncio.get_running_loop(), asyncio.Event()
 
         def work() -> None:
@@ -268,8 +265,7 @@ class Engine:
             loop.call_soon_threadsafe(done.set)
 
         self._commands.put(work)
-        if self._dead is not None:
-            raise self._dead
+        _raise(self._dead)
         await done.wait()
 
     def _drain(self, then: Callable[[], None]) -> None:
@@ -297,6 +293,13 @@ class Engine:
 def _deliver(items: list[tuple[asyncio.Queue, Chunk | PolicyError]]) -> None:
     for inbox, item in items:
         inbox.put_nowait(item)
+
+
+def _raise(*errors: PolicyError | None) -> None:
+    """The first that is one, as a new object: an exception that is raised again and again keeps every caller's frames."""
+    for error in errors:
+        if error is not None:
+            raise PolicyError(str(error), status=error.status, kind=error.kind)
 
 
 def _bad(message: str) -> PolicyError:

@@ -75,7 +75,13 @@ def open_state(
 
     Two files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
     and `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`. `database` overrides the former.
+    Raises UserError for a template that would have to render a stored conversation anew to go on with it.
     """
+    if not template.prefix_stable:
+        raise UserError(
+            f"the {template.name} template drops old reasoning, so stored conversations could not be continued by their "
+            "ids; serve with one that keeps it, such as chatml"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     db = Database(database or service_database(directory))

@@ -57,7 +57,7 @@ def convert(
     max_shard_bytes: int = SHARD_BYTES, on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:  # fmt: skip
     """Rewrite the checkpoint directory `source` (ours or Hugging Face) as `target` in the layout `to` ("hf" |
-    "tidelock"), holding no more than one of our tensors at a time. `dtype` and `quantize` as in `save_hf`.
+    "tidelock"), holding one expert or one other tensor at a time. `dtype` and `quantize` as in `save_hf`.
     `on_tensor(done, total)` counts published tensors."""
     source, target = Path(source), Path(target)
     ours = "model" in _read_json(source / "config.json")
@@ -72,7 +72,7 @@ def convert(
             on_tensor(i, len(listed))
 
     if to == "hf":
-        tensors = _views(Shards(source), listed, source) if ours else HFSource(source).each(meta, listed)
+        tensors = _views(Shards(source), listed, meta, source) if ours else HFSource(source).each(meta, listed)
         done = _write_hf(target, config, listed, counted(tensors), meta, dtype, quantize, max_shard_bytes)
     elif to == "tidelock":
         done = _write_ours(target, HFSource(source), meta, on_tensor, len(listed))
@@ -182,13 +182,16 @@ def fp8_blocks(w: Tensor, scale: Tensor) -> Tensor:
     return w.float() * scale.float()[rows][:, columns]
 
 
-def _views(shards: Shards, listed: list[Part], source: Path) -> Iterator[Tensor]:
-    for native, group in itertools.groupby(listed, key=lambda p: p.native):
+def _views(shards: Shards, listed: list[Part], meta: dict[str, Tensor], source: Path) -> Iterator[Tensor]:
+    for (native, expert), group in itertools.groupby(listed, key=lambda p: (p.native, p.expert)):
         if native not in shards:
             raise UserError(f"corrupt checkpoint: {source / 'model.safetensors'} lacks tensor {native!r}")
-        whole = shards.read(native)
+        if (entry := shards.entries[native]).shape != meta[native].shape:
+            raise UserError(f"corrupt checkpoint: {entry.file}: {native!r} is {list(entry.shape)}, "
+                            f"the config asks for {list(meta[native].shape)}")
+        ours = shards.read(native, expert)
         for part in group:
-            yield part.view(whole)
+            yield part.of(ours)
 
 
 def _write_hf(path, config, listed, tensors, state, dtype, quantize, max_shard_bytes) -> Path:
@@ -221,16 +224,18 @@ def _write_ours(path: Path, source: HFSource, meta: dict[str, Tensor], on_tensor
     groups, done = list(source.groups()), itertools.count(1)
     plan = [Planned(native, torch.float32, tuple(meta[native].shape)) for native, _ in groups]
 
-    def assembled() -> Iterator[Tensor]:
-        for native, group in groups:
-            t = torch.empty(meta[native].shape)
-            source.assemble(group, t)
-            yield t
-            for _ in group:
+    def pieces(native: str, group: list[Part]) -> Iterator[Tensor]:
+        """The tensor, or one expert after the other."""
+        for expert, some in itertools.groupby(group, key=lambda p: p.expert):
+            t = torch.empty(meta[native].shape if expert is None else meta[native].shape[1:])
+            for part in some:
+                view = part.of(t)
+                view.copy_(source.fetch(part, view.shape))
                 on_tensor(next(done), total)
+            yield t
 
     with atomic_directory(path) as scratch:
-        write_shards(scratch, plan, assembled(), 1 << 62)
+        write_shards(scratch, plan, (pieces(*group) for group in groups), 1 << 62)
         (scratch / "config.json").write_text(json.dumps({"model": source.config.to_dict(), "extra": {}}, indent=1))
     return path
 
