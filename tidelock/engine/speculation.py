@@ -3,6 +3,11 @@
 Drafted rows are run in the same forward as the token before them and then sampled one after the other exactly as plain
 decoding would: a drafted id is used only where the draw at that position, which depends on seed and position alone,
 comes out as that id. So the output is the same, log-probabilities included, whatever is drafted; only time is at stake.
+(Where the arithmetic itself depends on the batch, as without the compiled kernels, it depends on drafts the same way.)
+
+Measured on the tool loops of a demo's model, one thread (`python -m benchmarks.speculation`): 2.7 tokens per forward
+instead of 1 with one episode in flight, half of what is drafted is right, and 2.4 times the tokens per second; with 8 in
+flight 1.5 times. With many in flight a row costs nearly its share of a step, and drafts stay away by themselves.
 """
 
 from __future__ import annotations
