@@ -252,10 +252,16 @@ def test_a_compilation_that_takes_too_long_is_given_up(monkeypatch):
         with pytest.raises(PolicyError, match="compile") as e:
             await ask(engine, [1], constraint=Constraint("regex", "a"))
         free = await ask(engine, [1])
+        many = await asyncio.gather(
+            *(ask(engine, [1], constraint=Constraint("regex", f"b{i}")) for i in range(9)), return_exceptions=True
+        )
+        with pytest.raises(PolicyError):  # one that was given up is tried again, not remembered as cancelled
+            await ask(engine, [1], constraint=Constraint("regex", "b3"))
         release.set()
-        return e.value.status, len(joined(free))
+        return e.value.status, len(joined(free)), sorted(e.status for e in many)
 
-    assert with_engine(work) == (400, 40)
+    monkeypatch.setattr(grammar, "WAITING", 5)
+    assert with_engine(work) == (400, 40, [400] * 4 + [429] * 5)
 
 
 def test_a_grammar_is_compiled_once_and_the_least_used_is_dropped(monkeypatch):

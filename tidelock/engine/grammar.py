@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from tidelock.tokens.tokenizer import Vocabulary
 MAX_TEXT = 1 << 18  # bytes of a constraint
 COMPILE_S = 10.0
 CACHED = 256  # compiled grammars kept
+WAITING = 64  # compilations asked for and not done; one more is refused
 LIMITS = dict(
     initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, step_max_items=50_000, max_lexer_states=50_000,
     max_grammar_size=100_000, verbose_errors=False,
@@ -37,6 +39,7 @@ class Grammars:
         self._tokenizer, self.vocab = tokenizer, vocab
         self._library: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[Constraint, Future] = OrderedDict()
+        self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
@@ -44,18 +47,27 @@ class Grammars:
         """A fresh matcher. Raises PolicyError (400) for what does not compile within the limits."""
         if len(constraint.text) > MAX_TEXT:
             raise _refused(f"its text has more than {MAX_TEXT} bytes")
-        job = self._compiled.get(constraint)
-        if job is None:
-            job = self._compiled[constraint] = self._threads.submit(self._compile, constraint)
-        self._compiled.move_to_end(constraint)
-        while len(self._compiled) > CACHED:
-            self._compiled.popitem(last=False)
+        job = self._job(constraint)
         try:
             compiled = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(job)), COMPILE_S)
         except TimeoutError:
             job.cancel()
             raise _refused(f"it takes longer than {COMPILE_S:g} s to compile") from None
         return Matcher(compiled.deep_copy(), self.vocab, self._tokenizer.document_end, self._ahead)
+
+    def _job(self, constraint: Constraint) -> Future:
+        """The compilation of a constraint, begun now unless it was before. Raises PolicyError (429) when too many wait."""
+        with self._lock:  # requests come from any event loop
+            job = self._compiled.get(constraint)
+            if job is None or job.cancelled():  # cancelled: it was given up before its turn came
+                if sum(not j.done() for j in self._compiled.values()) >= WAITING:
+                    raise PolicyError("too many constraints wait to be compiled; retry later", status=429)
+                job = self._compiled[constraint] = self._threads.submit(self._compile, constraint)
+            self._compiled.move_to_end(constraint)
+            for old in list(self._compiled)[: max(0, len(self._compiled) - CACHED)]:
+                if self._compiled[old].done():
+                    del self._compiled[old]
+            return job
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
