@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import openai
 import pytest
 
+from tidelock.service.db import Database
+from tidelock.service.local_postgres import local_postgres, missing
 from tidelock.service.prices import Price, PriceBook
 from tidelock.service.server import Running, serving
 from tidelock.service.state import ServiceState, open_state
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import Chunk, PolicyError
+from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 from tidelock.tokens.template import get_template
 from tidelock.tokens.tokenizer import ByteTokenizer
 
@@ -27,6 +29,7 @@ class ScriptedPolicy:
 
     template: object
     turns: list[Message] = field(default_factory=lambda: [Message("assistant", "hello", reasoning="hm")])
+    literal: list[int] | None = None  # these ids instead of a turn
     per_chunk: int = 5
     pause_s: float = 0.0
     fail_after: int | None = None  # chunks before a PolicyError
@@ -34,16 +37,18 @@ class ScriptedPolicy:
     version: int = 1
     exact: bool = True
     prompts: list[tuple[int, ...]] = field(default_factory=list)
+    params: list[SamplingParams] = field(default_factory=list)
     sampled: list[list[int]] = field(default_factory=list)  # by request: what was handed out
     aborted: set[str] = field(default_factory=set)
     swapped: list[tuple[str, int]] = field(default_factory=list)
 
     async def generate(self, prompt_ids, params, request_id=None):
         self.prompts.append(tuple(prompt_ids))
+        self.params.append(params)
         handed_out: list[int] = []
         self.sampled.append(handed_out)
         turn = self.turns[min(len(self.prompts), len(self.turns)) - 1]
-        ids = self.template.render([turn])[len(self.template.generation_prompt()) :]
+        ids = self.literal or self.template.render([turn])[len(self.template.generation_prompt()) :]
         finish = "length" if params.max_tokens < len(ids) else "stop"
         ids = ids[: params.max_tokens]
         for n, start in enumerate(range(0, len(ids), self.per_chunk)):
@@ -98,6 +103,30 @@ class Service:
                 return
             pause.wait(0.01)
         raise AssertionError("the server did not get there within 5 s")
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """One throw-away PostgreSQL for the session; tests make databases in it. Skips, with the reason, where there is none."""
+    if reason := missing():
+        pytest.skip(f"PostgreSQL: {reason}")
+    with local_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def target(request, tmp_path):
+    """What `Database` is opened on: the same tests run on both."""
+    if request.param == "sqlite":
+        return str(tmp_path / "service.sqlite")
+    return request.getfixturevalue("postgres").database()
+
+
+@pytest.fixture
+def db(target):
+    database = Database(target)
+    yield database
+    database.close()
 
 
 @pytest.fixture

@@ -166,6 +166,23 @@ def test_a_small_balance_shortens_the_answer_to_what_it_covers(service):
     assert service.state.ledger.balance("bob") == 7
 
 
+def test_a_stream_stops_where_the_money_ends_with_a_defined_error_and_an_exact_bill(service):
+    service.policy.turns = [Message("assistant", "x" * 900)]
+    prompt = ask(service.client()).usage.prompt_tokens
+    secret = service.key("bob", nano_usd=charge(prompt, 0, 333) + 7)
+    body = {"model": "tide", "messages": ASK, "stream": True, "max_tokens": 800}
+    response = httpx.post(
+        service.running.base_url + "/chat/completions", json=body, headers={"authorization": f"Bearer {secret}"}
+    )
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+    said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events[:-1])
+    error = events[-1]["error"]
+    assert (error["type"], error["code"]) == ("exceeded_current_quota_error", "balance_exhausted")
+    assert "[DONE]" not in response.text and "x" * 300 in said
+    row = usage_rows(service)[-1]
+    assert (row["customer"], row["completion_tokens"]) == ("bob", 333) and service.state.ledger.balance("bob") == 7
+
+
 def test_concurrent_requests_on_a_small_balance_never_overspend(service):
     service.policy.turns, service.policy.pause_s = [Message("assistant", "x" * 60)], 0.002
     secret = service.key(nano_usd=2_000_000)
@@ -192,7 +209,7 @@ def test_a_client_that_leaves_mid_stream_pays_exactly_the_sampled_tokens(service
     for _ in range(4):
         next(iter(stream))
     stream.close()
-    service.wait(lambda: usage_rows(service))
+    service.wait(lambda: service.state.traces.leaves())
     (row,) = usage_rows(service)
     assert row["completion_tokens"] == len(service.policy.sampled[0]) < 300
     assert row["nano_usd"] == charge(row["prompt_tokens"], 0, row["completion_tokens"])
@@ -251,7 +268,7 @@ BAD_FIELDS = [
     ("n", 2),
     ("max_tokens", 0),
     ("max_tokens", 5000),
-    ("stop", ["x"]),
+    ("stop", ["x" * 33]),
     ("tool_choice", "required"),
     ("tools", [{"type": "function", "function": {"name": "1 bad"}}]),
     ("tools", TOOLS * 2),
@@ -366,7 +383,7 @@ asyncio.run(main())
 """
 
 
-def test_kill_9_mid_stream_costs_the_client_nothing_after_the_restart(tmp_path):
+def test_kill_9_mid_stream_is_settled_for_what_is_known_to_have_been_sent(tmp_path):
     def start(*secret: str) -> tuple[subprocess.Popen, list[str]]:
         command = [sys.executable, "-c", KILLED_SERVER, str(tmp_path), *secret]
         path = f"{Path(__file__).parent}:{Path(__file__).parents[2]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import time
 
 import pytest
 
@@ -12,10 +13,8 @@ from tidelock.tokens.errors import UserError
 
 
 @pytest.fixture
-def keys(tmp_path):
-    db = Database(tmp_path / "service.sqlite")
-    yield KeyStore.open(db, tmp_path / "pepper")
-    db.close()
+def keys(db, tmp_path):
+    return KeyStore.open(db, tmp_path / "pepper")
 
 
 def test_the_secret_is_nowhere_on_disk(keys, tmp_path):
@@ -40,9 +39,20 @@ def test_a_revoked_key_is_dead_at_once(keys):
         keys.revoke(key.id)
 
 
-def test_the_same_secret_under_another_pepper_is_worthless(keys, tmp_path):
+def test_a_key_revoked_by_another_process_is_dead_within_a_second(keys, target, tmp_path):
+    key, secret = keys.create("ann")
+    assert keys.authenticate(secret) == key
+    other = KeyStore.open(Database(target), tmp_path / "pepper")
+    other.revoke(key.id)
+    deadline = time.monotonic() + 1.0
+    while keys.authenticate(secret) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_same_secret_under_another_pepper_is_worthless(keys, target, tmp_path):
     _, secret = keys.create("ann")
-    other = KeyStore.open(Database(tmp_path / "service.sqlite"), tmp_path / "other-pepper")
+    other = KeyStore.open(Database(target), tmp_path / "other-pepper")
     assert other.authenticate(secret) is None
 
 

@@ -36,7 +36,7 @@ def test_a_created_key_authenticates_and_its_topup_is_booked_once(tmp_path, caps
     assert store.authenticate(created["secret"]).training_consent
     assert Ledger(db).balance("ann") == 2_500_000_005
     command("revoke", created["id"], *where)
-    assert store.authenticate(created["secret"]) is None
+    assert KeyStore.open(db, tmp_path / "pepper").authenticate(created["secret"]) is None
 
 
 @pytest.mark.parametrize("usd", ["-1", "0", "NaN", "inf", "1e400", "five", "0.0000000001"])

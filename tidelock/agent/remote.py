@@ -56,10 +56,11 @@ class TextPolicy:
             "messages": [to_wire(m) for m in messages],
             "max_tokens": params.max_tokens,
             "temperature": params.temperature,
-            "top_p": params.top_p,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if params.top_p < 1:  # a server that fixes it (Kimi's contract) refuses to be told
+            body["top_p"] = params.top_p
         if tools:
             body["tools"] = tools
         if params.seed is not None:

@@ -8,7 +8,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from tidelock.service.db import Database
+from tidelock.service.db import Database, service_database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import MAX_NANO, Ledger
 from tidelock.service.prices import NANO_PER_USD, format_usd
@@ -52,9 +52,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     creates = args.action == "create"
     if creates:
         args.dir.mkdir(parents=True, exist_ok=True)
-    elif not (args.dir / "service.sqlite").is_file():
+    target = service_database(args.dir)
+    if not creates and "://" not in target and not Path(target).is_file():
         raise UserError(f"no service in {args.dir}; `tidelock keys create --dir {args.dir}` starts one")
-    db = Database(args.dir / "service.sqlite")
+    db = Database(target)
     try:
         keys, ledger = KeyStore.open(db, args.dir / "pepper"), Ledger(db)
         result = {"create": _create, "topup": _topup, "revoke": _revoke, "list": _list}[args.action](args, keys, ledger)

@@ -24,7 +24,7 @@ from tidelock.envs.run import Scored, run_tasks
 from tidelock.envs.task import Task
 from tidelock.models import TransformerLM, preset, save_checkpoint
 from tidelock.sandbox import ToolHost
-from tidelock.service.db import Database
+from tidelock.service.db import Database, service_database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
 from tidelock.tokens.policy import SamplingParams
@@ -142,7 +142,7 @@ class Demo:
         if path.exists():
             return json.loads(path.read_text())
         self.run.service.mkdir(parents=True, exist_ok=True)
-        db = Database(self.run.service / "service.sqlite")
+        db = Database(service_database(self.run.service))
         try:
             keys, ledger, out = KeyStore.open(db, self.run.service / "pepper"), Ledger(db), []
             for name in [*FAMILIES, "private", "auditor"]:

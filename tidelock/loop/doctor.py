@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tidelock.service.db import Database
+from tidelock.service.db import Database, service_database
 from tidelock.service.ledger import Ledger
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import Node, Trace
@@ -95,7 +95,7 @@ def examine(
 
 def books(run: RunDir) -> dict:
     """The ledger's audit and who paid what."""
-    db = Database(run.service / "service.sqlite")
+    db = Database(service_database(run.service))
     try:
         ledger = Ledger(db)
         return {"audit": ledger.audit(), "statement": ledger.statement()}

@@ -20,8 +20,8 @@ def served(directory: Path, threads: int = 1, patience_s: float = 60.0) -> Itera
     ready, log = directory / "server.ready", directory / "server.log"
     ready.unlink(missing_ok=True)
     env = dict(os.environ, OMP_NUM_THREADS=str(threads), TIDELOCK_THREADS=str(threads))
-    argv = [sys.executable, "-m", "tidelock", "serve", str(directory), "--port", "0", "--ready-file", str(ready),
-            "--exit-with-parent", str(os.getpid())]  # fmt: skip
+    argv = [sys.executable, "-m", "tidelock", "serve", str(directory), "--port", "0", "--lenient",
+            "--ready-file", str(ready), "--exit-with-parent", str(os.getpid())]  # fmt: skip
     with open(log, "ab") as output:
         process = subprocess.Popen(argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env)
     try:

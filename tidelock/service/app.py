@@ -1,11 +1,10 @@
-"""The HTTP routes and the service's background life: recover holds at start, sweep expired ones while running."""
+"""The HTTP routes of the service. Its background life is in `upkeep`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,18 +12,15 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tidelock.service import errors, wire
+from tidelock.service import batch_worker, errors, openapi, upkeep, wire
 from tidelock.service.auth import authenticate
-from tidelock.service.completions import ChatCompletions
-from tidelock.service.errors import ApiError
-from tidelock.service.prices import format_usd
+from tidelock.service.http import Json, unknown_route
 from tidelock.service.state import ServiceState
+from tidelock.service.surfaces.routes import routes
 from tidelock.tokens.errors import UserError
-from tidelock.tokens.policy import PolicyError
 from tidelock.tokens.trace import Outcome
 
 log = logging.getLogger(__name__)
@@ -49,53 +45,19 @@ _weights = msgspec.json.Decoder(Weights)
 
 
 def create_app(state: ServiceState) -> ASGIApp:
-    """The ASGI application. Only one server may run on a directory: its start-up releases every open hold."""
-
-    def get(path: str, handler: Callable[[ServiceState, Request], Awaitable[Any]]) -> Route:
-        return Route(path, _json_endpoint(state, handler), methods=["GET"])
-
-    def post(path: str, handler: Callable[[ServiceState, Request], Awaitable[Any]]) -> Route:
-        return Route(path, _json_endpoint(state, handler), methods=["POST"])
+    """The ASGI application. Several may share a database: each settles only the holds of those that died."""
 
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
-            get("/v1/models", models),
-            get("/v1/users/me/balance", balance),
-            post("/v1/feedback", feedback),
-            post("/admin/weights", swap_weights),
-            get("/health", health),
+            *routes(state),
+            Route("/v1/feedback", Json(state, feedback), methods=["POST"]),
+            Route("/admin/weights", Json(state, swap_weights), methods=["POST"]),
+            Route("/health", Json(state, health), methods=["GET"]),
+            Route("/openapi.json", Json(state, published), methods=["GET"]),
         ],
-        exception_handlers={HTTPException: _http_exception},
+        exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),
     )
-
-
-async def models(state: ServiceState, request: Request) -> dict[str, Any]:
-    authenticate(state, request)
-    model = {
-        "id": state.model,
-        "object": "model",
-        "created": 0,
-        "owned_by": "tidelock",
-        "context_length": state.context_length,
-        "supports_reasoning": True,
-    }
-    return {"object": "list", "data": [model]}
-
-
-async def balance(state: ServiceState, request: Request) -> dict[str, Any]:
-    """Kimi's shape; the amounts are JSON numbers in USD with every nano digit written out."""
-    key = authenticate(state, request)
-    nano_usd = state.ledger.balance(key.customer)
-    available = msgspec.Raw(format_usd(nano_usd).encode())
-    data = {
-        "available_balance": available,
-        "voucher_balance": 0,
-        "cash_balance": available,
-        "available_nano_usd": nano_usd,
-    }
-    return {"code": 0, "scode": "0x0", "status": True, "data": data}
 
 
 async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -136,53 +98,22 @@ async def health(state: ServiceState, request: Request) -> dict[str, Any]:
     }
 
 
-def _json_endpoint(
-    state: ServiceState, handler: Callable[[ServiceState, Request], Awaitable[Any]]
-) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        request_id = f"req_{uuid.uuid4().hex}"
-        headers = {"x-request-id": request_id, "request-id": request_id}
-        try:
-            return Response(wire.encode(await handler(state, request)), 200, headers, "application/json")
-        except PolicyError as failure:
-            error = errors.policy_failed(str(failure), failure.status, failure.kind)
-        except ApiError as failure:
-            error = failure
-        except Exception:
-            log.exception("%s failed", request_id)
-            error = errors.internal()
-        return Response(wire.encode(error.body()), error.status, {**error.headers(), **headers}, "application/json")
-
-    return endpoint
-
-
-async def _http_exception(request: Request, exception: HTTPException) -> Response:
-    """Starlette's own 404 and 405, in the shape API clients parse."""
-    reason = f"{exception.detail}: {request.method} {request.url.path}"
-    kind = "resource_not_found_error" if exception.status_code == 404 else "invalid_request_error"
-    error = ApiError(exception.status_code, kind, reason)
-    return Response(wire.encode(error.body()), error.status, exception.headers, "application/json")
+async def published(state: ServiceState, request: Request) -> dict[str, Any]:
+    return openapi.document(state.model)
 
 
 def _lifespan(state: ServiceState) -> Callable[[Any], Any]:
     @asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
-        released = state.ledger.recover()
-        if released:
-            log.warning("released %d holds of requests that died with the last server", released)
-        sweeper = asyncio.create_task(_sweep(state))
+        await asyncio.to_thread(upkeep.recover, state)
+        sweeper = asyncio.create_task(upkeep.run(state))
+        batches = asyncio.create_task(batch_worker.work(state))
         try:
             yield
         finally:
             sweeper.cancel()
+            batches.cancel()
+            await asyncio.gather(batches, return_exceptions=True)
+            await asyncio.to_thread(upkeep.leave, state)
 
     return lifespan
-
-
-async def _sweep(state: ServiceState) -> None:
-    while True:
-        await asyncio.sleep(state.sweep_interval_s)
-        try:
-            state.ledger.sweep()
-        except Exception:
-            log.exception("the sweeper failed; it will try again")

@@ -1,163 +1,149 @@
-"""The service's one SQLite file: keys, prices, holds, usage and the double-entry ledger.
+"""The service's database: one SQLite file by default, PostgreSQL for several workers and machines.
 
-What must never happen is written into the schema, so no caller can get it wrong: entries cannot be changed or
-removed, and a wallet cannot go below zero. The statements that move money live in `ledger`.
+SQL is written by hand, once, with `?` placeholders; what differs between the two lives in `sqlite.py` and
+`postgres.py` and nowhere else. What must never happen is written into the schema (`migrations/`), so no caller can get
+it wrong.
 """
 
 from __future__ import annotations
 
-import sqlite3
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+from tidelock.service import migrations
 from tidelock.tokens.errors import UserError
 
-MIGRATIONS = (
-    """
-    CREATE TABLE accounts (
-        id INTEGER PRIMARY KEY,
-        kind TEXT NOT NULL CHECK (kind IN ('cash', 'revenue', 'wallet', 'held')),
-        customer TEXT NOT NULL,
-        -- projection of SUM(entries.nano_usd), kept by the trigger below; only the cash boundary may be negative
-        balance_nano INTEGER NOT NULL DEFAULT 0 CHECK (kind = 'cash' OR balance_nano >= 0),
-        UNIQUE (kind, customer)
-    );
-    INSERT INTO accounts (id, kind, customer) VALUES (1, 'cash', ''), (2, 'revenue', '');
+T = TypeVar("T")
 
-    CREATE TABLE transactions (
-        id INTEGER PRIMARY KEY,
-        kind TEXT NOT NULL CHECK (kind IN ('topup', 'hold', 'settle', 'release')),
-        reference TEXT NOT NULL,  -- request id, or the payment's id for a top-up
-        created REAL NOT NULL,
-        UNIQUE (kind, reference)
-    );
-    CREATE TABLE entries (
-        id INTEGER PRIMARY KEY,
-        transaction_id INTEGER NOT NULL REFERENCES transactions (id),
-        account_id INTEGER NOT NULL REFERENCES accounts (id),
-        nano_usd INTEGER NOT NULL CHECK (typeof(nano_usd) = 'integer')
-    );
-    CREATE INDEX entries_by_transaction ON entries (transaction_id);
-    CREATE TRIGGER entry_moves_balance AFTER INSERT ON entries BEGIN
-        UPDATE accounts SET balance_nano = balance_nano + NEW.nano_usd WHERE id = NEW.account_id;
-    END;
-    CREATE TRIGGER entries_never_change BEFORE UPDATE ON entries BEGIN
-        SELECT RAISE(ABORT, 'ledger entries are append-only');
-    END;
-    CREATE TRIGGER entries_never_leave BEFORE DELETE ON entries BEGIN
-        SELECT RAISE(ABORT, 'ledger entries are append-only');
-    END;
 
-    CREATE TABLE holds (
-        request_id TEXT PRIMARY KEY,
-        customer TEXT NOT NULL,
-        key_id TEXT NOT NULL,
-        model TEXT NOT NULL,
-        price_version TEXT NOT NULL,
-        prompt_tokens INTEGER NOT NULL CHECK (prompt_tokens >= 0),
-        max_tokens INTEGER NOT NULL CHECK (max_tokens >= 1),
-        nano_usd INTEGER NOT NULL CHECK (nano_usd >= 0),
-        state TEXT NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'settled', 'released')),
-        created REAL NOT NULL,
-        expires REAL NOT NULL
-    );
-    CREATE INDEX open_holds ON holds (expires) WHERE state = 'open';
+class StorageDown(Exception):
+    """The database cannot be reached or refuses to work. Nothing of the transaction was kept. Money fails closed."""
 
-    CREATE TABLE usage (
-        request_id TEXT PRIMARY KEY REFERENCES holds (request_id),
-        customer TEXT NOT NULL,
-        key_id TEXT NOT NULL,
-        model TEXT NOT NULL,
-        price_version TEXT NOT NULL,
-        prompt_tokens INTEGER NOT NULL,
-        cached_tokens INTEGER NOT NULL CHECK (cached_tokens BETWEEN 0 AND prompt_tokens),
-        completion_tokens INTEGER NOT NULL CHECK (completion_tokens >= 0),
-        nano_usd INTEGER NOT NULL CHECK (nano_usd >= 0),
-        finish_reason TEXT NOT NULL,
-        created REAL NOT NULL
-    );
 
-    CREATE TABLE keys (
-        id TEXT PRIMARY KEY,
-        hash TEXT NOT NULL UNIQUE,
-        hint TEXT NOT NULL,
-        customer TEXT NOT NULL,
-        name TEXT NOT NULL,
-        role TEXT NOT NULL CHECK (role IN ('user', 'admin')),
-        training_consent INTEGER NOT NULL,
-        may_grant INTEGER NOT NULL,
-        created REAL NOT NULL,
-        revoked REAL
-    );
+class Conflict(Exception):
+    """A row breaks a constraint of the schema. Nothing of the transaction was kept."""
 
-    CREATE TABLE prices (
-        version TEXT NOT NULL,
-        model TEXT NOT NULL,
-        input_nano INTEGER NOT NULL,
-        cached_input_nano INTEGER NOT NULL,
-        output_nano INTEGER NOT NULL,
-        PRIMARY KEY (version, model)
-    );
-    """,
-)
+
+class Transaction(Protocol):
+    """Everything done through it commits together or not at all."""
+
+    for_update: str  # ends a SELECT whose rows nobody else may change until we commit
+
+    def __call__(self, sql: str, args: Sequence[Any] = ()) -> Any:
+        """Executes one statement; the result has `fetchone`, `fetchall` and `rowcount`."""
+
+    def insert(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Inserts many rows at once."""
+
+    def update(self, table: str, keys: Sequence[str], values: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Sets `values` of the rows found by `keys`, for many rows (keys first) at once."""
+
+
+class Backend(Protocol):
+    """What a kind of database has to bring. Rows are read by name or by position."""
+
+    name: str
+    writers: int  # transactions that may usefully run at the same time
+    list_tables: str  # a query
+
+    def transaction(self) -> AbstractContextManager[Transaction]: ...
+    def read(self, sql: str, args: Sequence[Any]) -> list[Any]: ...
+    def snapshot(self) -> AbstractContextManager[Transaction]: ...
+    def migration(self) -> AbstractContextManager[Transaction]:
+        """A transaction that no other process can run beside ours."""
+
+    def append_only(self, table: str) -> Iterable[str]:
+        """Statements after which rows of the table can be neither changed nor removed."""
+
+    def close(self) -> None: ...
 
 
 class Database:
-    """One connection, usable from any thread; other processes may open the same file (SQLite serialises writers)."""
+    """Usable from any thread. Opening it brings its schema up to date."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Opens or creates the file and brings its schema up to date. Raises UserError if it is no such database."""
-        self._lock = threading.RLock()
+    def __init__(self, target: str | Path, version: int | None = None) -> None:
+        """`target` is a file (made if missing), `:memory:`, or a `postgresql://` URL. `version`: of the schema, for
+        restoring an old backup.
+
+        Raises UserError if it is no database of ours or cannot be opened.
+        """
+        self.target = str(target)
         try:
-            self._connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
-            self._connection.row_factory = sqlite3.Row
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = FULL")  # a commit that was answered survives power loss
-            self._connection.execute("PRAGMA foreign_keys = ON")
-            self._migrate()
-        except sqlite3.Error as error:
-            raise UserError(f"cannot open the service database {path}: {error}") from error
+            self._backend = _backend(self.target)
+            try:
+                migrations.run(self._backend, version)
+            except BaseException:
+                self._backend.close()
+                raise
+        except (StorageDown, Conflict) as error:
+            raise UserError(f"cannot open the service database {_shown(self.target)}: {error}") from error
+        self.name, self.writers, self.list_tables = self._backend.name, self._backend.writers, self._backend.list_tables
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="db-read")
 
-    def _migrate(self) -> None:
-        with self.transaction() as write:
-            write("CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY)")
-            done = write("SELECT COALESCE(MAX(version), 0) FROM migrations").fetchone()[0]
-            if done > len(MIGRATIONS):
-                raise UserError(f"the service database is of a newer version ({done}) than this program knows")
-            for version, script in enumerate(MIGRATIONS[done:], start=done + 1):
-                for statement in _statements(script):
-                    write(statement)
-                write("INSERT INTO migrations VALUES (?)", (version,))
+    def migrate(self) -> None:
+        migrations.run(self._backend)
 
     @contextmanager
-    def transaction(self) -> Iterator[Any]:
-        """Yields `execute(sql, args)`; everything in the block commits together or not at all."""
-        with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._connection.execute
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
+    def transaction(self) -> Iterator[Transaction]:
+        """Yields `execute(sql, args)`. Raises StorageDown or Conflict, and then nothing has happened."""
+        with self._backend.transaction() as tx:
+            yield tx
 
-    def read(self, sql: str, args: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        with self._lock:
-            return self._connection.execute(sql, args).fetchall()
+    def read(self, sql: str, args: Sequence[Any] = ()) -> list[Any]:
+        return self._backend.read(sql, args)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[Callable[..., list[Any]]]:
+        """Yields a `read` whose answers all describe the same moment."""
+        with self._backend.snapshot() as tx:
+            yield lambda sql, args=(): tx(sql, args).fetchall()
+
+    async def fetch(self, sql: str, args: Sequence[Any] = ()) -> list[Any]:
+        """`read` that leaves the event loop free."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._backend.read, sql, args)
+
+    async def run(self, job: Callable[[Transaction], T]) -> T:
+        """Runs `job` in a transaction of its own, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._run, job)
+
+    def _run(self, job: Callable[[Transaction], T]) -> T:
+        with self.transaction() as tx:
+            return job(tx)
 
     def close(self) -> None:
-        with self._lock:
-            self._connection.close()
+        self._readers.shutdown(wait=True)
+        self._backend.close()
 
 
-def _statements(script: str) -> Iterator[str]:
-    """Splits a script at its statement ends; `executescript` would commit the transaction we are in."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
+def service_database(directory: str | Path) -> str:
+    """Where a service directory keeps its books: the URL in its file `database` if it has one, else `service.sqlite`."""
+    named = Path(directory) / "database"
+    if not named.exists():
+        return str(Path(directory) / "service.sqlite")
+    try:
+        url = named.read_text().strip()
+    except OSError as error:
+        raise UserError(f"cannot read {named}: {error.strerror}") from error
+    if not url.startswith(("postgresql://", "postgres://")):
+        raise UserError(f"{named} should hold one line, postgresql://USER:PASSWORD@HOST/NAME")
+    return url
+
+
+def _backend(target: str) -> Backend:
+    if target.startswith(("postgresql://", "postgres://")):
+        from tidelock.service.postgres import Postgres
+
+        return Postgres(target)
+    from tidelock.service.sqlite import Sqlite
+
+    return Sqlite(target)
+
+
+def _shown(target: str) -> str:
+    """The target without a password."""
+    head, at, tail = target.rpartition("@")
+    return f"{head.rpartition(':')[0]}:…@{tail}" if at and head.count(":") > 1 else target

@@ -1,4 +1,5 @@
-"""Errors as clients of the OpenAI and Kimi APIs expect them: `{"error": {type, message, code, param}}`.
+"""Errors as clients expect them: `{"error": {type, message, code, param}}` on the OpenAI and Kimi surfaces,
+`{"type": "error", "error": {type, message}, "request_id"}` on Anthropic's.
 
 `x-should-retry: false` keeps the official clients from sending a hopeless request three times.
 """
@@ -6,6 +7,12 @@
 from __future__ import annotations
 
 from typing import Any
+
+
+ANTHROPIC_KINDS = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
 
 
 class ApiError(Exception):
@@ -34,6 +41,12 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         return {"error": {"type": self.kind, "message": self.message, "code": self.code, "param": self.param}}
 
+    def anthropic(self, request_id: str) -> tuple[int, dict[str, Any]]:
+        """(status, body); an overloaded engine is 529 there."""
+        kind = ANTHROPIC_KINDS.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        body = {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": request_id}
+        return (529 if self.status == 503 else self.status), body
+
     def headers(self) -> dict[str, str]:
         headers = {}
         if self.retry is not None:
@@ -60,9 +73,27 @@ def not_found(message: str, param: str | None = None, code: str | None = None) -
     return ApiError(404, "resource_not_found_error", message, param=param, code=code)
 
 
+def conflict(message: str, code: str, *, retry: bool = False) -> ApiError:
+    return ApiError(409, "conflict_error", message, code=code, retry=retry, retry_after_s=1 if retry else None)
+
+
+def too_large(limit: int) -> ApiError:
+    return ApiError(413, "invalid_request_error", f"the body is larger than {limit} bytes", code="request_too_large")
+
+
 def insufficient_balance() -> ApiError:
     message = "your balance does not cover this prompt and one token of answer; top up the account and try again"
     return ApiError(429, "exceeded_current_quota_error", message, code="insufficient_quota", retry=False)
+
+
+def balance_exhausted() -> ApiError:
+    message = "your balance is used up; what you were sent is charged, and nothing more"
+    return ApiError(429, "exceeded_current_quota_error", message, code="balance_exhausted", retry=False)
+
+
+def storage_down() -> ApiError:
+    message = "the books cannot be reached, so nothing is served; try again in a moment"
+    return ApiError(503, "server_unavailable", message, code="storage_down", retry_after_s=1)
 
 
 def policy_failed(message: str, status: int, kind: str) -> ApiError:

@@ -18,6 +18,10 @@ from tidelock.service.ledger import Ledger
 from tidelock.tokens.errors import UserError
 
 
+REMEMBER_S = 0.5  # how long an answer of the database may be believed: requests of one key come in bursts
+MOST_REMEMBERED = 10_000
+
+
 @dataclass(frozen=True)
 class Key:
     id: str
@@ -44,6 +48,7 @@ class KeyStore:
     def __init__(self, db: Database, pepper: bytes) -> None:
         self._db = db
         self._pepper = pepper
+        self._known: dict[str, tuple[Key, float]] = {}  # by hash: live keys lately seen, and until when they count
 
     @classmethod
     def open(cls, db: Database, pepper_path: str | Path) -> KeyStore:
@@ -96,14 +101,25 @@ class KeyStore:
         with self._db.transaction() as write:
             write(
                 "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
-                (key.id, self._hash(secret), key.hint, customer, name, role, training_consent, may_grant, key.created),
+                (key.id, self._hash(secret), key.hint, customer, name, role, int(training_consent),
+                 int(may_grant), key.created),
             )
         return key, secret
 
     def authenticate(self, secret: str) -> Key | None:
-        """The live key with this secret. Looked up in the database each time, so a revoked key is dead at once."""
-        rows = self._db.read("SELECT * FROM keys WHERE hash = ? AND revoked IS NULL", (self._hash(secret),))
-        return _key(rows[0]) if rows else None
+        """The live key with this secret. A key revoked through another process is dead within `REMEMBER_S`, one revoked
+        through this store at once."""
+        hashed, now = self._hash(secret), time.monotonic()
+        known = self._known.get(hashed)
+        if known is None or known[1] <= now:
+            rows = self._db.read("SELECT * FROM keys WHERE hash = ? AND revoked IS NULL", (hashed,))
+            if len(self._known) >= MOST_REMEMBERED:
+                self._known.clear()
+            self._known.pop(hashed, None)
+            if not rows:
+                return None
+            known = self._known[hashed] = (_key(rows[0]), now + REMEMBER_S)
+        return known[0]
 
     def revoke(self, key_id: str) -> None:
         """Raises UserError if there is no such live key."""
@@ -111,6 +127,7 @@ class KeyStore:
             revoked = write("UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL", (time.time(), key_id))
             if revoked.rowcount == 0:
                 raise UserError(f"no live key {key_id!r}; `tidelock keys list` shows them")
+        self._known.clear()
 
     def list(self) -> list[Key]:
         return [_key(row) for row in self._db.read("SELECT * FROM keys ORDER BY created, id")]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from tidelock.service.db import Database
+from tidelock.service.db import Database, service_database
+from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
-from tidelock.service.prices import Price, PriceBook
-from tidelock.tokens.errors import UserError
+from tidelock.service.objects import Objects
+from tidelock.service.pricefile import read_prices
+from tidelock.service.prices import PriceBook, Schedule
+from tidelock.service.scribe import Scribe
+from tidelock.service.till import Till
+from tidelock.service.workers import Worker
 from tidelock.tokens.policy import Policy
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import TraceStore
@@ -20,23 +27,31 @@ class ServiceState:
     policy: Policy
     template: Template
     traces: TraceStore
+    scribe: Scribe  # writes them
     ledger: Ledger
+    till: Till  # the ledger, for running requests
+    worker: Worker
+    idempotency: Idempotency
     keys: KeyStore
-    prices: PriceBook
+    prices: Schedule
+    objects: Objects
+    files: Path  # what clients uploaded
     model: str  # the name clients ask for
     context_length: int
     weights_version: int
     default_max_tokens: int = 256
     request_timeout_s: float = 600.0
     sweep_interval_s: float = 30.0
+    keep_alive_s: float = 10.0  # a stream says something at least this often
+    merge_s: float = 0.01  # a stream is written to at most this often
+    stall_timeout_s: float = 60.0  # a client that takes nothing for this long has left
+    max_body_bytes: int = 32 << 20
+    batch_lease_s: float = 30.0  # a batch whose worker died goes on after this
+    batch_news: asyncio.Event = field(default_factory=asyncio.Event)
+    lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
 
     def __post_init__(self) -> None:
-        if self.model not in self.prices.prices:
-            raise UserError(f"the price book {self.prices.version!r} has no price for model {self.model!r}")
-
-    @property
-    def price(self) -> Price:
-        return self.prices.prices[self.model]
+        self.prices.now.price(self.model)
 
     @property
     def hold_lifetime_s(self) -> float:
@@ -49,14 +64,17 @@ def open_state(
     *,
     policy: Policy,
     template: Template,
-    prices: PriceBook,
+    prices: PriceBook | Schedule,
     model: str,
     context_length: int,
     weights_version: int,
-    **options: float,
+    database: str | None = None,
+    **options: Any,
 ) -> ServiceState:
     """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`.
 
+    Two files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
+    and `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`. `database` overrides the former.
     Raises UserError for a template that would have to render a stored conversation anew to go on with it.
     """
     if not template.prefix_stable:
@@ -66,15 +84,26 @@ def open_state(
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    db = Database(directory / "service.sqlite")
-    prices.register(db)
+    db = Database(database or service_database(directory))
+    schedule = Schedule((prices,)) if isinstance(prices, PriceBook) else prices
+    if (directory / "prices.toml").is_file():
+        schedule = read_prices(directory / "prices.toml")
+    schedule.register(db)
+    worker = Worker(db)
+    traces = TraceStore(directory / "trace.jsonl", template, patience_s=10.0)
     return ServiceState(
         policy=policy,
         template=template,
-        traces=TraceStore(directory / "trace.jsonl", template, patience_s=10.0),
-        ledger=Ledger(db),
+        traces=traces,
+        scribe=Scribe(traces),
+        ledger=Ledger(db, worker=worker.id),
+        till=Till(db, worker=worker.id),
+        worker=worker,
+        idempotency=Idempotency(db, worker.id),
         keys=KeyStore.open(db, directory / "pepper"),
-        prices=prices,
+        prices=schedule,
+        objects=Objects(db),
+        files=directory / "files",
         model=model,
         context_length=context_length,
         weights_version=weights_version,

@@ -157,7 +157,7 @@ class ChatML(Template):
     def _turn(self, content: str, calls: str | None = None) -> str:
         called = f"{lark.special(self.SECTION)} {calls} {lark.special(self.SECTION_END)} " if calls else ""
         opening = "" if self._opened or not self.dialect.thinks else f"{lark.special(self.THINK)} "
-        reasoning = f"{opening}text {lark.special(self.THINK_END)} " if self.dialect.thinks else ""
+        reasoning = f"{opening}thought {lark.special(self.THINK_END)} " if self.dialect.thinks else ""
         return f"{reasoning}{content} {called}{lark.special(self.END)}"
 
     def _call_rules(self, rule: str, tool: ToolSpec) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
 import time
 import zlib
 from collections.abc import Iterable
@@ -64,7 +65,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 class Journal:
-    """The single writer of a journal file. Every append is on disk when it returns.
+    """The single writer of a journal file, usable from any thread. Every append is on disk when it returns.
 
     Raises UserError when another process has it open for writing or a record inside it is damaged.
     """
@@ -73,6 +74,7 @@ class Journal:
         """`patience_s`: how long to wait for another writer to go away, e.g. one that is being stopped."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._appending = threading.Lock()
         self._file = open(self.path, "ab", buffering=0)
         try:
             self._wait_for_lock(patience_s)
@@ -91,15 +93,16 @@ class Journal:
         data = memoryview(b"".join(encode_record(r) for r in records))
         if not data:
             return
-        try:
-            written = 0
-            while written < len(data):
-                written += self._file.write(data[written:])
-            os.fsync(self._file.fileno())
-        except OSError:
-            self._cut()
-            raise
-        self._sound += len(data)
+        with self._appending:
+            try:
+                written = 0
+                while written < len(data):
+                    written += self._file.write(data[written:])
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._cut()
+                raise
+            self._sound += len(data)
 
     def close(self) -> None:
         self._file.close()

@@ -117,12 +117,13 @@ class Template:
         return lambda token: None if self.tokenizer.is_special(token) else self.tokenizer.token_bytes(token)
 
     def constraint(
-        self, tools: Sequence[ToolSpec] = (), choice: str = "auto", content: Constraint | None = None
+        self, tools: Sequence[ToolSpec] = (), choice: str = "auto", content: Constraint | None = None, thinking: bool = True
     ) -> Constraint:
         """What a turn of this format must match, from the first id after the generation prompt to the stop id.
 
         choice: "none", "auto" (calls or not), "required" (at least one call), or the name of the tool to call, once.
         Arguments satisfy their tool's schema. content: what an answer without calls must match, a JSON schema or regex.
+        thinking: False leaves the thought empty.
         Raises UserError for an unknown tool, or a schema that cannot be read.
         """
         named = [t for t in tools if t.name == choice]
@@ -130,14 +131,15 @@ class Template:
             raise UserError(f"no tool is called {choice!r}")
         if choice == "required" and not tools:
             raise UserError("a call is required, but there are no tools")
-        answering, calling = self._turn("content"), self._turn("text", "call" if named else "call+")
-        if named or choice == "required":
-            start, callable_ = calling, named or tools
+        answering = self._turn("content")
+        if named or choice == "required":  # a call and no words: a model that would rather talk could talk for ever
+            start, callable_ = self._turn('""', "call" if named else "call+"), named or tools
         elif choice == "auto" and tools:
-            start, callable_ = f"{answering} | {calling}", tools
+            start, callable_ = f"{answering} | {self._turn('text', 'call+')}", tools
         else:
             start, callable_ = answering, ()
-        rules = [f"start: {start}", f"content: {lark.content(content)}", f"text: {lark.TEXT}"]
+        thought = lark.TEXT if thinking else '""'
+        rules = [f"start: {start}", f"thought: {thought}", f"content: {lark.content(content)}", f"text: {lark.TEXT}"]
         if callable_:
             rules.append("call: " + lark.any_of([f"call_{i}" for i in range(len(callable_))]))
             rules += [rule for i, tool in enumerate(callable_) for rule in self._call_rules(f"call_{i}", tool)]

@@ -156,7 +156,7 @@ class XTML(Template):
         opened, closed = self._mark_open, self._mark_close
         called = f"{opened('tools')} {calls} {closed('tools')} " if calls else ""
         end = f"{closed('message')} {lark.special(self.END)}"
-        reasoning = f"text {closed('think')} {opened('response')} " if self.thinking else ""
+        reasoning = f"thought {closed('think')} {opened('response')} " if self.thinking else ""
         return f"{reasoning}{content} {closed('response')} {called}{end}"
 
     def _mark_open(self, header: str) -> str:

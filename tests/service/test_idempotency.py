@@ -1,0 +1,99 @@
+"""Laws of `Idempotency-Key`: one key is one request, answered alike, and never charged twice."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import httpx2 as httpx
+import pytest
+
+from tidelock.service.books import Admission, Metered
+from tidelock.service.idempotency import AnswerLost, Idempotency, InFlight, KeyReused, Stored
+from tidelock.service.ledger import Ledger
+from tidelock.service.prices import Counts, Price, PriceBook
+from tidelock.service.workers import Worker
+
+ASK = {"model": "tide", "messages": [{"role": "user", "content": "hi"}]}
+PRICE = Price(300, 30, 1500)
+
+
+def post(service, secret: str, name: str, **changes) -> httpx.Response:
+    headers = {"authorization": f"Bearer {secret}", "idempotency-key": name}
+    return httpx.post(service.running.base_url + "/chat/completions", json={**ASK, **changes}, headers=headers)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_same_request_again_gets_the_same_bytes_and_is_charged_once(service, stream):
+    secret = service.key()
+    first, again = (post(service, secret, "a", stream=stream) for _ in range(2))
+    assert first.content == again.content and first.status_code == again.status_code == 200
+    assert again.headers["x-request-id"] == first.headers["x-request-id"] and again.headers["idempotent-replayed"] == "true"
+    assert again.headers["content-type"] == first.headers["content-type"]
+    assert len(service.policy.prompts) == 1 and service.state.ledger.db.read("SELECT COUNT(*) FROM usage")[0][0] == 1
+    other = post(service, secret, "a", stream=stream, max_tokens=7)
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    assert post(service, service.key("bob"), "a", stream=stream).headers.get("idempotent-replayed") is None
+
+
+def test_at_the_same_time_one_runs_and_the_others_are_told_so(service):
+    secret = service.key()
+    service.policy.pause_s = 0.2
+    answers: list[httpx.Response] = []
+    threads = [threading.Thread(target=lambda: answers.append(post(service, secret, "a"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(answer.status_code for answer in answers) == [200, 409, 409, 409]
+    assert {a.json()["error"]["code"] for a in answers if a.status_code == 409} == {"idempotency_key_in_use"}
+    assert all(a.headers["x-should-retry"] == "true" for a in answers if a.status_code == 409)
+    assert len(service.policy.prompts) == 1
+
+
+def test_a_request_that_failed_for_free_may_be_tried_again_under_its_key(service):
+    secret = service.key()
+    service.policy.fail_after = 0
+    assert post(service, secret, "a").status_code == 503
+    service.policy.fail_after = None
+    assert post(service, secret, "a").status_code == 200
+
+
+def test_the_key_of_a_dead_server_runs_again_only_if_nothing_was_charged(db):
+    now = [100.0]
+    dead, alive = Worker(db), Worker(db)
+    PriceBook("v1", {"m": PRICE}).register(db)
+    ledger = Ledger(db, worker=dead.id)
+    ledger.open_account("ann")
+    ledger.topup("ann", 10**9)
+    first = Idempotency(db, dead.id, clock=lambda: now[0])
+    second = Idempotency(db, alive.id, clock=lambda: now[0])
+
+    async def begin(store, name, body=b"x", request_id="r9"):
+        return await store.begin("ann", name, body, request_id)
+
+    async def main() -> None:
+        for name in ("charged", "free", "answered"):
+            assert await begin(first, name, request_id=f"r_{name}") is None
+            with ledger.books(["ann"]) as books:
+                books.hold(Admission(f"r_{name}", "ann", "k", "m", PRICE, "v1", 5, 5, 60))
+        await first.finish("ann", "answered", Stored("r_answered", 200, "text/plain", b"\x00\xff"))
+        with ledger.books(["ann"], ["r_charged", "r_answered"]) as books:
+            for name in ("r_charged", "r_answered"):
+                books.settle(name, PRICE, Metered(Counts(5, completion=2), "stop"))
+        with pytest.raises(InFlight):
+            await begin(second, "free")
+        ledger.recover([dead.id])
+        alive.forget([dead.id])
+        with pytest.raises(AnswerLost, match="r_charged"):
+            await begin(second, "charged")
+        assert await begin(second, "free") is None
+        assert (await begin(second, "answered")).body == b"\x00\xff"
+        with pytest.raises(KeyReused):
+            await begin(second, "answered", b"y")
+        now[0] += 90_000
+        second.sweep()
+        assert await begin(second, "answered", b"y") is None
+
+    asyncio.run(main())
+    assert ledger.audit().sound

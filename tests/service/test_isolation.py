@@ -1,0 +1,115 @@
+"""Nobody sees what is somebody else's: every endpoint with an id, asked by a stranger, has never heard of it."""
+
+from __future__ import annotations
+
+import logging
+
+import httpx2 as httpx
+import pytest
+
+from tidelock.service.surfaces.routes import ROUTES
+
+SECRET_WORDS = "the password is swordfish"
+ASK = {"model": "tide", "messages": [{"role": "user", "content": SECRET_WORDS}], "max_tokens": 200}
+
+
+@pytest.fixture
+def anns(service):
+    """Ann's key and one of everything that can be hers."""
+    secret = service.key("ann")
+
+    def call(method: str, path: str, key: str = secret, **options) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.request(method, service.running.base_url + path, headers=headers, **options)
+
+    chat = call("POST", "/chat/completions", json={**ASK, "store": True}).json()
+    response = call("POST", "/responses", json={"model": "tide", "input": SECRET_WORDS}).json()
+    file = call("POST", "/files", files={"file": b"{}"}, data={"purpose": "batch"}).json()
+    body = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    batch = call("POST", "/batches", json=body).json()
+    ids = {"/v1/chat/completions": chat["id"], "/v1/responses": response["id"], "/v1/files": file["id"], "/v1/batches": batch["id"]}
+    return call, ids, chat["trace"]["node"]
+
+
+OWNED = [route for route in ROUTES if "{id}" in route.path]
+BODIES = {"/v1/chat/completions/{id}": {"metadata": {}}}
+
+
+def test_the_table_has_every_endpoint_with_an_id(anns):
+    call, ids, _ = anns
+    assert {route.path.partition("/{id}")[0] for route in OWNED} == set(ids) and len(OWNED) == 13
+
+
+def test_a_foreign_id_is_404_everywhere_and_reads_the_same_as_no_id(service, anns):
+    call, ids, _ = anns
+    bob = service.key("bob")
+    for route in OWNED:
+        root = route.path.partition("/{id}")[0]
+        answers = []
+        for object_id in (ids[root], "never_existed"):
+            path = route.path.removeprefix("/v1").replace("{id}", object_id)
+            answer = call(route.method, path, bob, json=BODIES.get(route.path))
+            assert answer.status_code == 404, (route.method, path, answer.text)
+            answers.append(answer.text.replace(object_id, "ID"))
+            assert answer.json()["error"]["type"] == "resource_not_found_error"
+        assert answers[0] == answers[1]
+    for route in OWNED:  # and it is all still there for its owner
+        if route.method == "GET":
+            root = route.path.partition("/{id}")[0]
+            assert call("GET", route.path.removeprefix("/v1").replace("{id}", ids[root])).status_code == 200
+
+
+def test_foreign_ids_inside_bodies_and_queries_lead_nowhere(service, anns):
+    call, ids, node = anns
+    bob = service.key("bob")
+    batch = {"input_file_id": ids["/v1/files"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    assert call("POST", "/batches", bob, json=batch).status_code == 404
+    continued = {"model": "tide", "input": "x", "previous_response_id": ids["/v1/responses"]}
+    assert call("POST", "/responses", bob, json=continued).status_code == 400
+    assert call("POST", "/responses/input_tokens", bob, json=continued).status_code == 400
+    feedback = {"node": node, "success": True, "reward": 1, "source": "bob"}
+    assert call("POST", "/feedback", bob, json=feedback).status_code == 404
+    for root in ids:
+        listed = call("GET", f"{root.removeprefix('/v1')}?after={ids[root]}", bob)
+        assert listed.status_code in (200, 405) and listed.json().get("data", []) == []
+
+
+def test_lists_usage_and_balance_are_one_s_own(service, anns):
+    call, _, _ = anns
+    bob = service.key("bob", nano_usd=7)
+    for path in ("/files", "/batches", "/chat/completions"):
+        assert call("GET", path, bob).json()["data"] == [] and call("GET", path).json()["data"]
+    usage = "/organization/usage/completions?start_time=0&limit=1440&bucket_width=1d&end_time=86400"
+    assert all(b["results"] == [] for b in call("GET", usage, bob).json()["data"])
+    assert call("GET", "/users/me/balance", bob).json()["data"]["available_nano_usd"] == 7
+
+
+def test_every_endpoint_wants_a_key(service):
+    for route in ROUTES:
+        path = route.path.replace("{id}", "x").replace("{model}", "tide")
+        answer = httpx.request(route.method, service.running.base_url.removesuffix("/v1") + path)
+        assert answer.status_code == 401, (route.method, path, answer.text)
+
+
+def test_two_keys_of_one_customer_share_objects_but_not_conversations(service, anns):
+    call, ids, _ = anns
+    other = service.key("ann")
+    assert call("GET", f"/responses/{ids['/v1/responses']}", other).status_code == 200
+    before = len(service.state.traces.nodes)
+    call("POST", "/chat/completions", other, json=ASK)
+    assert len(service.state.traces.nodes) == before + 2
+
+
+def test_no_key_and_no_words_of_a_prompt_get_into_the_log(service, anns, caplog):
+    call, _, _ = anns
+    caplog.set_level(logging.DEBUG)
+    secret = service.key("cy")
+    call("POST", "/chat/completions", secret, json=ASK)
+    call("POST", "/chat/completions", "sk-" + "wrong" * 9, json=ASK)
+    call("POST", "/chat/completions", secret, content=b'{"model": "tide", "messages": "' + SECRET_WORDS.encode() + b'"')
+    service.policy.template.sampled = None  # an unexpected failure, with the prompt in its hands
+    assert call("POST", "/chat/completions", secret, json={**ASK, "thinking": {"type": "disabled"}}).status_code == 500
+    del service.policy.template.sampled
+    assert "failed" in caplog.text
+    for word in (secret, secret[3:20], "sk-wrong", "swordfish"):
+        assert word not in caplog.text

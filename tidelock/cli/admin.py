@@ -1,0 +1,113 @@
+"""`tidelock admin`: the books of a service. Verify, back up, restore, register prices, re-rate."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import closing
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tidelock.service import backup, pricefile
+from tidelock.service.audit import audit_and_root
+from tidelock.service.db import Database, service_database
+from tidelock.service.ledger import Ledger
+from tidelock.service.prices import format_usd
+from tidelock.service.rating import rerate
+from tidelock.tokens.errors import UserError
+
+from .main import command
+
+EXAMPLE = """tidelock admin verify --dir demo-run/service
+  tidelock admin backup books.gz --dir demo-run/service
+  tidelock admin restore books.gz --database postgresql://tidelock@/tidelock
+  tidelock admin prices prices.toml --dir demo-run/service
+  tidelock admin rerate --from 2026-11-01 --to 2026-11-08 --price-version 2026-11b --dir demo-run/service --dry-run"""
+
+
+def add(subparsers: Any) -> None:
+    parser = command(subparsers, "admin", run, "verify, back up, restore and re-rate a service's books", EXAMPLE)
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--dir", type=Path, default=Path("service"), help="service directory, DIR/service of a run (default: service)")
+    where.add_argument("--database", metavar="URL", help="a postgresql:// database, instead of the directory's")
+    where.add_argument("--json", metavar="PATH", default=argparse.SUPPRESS, help="write the result as JSON to PATH")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    actions.add_parser("verify", parents=[where], help="recompute every sum, balance and hash chain")
+    saved = actions.add_parser("backup", parents=[where], help="write all of it, as of one moment, to a file")
+    saved.add_argument("file", type=Path)
+    back = actions.add_parser("restore", parents=[where], help="fill a new, empty database from a backup and verify it")
+    back.add_argument("file", type=Path)
+    prices = actions.add_parser("prices", parents=[where], help="check a price book and register its versions")
+    prices.add_argument("file", type=Path)
+    again = actions.add_parser("rerate", parents=[where], help="bring settled requests to another price version")
+    again.add_argument("--from", dest="since", required=True, metavar="TIME", help="2026-11-01 or 2026-11-01T12:00 (UTC)")
+    again.add_argument("--to", dest="until", metavar="TIME", help="up to, not including (default: now)")
+    again.add_argument("--price-version", required=True, metavar="NAME")
+    again.add_argument("--model", help="only this one's requests")
+    again.add_argument("--dry-run", action="store_true", help="say what would be booked, and book nothing")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.action == "restore":
+        return _restore(args)
+    target = _target(args)
+    if "://" not in target and not Path(target).is_file():
+        raise UserError(f"no service in {args.dir}")
+    with closing(Database(target)) as db:
+        return {"verify": _verify, "backup": _backup, "prices": _prices, "rerate": _rerate}[args.action](args, db)
+
+
+def _target(args: argparse.Namespace) -> str:
+    return args.database or service_database(args.dir)
+
+
+def _verify(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    with db.snapshot() as read:
+        found, root = audit_and_root(read)
+    for name, value in asdict(found).items():
+        print(f"{name:>16}  {value}")
+    print(f"{'root':>16}  {root}")
+    print(f"{'verdict':>16}  {'sound' if found.sound else 'NOT sound'}")
+    return {**asdict(found), "root": root, "failed": not found.sound}
+
+
+def _backup(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    found, root = backup.backup(db, args.file)
+    print(f"{args.file}: {found.transactions} transactions, {args.file.stat().st_size} bytes, root {root}")
+    print("the keys' pepper is not in it; keep that file too, elsewhere")
+    return {"file": str(args.file), "root": root}
+
+
+def _restore(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.database:
+        args.dir.mkdir(parents=True, exist_ok=True)
+    found, root = backup.restore(args.file, _target(args))
+    print(f"restored {found.transactions} transactions; the audit is sound and the root is the backup's: {root}")
+    return {"root": root}
+
+
+def _prices(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    schedule = pricefile.read_prices(args.file)
+    schedule.register(db)
+    for book in schedule.books:
+        print(f"{book.version} from {datetime.fromtimestamp(book.effective, UTC):%Y-%m-%d %H:%M} UTC: {', '.join(book.prices)}")
+    return {"versions": [book.version for book in schedule.books]}
+
+
+def _rerate(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    until = _time(args.until) if args.until else datetime.now(UTC).timestamp()
+    done = rerate(Ledger(db), _time(args.since), until, args.price_version, model=args.model, dry_run=args.dry_run)
+    would = "would be " if args.dry_run else ""
+    print(f"{done.changed} of {done.requests} requests {would}changed: {format_usd(done.charged_nano)} USD {would}charged, "
+          f"{format_usd(done.returned_nano)} USD {would}returned, {format_usd(done.owed_nano)} USD of it owed")  # fmt: skip
+    return asdict(done)
+
+
+def _time(text: str) -> float:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"{text!r} is no time; write 2026-11-01 or 2026-11-01T12:00") from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -1,0 +1,148 @@
+"""The ASGI endpoint of the three surfaces: it sees the client leave and owns the order of writes.
+
+A stream starts with the first sampled tokens, or with a keep-alive when those are slow to come: whatever fails until
+then is a plain HTTP error. A failure after that is an error event and no end marker, so that a cut answer never looks
+like a finished one. A client that stops reading stops being written to, and counts as gone after a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, Protocol
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive, Scope, Send
+
+from tidelock.service import run, wire
+from tidelock.service.answer import Bill, Ended, Event
+from tidelock.service.ask import Ask
+from tidelock.service.auth import authenticate
+from tidelock.service.errors import ApiError
+from tidelock.service.http import as_api_error, failure, id_headers, new_request_id, read_body
+from tidelock.service.keys import Key
+from tidelock.service.replay import Recorder
+from tidelock.service.run import Turn
+from tidelock.service.state import ServiceState
+
+log = logging.getLogger(__name__)
+
+
+class Translation(Protocol):
+    """One request in the words of its surface. Made from the body (or the making raises ApiError)."""
+
+    anthropic: bool  # which shape errors have
+    keep_alive: bytes
+    ask: Ask
+
+    def __init__(self, state: ServiceState, key: Key, request: Request, body: bytes) -> None: ...
+
+    def begin(self, turn: Turn) -> None:
+        """Told once, before any of the below."""
+
+    def whole(self, ended: Sequence[Ended], bill: Bill) -> Any:
+        """The answer as one JSON body."""
+
+    def say(self, events: Sequence[Event]) -> bytes:
+        """Server-sent events for some more of the answer; the first call opens the stream, the bill closes it."""
+
+    def fail(self, error: ApiError) -> bytes:
+        """The event that tells of a failure mid-stream."""
+
+
+class Endpoint:
+    def __init__(self, state: ServiceState, surface: type[Translation]) -> None:
+        self._state, self._surface = state, surface
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = new_request_id()
+        request = Request(scope, receive)
+        out = Output(send, request_id, self._state.stall_timeout_s)
+        translation: Translation | None = None
+        recorder: Recorder | None = None
+        try:
+            key = authenticate(self._state, request)
+            body = await read_body(request, self._state.max_body_bytes)
+            if name := request.headers.get("idempotency-key"):
+                recorder = Recorder(self._state.idempotency, key.customer, name, request_id, send)
+                if await recorder.replay(request.url.path.encode() + b"\n" + body):
+                    return
+                out = Output(recorder, request_id, self._state.stall_timeout_s)
+            translation = self._surface(self._state, key, request, body)
+            turn = await run.prepare(self._state, key, translation.ask, request_id)
+            translation.begin(turn)
+            async with _watching(receive, self._state, turn) as left:
+                await self._answer(turn, translation, left, out)
+        except (ClientDisconnect, Stalled):
+            log.info("%s: the client left", request_id)
+        except Exception as exception:
+            error = as_api_error(exception, request_id)
+            if out.started and translation is not None:
+                await out.write(translation.fail(error), more=False)
+            else:
+                await failure(error, request_id, self._surface.anthropic)(scope, receive, send)
+        finally:
+            if recorder is not None:
+                await recorder.end()
+
+    async def _answer(self, turn: Turn, translation: Translation, left: asyncio.Event, out: Output) -> None:
+        if not turn.ask.stream:
+            ended, bill = await run.whole(self._state, turn, left)
+            await out.json(translation.whole(ended, bill))
+            return
+        async with aclosing(run.stream(self._state, turn, left)) as batches:
+            async for events in batches:
+                last = bool(events) and isinstance(events[-1], Bill)
+                await out.write(translation.say(events) if events else translation.keep_alive, more=not last)
+
+
+class Stalled(Exception):
+    """The client has stopped reading."""
+
+
+class Output:
+    def __init__(self, send: Send, request_id: str, patience_s: float) -> None:
+        self._send, self._request_id, self._patience_s = send, request_id, patience_s
+        self.started = False
+
+    async def json(self, body: Any) -> None:
+        await self._start(b"application/json")
+        await self._send({"type": "http.response.body", "body": wire.encode(body)})
+
+    async def write(self, data: bytes, *, more: bool) -> None:
+        """Raises Stalled if the connection takes nothing for `patience_s`."""
+        if not self.started:
+            await self._start(b"text/event-stream; charset=utf-8")
+        if data or not more:
+            try:
+                async with asyncio.timeout(self._patience_s):
+                    await self._send({"type": "http.response.body", "body": data, "more_body": more})
+            except TimeoutError:
+                raise Stalled from None
+
+    async def _start(self, content_type: bytes) -> None:
+        self.started = True
+        ids = [(name.encode(), value.encode()) for name, value in id_headers(self._request_id).items()]
+        headers = [(b"content-type", content_type), (b"cache-control", b"no-store"), *ids]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+@asynccontextmanager
+async def _watching(receive: Receive, state: ServiceState, turn: Turn) -> AsyncIterator[asyncio.Event]:
+    """Yields the event "the client left", and stops the sampling as soon as it happens."""
+    left = asyncio.Event()
+
+    async def abort_on_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.set()
+        for choice_id in turn.choice_ids:
+            await state.policy.abort(choice_id)
+
+    watcher = asyncio.create_task(abort_on_disconnect())
+    try:
+        yield left
+    finally:
+        watcher.cancel()

@@ -1,0 +1,108 @@
+"""What every route shares on the wire: request ids, bounded bodies, JSON answers, errors in the client's dialect."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tidelock.service import errors, wire
+from tidelock.service.db import StorageDown
+from tidelock.service.errors import ApiError
+from tidelock.service.state import ServiceState
+from tidelock.tokens.policy import PolicyError
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[ServiceState, Request], Awaitable[Any]]
+JSON = "application/json"
+
+
+def new_request_id() -> str:
+    return f"req_{uuid.uuid4().hex}"
+
+
+def id_headers(request_id: str) -> dict[str, str]:
+    """Under the name each client reads: OpenAI's, Anthropic's, Kimi's."""
+    return {"x-request-id": request_id, "request-id": request_id, "msh-request-id": request_id}
+
+
+def speaks_anthropic(request: Request) -> bool:
+    path = request.url.path
+    return path.startswith(("/anthropic/", "/v1/messages")) or "anthropic-version" in request.headers
+
+
+def is_lenient(state: ServiceState, request: Request | None) -> bool:
+    """By the server's own setting, or because this client asks for it (`x-tidelock-profile: lenient`)."""
+    return state.lenient or (request is not None and request.headers.get("x-tidelock-profile") == "lenient")
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Raises ApiError (413) before more than `limit` bytes are held."""
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > limit:
+        raise errors.too_large(limit)
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise errors.too_large(limit)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def failure(error: ApiError, request_id: str, anthropic: bool) -> Response:
+    headers = {**error.headers(), **id_headers(request_id)}
+    status, body = error.anthropic(request_id) if anthropic else (error.status, error.body())
+    return Response(wire.encode(body), status, headers, JSON)
+
+
+def as_api_error(exception: Exception, request_id: str) -> ApiError:
+    """What the client is told. Only the unexpected is logged, and never with what was asked or who asked."""
+    if isinstance(exception, ApiError):
+        return exception
+    if isinstance(exception, PolicyError):
+        return errors.policy_failed(str(exception), exception.status, exception.kind)
+    if isinstance(exception, StorageDown):
+        log.warning("%s: %s", request_id, exception)
+        return errors.storage_down()
+    log.error("%s failed", request_id, exc_info=exception)
+    return errors.internal()
+
+
+class Json:
+    """An ASGI endpoint over a handler that returns what is to be encoded, or a Response of its own."""
+
+    def __init__(self, state: ServiceState, handler: Handler) -> None:
+        self._state, self._handler = state, handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request_id = new_request_id()
+        request = Request(scope, receive)
+        try:
+            answer = await self._handler(self._state, request)
+            if isinstance(answer, Response):
+                response = answer
+                response.headers.update(id_headers(request_id))
+            else:
+                response = Response(wire.encode(answer), 200, id_headers(request_id), JSON)
+        except ClientDisconnect:
+            return
+        except Exception as exception:
+            response = failure(as_api_error(exception, request_id), request_id, speaks_anthropic(request))
+        await response(scope, receive, send)
+
+
+async def unknown_route(request: Request, exception: HTTPException) -> Response:
+    """The router's own 404 and 405, in the shape API clients parse."""
+    kind = "resource_not_found_error" if exception.status_code == 404 else "invalid_request_error"
+    error = ApiError(exception.status_code, kind, f"{exception.detail}: {request.method} {request.url.path}")
+    response = failure(error, new_request_id(), speaks_anthropic(request))
+    response.headers.update(exception.headers or {})
+    return response

@@ -1,0 +1,411 @@
+"""One request, from a validated `Ask` to the settled bill, the same for every surface.
+
+The order is the point: find the conversation's stored ids and extend them, hold the money, sample as far as it is
+covered, settle, write the trace, and only then say the last word. (Settle first: an answer may lack its trace after a
+crash, but never its bill.) A client that saw the end of an answer can rely on its trace and its
+charge; a client that left pays exactly for the tokens sampled until then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tidelock.service import errors
+from tidelock.service.answer import Bill, Choice, Ended, Event, Piece, Usage
+from tidelock.service.ask import Ask
+from tidelock.service.errors import ApiError
+from tidelock.service.forcing import constraint, held
+from tidelock.service.keys import Key
+from tidelock.service.books import Admission, InsufficientBalance, Metered
+from tidelock.service.prices import Counts
+from tidelock.service.state import ServiceState
+from tidelock.service.tab import Tab, opened
+from tidelock.tokens.message import Message
+from tidelock.tokens.policy import Chunk, Constraint, PolicyError, SamplingParams, drawn_from
+from tidelock.tokens.template import Template
+from tidelock.tokens.trace import Node
+
+Also = Callable[[Any, list[Ended], Bill], None]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An `Ask` in its place in the trace, ready to be sampled. `new` are the messages not stored yet, each with the
+    ids it adds."""
+
+    request_id: str
+    key: Key
+    ask: Ask
+    scope: str
+    consent: bool
+    consent_source: str
+    parent: str | None
+    new: tuple[tuple[Message, tuple[int, ...]], ...]
+    opening_ids: tuple[int, ...]
+    constraint: Constraint | None
+    prompt_ids: tuple[int, ...]
+    prompt_tokens: int
+    max_tokens: int  # of each choice
+    mode: str  # of the price book
+
+    @property
+    def choice_ids(self) -> tuple[str, ...]:
+        """What the policy knows the choices by."""
+        return (self.request_id,) if self.ask.n == 1 else tuple(f"{self.request_id}-{n}" for n in range(self.ask.n))
+
+
+async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode: str = "") -> Turn:
+    """Everything that can still refuse the request before money is involved. Raises ApiError."""
+    scope = f"{key.id}/{ask.origin.session}"
+    parent, new, ids = extended(state, scope, ask)
+    opening_ids = opening(state.template, ask)
+    prompt_ids = (*ids, *state.template.generation_prompt(), *opening_ids)
+    prompt_tokens = await state.policy.count(prompt_ids)
+    consent, source = key.consent(ask.origin.consent)
+    return Turn(
+        request_id=request_id,
+        key=key,
+        ask=ask,
+        scope=scope,
+        consent=consent,
+        consent_source=source,
+        parent=parent,
+        new=new,
+        opening_ids=opening_ids,
+        constraint=constraint(state.template, ask),
+        prompt_ids=prompt_ids,
+        prompt_tokens=prompt_tokens,
+        max_tokens=_max_tokens(state, ask.max_tokens, prompt_tokens),
+        mode=mode,
+    )
+
+
+def extended(
+    state: ServiceState, scope: str, ask: Ask
+) -> tuple[str | None, tuple[tuple[Message, tuple[int, ...]], ...], list[int]]:
+    """(the deepest stored node of this conversation, the messages after it with their ids, all ids)."""
+    parent, known = state.traces.match(scope, ask.messages)
+    ids = list(state.traces.ids(parent.id)) if parent else []
+    seen = [node.message for node in state.traces.path(parent.id)] if parent else []
+    new = []
+    for message in ask.messages[known:]:
+        longer = state.template.extend(ids, seen, [message])
+        new.append((message, tuple(longer[len(ids) :])))
+        ids, seen = longer, [*seen, message]
+    return (parent.id if parent else None), tuple(new), ids
+
+
+async def count_tokens(state: ServiceState, key: Key, ask: Ask) -> int:
+    """Tokens the prompt of this request would be billed for."""
+    _, _, ids = extended(state, f"{key.id}/{ask.origin.session}", ask)
+    return await state.policy.count((*ids, *state.template.generation_prompt(), *opening(state.template, ask)))
+
+
+def opening(template: Template, ask: Ask) -> tuple[int, ...]:
+    """Ids of the answer's given beginning. Without thinking that is the empty thought, so that the answer comes next."""
+    if ask.opening is None and (ask.thinking or held(ask)):
+        return ()
+    empty, probe = (template.sampled(Message("assistant", text)) for text in ("", "x"))
+    tail = 0  # how many ids close a turn whose last channel is its content: those that any content leaves alone
+    while empty[-1 - tail] == probe[-1 - tail]:
+        tail += 1
+    said = template.sampled(ask.opening or Message("assistant"))
+    return tuple(said[: len(said) - tail])
+
+
+def _max_tokens(state: ServiceState, asked: int | None, prompt_tokens: int) -> int:
+    room = state.context_length - prompt_tokens
+    if room < 1:
+        reason = f"the prompt has {prompt_tokens} tokens and leaves no room in a context of {state.context_length}"
+        raise errors.invalid_request(reason, "messages", "context_length_exceeded")
+    if asked is None:
+        return min(state.default_max_tokens, room)
+    if asked > room:
+        reason = f"prompt ({prompt_tokens}) plus max_tokens ({asked}) exceed the context of {state.context_length}"
+        raise errors.invalid_request(reason, "max_tokens", "context_length_exceeded")
+    return asked
+
+
+class Meter:
+    """A tab and what is sampled on it."""
+
+    def __init__(self, state: ServiceState, turn: Turn, tab: Tab) -> None:
+        self._state, self._turn, self.tab = state, turn, tab
+        self.choices = [Choice(n, turn.ask, state.template, turn.opening_ids) for n in range(turn.ask.n)]
+        self.params = replace(
+            turn.ask.params,
+            max_tokens=turn.max_tokens,
+            stop_ids=tuple(state.template.stop_ids),
+            constraint=turn.constraint,
+            tenant=turn.key.customer,
+        )
+        self.delivered = False  # whether the client has been sent any of it
+
+    @property
+    def complete(self) -> bool:
+        return all(
+            c.stopped is not None or (c.sample.ids and c.sample.finish_reason in ("stop", "length")) for c in self.choices
+        )
+
+    async def finish(self, also: Also | None = None) -> tuple[list[Piece], list[Ended], Bill]:
+        """Charges for the answers and stores them, then tells how they ended. `also` joins the charge's transaction."""
+        pieces: list[Piece] = []
+        ended: list[Ended] = []
+        for choice in self.choices:
+            *rest, last = choice.end()
+            pieces += rest
+            ended.append(last)
+        new, answers = nodes(self._state, self._turn, self)
+        ids = tuple(answer.id for answer in answers)
+        bill = await self._settle(ids, None if also is None else lambda execute, bill: also(execute, ended, bill))
+        await self._state.scribe.add([*new, *answers])
+        return pieces, ended, bill
+
+    async def _settle(self, ids: tuple[str, ...], also: Callable[[Any, Bill], None] | None) -> Bill:
+        completion = sum(len(choice.sample.ids) for choice in self.choices)
+        cached = self.choices[0].sample.cached_tokens
+        reason = "stop" if self.complete else "abort"
+        if self.complete and any(choice.sample.finish_reason == "length" for choice in self.choices):
+            reason = "length"
+        counts = Counts(self._turn.prompt_tokens, cached, completion=completion)
+        reasoning = sum(choice.reasoning_tokens for choice in self.choices)
+
+        def bill(nano_usd: int) -> Bill:
+            return Bill(Usage(counts.prompt, completion, cached, reasoning, nano_usd), ids)
+
+        joined = None if also is None else lambda execute, nano_usd: also(execute, bill(nano_usd))
+        return bill(await self.tab.settle(Metered(counts, reason), joined))
+
+
+@asynccontextmanager
+async def metered(state: ServiceState, turn: Turn) -> AsyncIterator[Meter]:
+    """Raises ApiError: 429 if the balance does not cover the prompt and one token of each choice."""
+    book = state.prices.now
+    admission = Admission(
+        turn.request_id,
+        turn.key.customer,
+        turn.key.id,
+        state.model,
+        book.price(state.model, turn.mode),
+        book.version,
+        turn.prompt_tokens,
+        turn.max_tokens * turn.ask.n,
+        state.hold_lifetime_s,
+        turn.mode,
+        least_tokens=turn.ask.n,
+    )
+    try:
+        async with opened(state.till, admission, turn.ask.stream) as tab:
+            yield Meter(state, turn, tab)
+    except InsufficientBalance:
+        raise errors.insufficient_balance() from None
+
+
+async def whole(
+    state: ServiceState, turn: Turn, left: asyncio.Event, also: Also | None = None
+) -> tuple[list[Ended], Bill]:
+    """The finished answers. Raises ApiError; a failure costs nothing, a client that left pays for what was sampled.
+
+    `also(execute, ended, bill)` writes in the same transaction as the charge: both happen, or neither.
+    """
+    async with metered(state, turn) as meter:
+        try:
+            async with asyncio.timeout(state.request_timeout_s):
+                await _together([_sampled(state, turn, meter, choice) for choice in meter.choices])
+            if not meter.complete:
+                raise _stopped_early()
+        except TimeoutError:
+            raise errors.timed_out(state.request_timeout_s) from None
+        finally:
+            meter.delivered = meter.complete or left.is_set()
+            if meter.delivered and any(choice.sample.ids for choice in meter.choices):
+                _, ended, bill = await meter.finish(also)
+    return ended, bill
+
+
+async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncIterator[list[Event]]:
+    """Events as they happen, all there are at a time; [] = nothing for `keep_alive_s`. The ends come with the bill.
+
+    Raises ApiError. Closing the iterator is leaving: what was sampled until then is stored and charged.
+    """
+    async with metered(state, turn) as meter:
+        inbox = Inbox(min(state.keep_alive_s, state.request_timeout_s), state.merge_s)
+        deadline = asyncio.get_running_loop().time() + state.request_timeout_s
+        tasks = [asyncio.create_task(_pump(state, turn, meter, choice, inbox)) for choice in meter.choices]
+        rest: list[Piece] = []
+        try:
+            running = len(tasks)
+            while running and not left.is_set():
+                items = await inbox.take()
+                failure = next((item for item in items if isinstance(item, Exception)), None)
+                running -= items.count(None)
+                pieces = [item for item in items if item is not None and not isinstance(item, Exception)]
+                if running and asyncio.get_running_loop().time() >= deadline:
+                    raise errors.timed_out(state.request_timeout_s)
+                if pieces or not items:
+                    meter.delivered |= any(choice.sample.ids for choice in meter.choices)
+                    yield pieces  # before the failure that came after them: they will be charged
+                if failure is not None:
+                    raise failure
+            if not meter.complete:
+                raise _stopped_early()
+        finally:
+            inbox.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            meter.delivered |= meter.complete or left.is_set()
+            if meter.delivered and any(choice.sample.ids for choice in meter.choices):
+                rest, ended, bill = await meter.finish()
+    yield [*rest, *ended, bill]
+
+
+async def _sampled(
+    state: ServiceState, turn: Turn, meter: Meter, choice: Choice, inbox: Inbox | None = None
+) -> None:
+    """Samples one choice to its end. Raises ApiError."""
+    params: SamplingParams = meter.params
+    if turn.ask.n > 1 and params.seed is not None:
+        params = replace(params, seed=params.seed + choice.index)
+    try:
+        async with aclosing(state.policy.generate(turn.prompt_ids, params, turn.choice_ids[choice.index])) as chunks:
+            async for chunk in chunks:
+                covered = await meter.tab.take(len(chunk.ids))
+                broke = covered < len(chunk.ids)
+                pieces = choice.take(_cut(chunk, covered) if broke else chunk)
+                if inbox is not None:
+                    inbox.put(pieces)
+                if broke and inbox is not None:
+                    raise errors.balance_exhausted()
+                if broke or choice.stopped is not None:
+                    break
+    except PolicyError as error:
+        raise errors.policy_failed(str(error), error.status, error.kind) from error
+
+
+def _cut(chunk: Chunk, tokens: int) -> Chunk:
+    """Its beginning, as an answer that was too long: what the balance covers."""
+    return Chunk(
+        chunk.ids[:tokens], chunk.logprobs[:tokens], chunk.weights_version, "length",
+        sampled_logprobs=chunk.sampled_logprobs[:tokens], top_logprobs=chunk.top_logprobs[:tokens], kept=chunk.kept[:tokens],
+    )  # fmt: skip
+
+
+async def _pump(state: ServiceState, turn: Turn, meter: Meter, choice: Choice, inbox: Inbox) -> None:
+    try:
+        await _sampled(state, turn, meter, choice, inbox)
+        inbox.put([None])
+    except Exception as error:
+        inbox.put([error])
+
+
+class Inbox:
+    """Hands over everything that arrived since the last look, at most once in `merge_s`: tokens that come fast share a
+    write, and a reader that is slow gets few large ones."""
+
+    def __init__(self, patience_s: float, merge_s: float) -> None:
+        self._items: list[Piece | Exception | None] = []
+        self._loop = asyncio.get_running_loop()
+        self._news, self._urgent = asyncio.Event(), False
+        self._merge_s, self._next_look = merge_s, 0.0
+        self._pause: asyncio.Future[None] | None = None
+        self._patience_s = patience_s
+        self._timer = self._loop.call_later(patience_s, self._tick)
+        self._quiet = True
+
+    def put(self, items: list) -> None:
+        """An end or a failure is handed over at once."""
+        if items:
+            self._items += items
+            self._news.set()
+            if not isinstance(items[-1], Piece):
+                self._urgent = True
+                _release(self._pause)
+
+    async def take(self) -> list:
+        """At least one item, or [] after `patience_s` without any."""
+        await self._news.wait()
+        wait_s = self._next_look - self._loop.time()
+        if wait_s > 0 and not self._urgent:
+            self._pause = self._loop.create_future()
+            timer = self._loop.call_later(wait_s, _release, self._pause)
+            await self._pause
+            timer.cancel()
+        self._next_look = self._loop.time() + self._merge_s
+        self._news.clear()
+        items, self._items = self._items, []
+        self._quiet = not items
+        return items
+
+    def close(self) -> None:
+        self._timer.cancel()
+
+    def _tick(self) -> None:
+        if self._quiet:
+            self._news.set()
+        self._quiet = True
+        self._timer = self._loop.call_later(self._patience_s, self._tick)
+
+
+def _release(pause: asyncio.Future[None] | None) -> None:
+    if pause is not None and not pause.done():
+        pause.set_result(None)
+
+
+async def _together(parts: list) -> None:
+    """Runs all; the first failure stops the others and is raised."""
+    if len(parts) == 1:
+        await parts[0]
+        return
+    tasks = [asyncio.create_task(part) for part in parts]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _stopped_early() -> ApiError:
+    return errors.policy_failed("the answer was stopped before its end", 503, "engine_overloaded_error")
+
+
+def nodes(state: ServiceState, turn: Turn, meter: Meter) -> tuple[list[Node], list[Node]]:
+    """(the new messages, the answers) as the trace keeps them."""
+    common = {
+        "scope": turn.scope,
+        "template": state.template.hash,
+        "sandbox": turn.ask.origin.sandbox,
+        "consent": turn.consent,
+        "consent_source": turn.consent_source,
+        "exact": state.policy.exact,
+    }
+    parent, new = turn.parent, []
+    for given, ids in turn.new:
+        new.append(Node.of(parent, given, ids, **common))
+        parent = new[-1].id
+    answers = []
+    sampling = asdict(meter.params)
+    for choice in meter.choices:
+        sample = choice.sample
+        sampled_logprobs, kept = drawn_from(sample.chunks)
+        answers.append(
+            Node.of(
+                parent,
+                choice.message,
+                (*state.template.generation_prompt(), *turn.opening_ids, *sample.ids),
+                sampled=len(sample.ids),
+                logprobs=tuple(sample.logprobs),
+                sampled_logprobs=sampled_logprobs,
+                kept=kept,
+                weights_versions=tuple(sample.versions),
+                sampling=sampling,
+                finish_reason="stop" if choice.stopped is not None else sample.finish_reason or "abort",
+                **common,
+            )
+        )
+    return new, answers

@@ -1,0 +1,116 @@
+"""The SQLite half of the dialect seam: WAL, one writing connection, one for reading beside it.
+
+`synchronous = FULL`: a commit that was answered survives power loss. Many money operations share one commit
+(`till.py`), so this costs little.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tidelock.service.db import Conflict, StorageDown
+
+
+class Sqlite:
+    name = "sqlite"
+    writers = 1
+    list_tables = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._write_lock, self._read_lock = threading.RLock(), threading.RLock()
+        with _errors():
+            self._writer = self._connect()
+            self._reader = self._writer
+            if path == ":memory:":
+                self._read_lock = self._write_lock
+            else:
+                self._writer.execute("PRAGMA journal_mode = WAL")
+                self._reader = self._connect()
+                self._reader.execute("PRAGMA query_only = ON")
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self._path, timeout=30, isolation_level=None, check_same_thread=False, cached_statements=256
+        )
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        return connection
+
+    @contextmanager
+    def transaction(self) -> Iterator[_Transaction]:
+        with self._write_lock, _errors():
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield _Transaction(self._writer)
+                self._writer.execute("COMMIT")
+            except BaseException:
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+    migration = transaction  # BEGIN IMMEDIATE already keeps every other writer out
+
+    def read(self, sql: str, args: Sequence[Any]) -> list[sqlite3.Row]:
+        with self._read_lock, _errors():
+            return self._reader.execute(sql, args).fetchall()
+
+    @contextmanager
+    def snapshot(self) -> Iterator[_Transaction]:
+        with self._read_lock, _errors():
+            self._reader.execute("BEGIN")
+            try:
+                yield _Transaction(self._reader)
+            finally:
+                self._reader.execute("COMMIT")
+
+    def append_only(self, table: str) -> list[str]:
+        return [
+            f"CREATE TRIGGER {table}_{verb}_never BEFORE {verb} ON {table} "
+            f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+            for verb in ("update", "delete")
+        ]
+
+    def close(self) -> None:
+        with self._write_lock, self._read_lock:
+            self._reader.close()
+            self._writer.close()
+
+
+class _Transaction:
+    for_update = ""  # BEGIN IMMEDIATE locked everything
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._execute, self._many = connection.execute, connection.executemany
+
+    def __call__(self, sql: str, args: Sequence[Any] = ()) -> sqlite3.Cursor:
+        return self._execute(sql, args)
+
+    def insert(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        if rows:
+            marks = ", ".join("?" * len(columns))
+            self._many(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", rows)
+
+    def update(self, table: str, keys: Sequence[str], values: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        if not rows:
+            return
+        found = " AND ".join(f"{key} = ?{n}" for n, key in enumerate(keys, 1))
+        set_to = ", ".join(f"{value} = ?{n}" for n, value in enumerate(values, len(keys) + 1))
+        self._many(f"UPDATE {table} SET {set_to} WHERE {found}", rows)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.IntegrityError as error:
+        raise Conflict(str(error)) from error
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.ProgrammingError) or getattr(error, "sqlite_errorname", "") == "SQLITE_ERROR":
+            raise  # our SQL is wrong; waiting will not help
+        raise StorageDown(str(error)) from error

@@ -1,0 +1,214 @@
+"""What a customer may read about their own account: balance, usage, costs, and the count of a prompt before it is paid.
+
+Kimi's shapes for balance and usage windows, OpenAI's admin shapes for the rest. Everything is computed from settled
+usage rows; nothing here is an estimate.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+
+from tidelock.service import run, wire
+from tidelock.service.auth import authenticate
+from tidelock.service.errors import invalid_request
+from tidelock.service.http import is_lenient, read_body
+from tidelock.service.prices import format_usd
+from tidelock.service.state import ServiceState
+from tidelock.service.surfaces.chat import ChatRequest
+from tidelock.service.surfaces.chat import read as read_chat
+
+WIDTHS = {"1m": 60, "1h": 3600, "1d": 86400}
+DEFAULT_BUCKETS, MOST_BUCKETS = {"1m": 60, "1h": 24, "1d": 7}, 1440
+GROUPS = {"model": "model", "api_key_id": "key_id", "batch": "mode"}
+SUMMED = (
+    "prompt_tokens", "cached_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "completion_tokens", "nano_usd",
+)  # fmt: skip
+# Kinds of usage that admin clients ask for and this service does not have: their pages are true, and empty.
+UNUSED = (
+    "audio_speeches", "audio_transcriptions", "code_interpreter_sessions", "decisions", "embeddings", "file_search_calls",
+    "images", "moderations", "vector_stores", "web_search_calls",
+)  # fmt: skip
+MAX_TIME = 1 << 40
+
+_chat = msgspec.json.Decoder(ChatRequest)
+
+
+async def balance(state: ServiceState, request: Request) -> dict[str, Any]:
+    """Kimi's shape; the amounts are JSON numbers in USD with every nano digit written out."""
+    key = authenticate(state, request)
+    pockets = state.ledger.balances(key.customer)
+    nano_usd = state.ledger.balance(key.customer)
+    voucher = pockets.get("voucher", 0) + pockets.get("plan", 0)
+    data = {
+        "available_balance": _usd(nano_usd),
+        "voucher_balance": _usd(voucher),
+        "cash_balance": _usd(nano_usd - voucher),
+        "available_nano_usd": nano_usd,
+    }
+    return {"code": 0, "scode": "0x0", "status": True, "data": data}
+
+
+def _usd(nano_usd: int) -> msgspec.Raw:
+    """A JSON number that loses nothing on its way."""
+    return msgspec.Raw(format_usd(nano_usd).encode())
+
+
+async def estimate_tokens(state: ServiceState, request: Request) -> dict[str, Any]:
+    """`POST /v1/tokenizers/estimate-token-count`: exact, since the tokenizer is ours."""
+    key = authenticate(state, request)
+    body = wire.decode(await read_body(request, state.max_body_bytes), _chat)
+    return {"data": {"total_tokens": await run.count_tokens(state, key, read_chat(state, body, is_lenient(state, request)))}}
+
+
+async def usages(state: ServiceState, request: Request) -> dict[str, Any]:
+    """`GET /v1/usages`, as Kimi's coding clients show it. Prepaid accounts have no quota: the limit is what the balance
+    and the spending of the week make together. Amounts are nano-USD in decimal strings."""
+    key = authenticate(state, request)
+    now = time.time()
+    free = state.ledger.balance(key.customer)
+
+    def window(seconds: int) -> dict[str, str]:
+        used = _spent(state, key.customer, now - seconds)
+        reset = datetime.fromtimestamp(now + seconds, UTC).isoformat(timespec="seconds")
+        return {"used": str(used), "limit": str(used + free), "remaining": str(free), "resetTime": reset}
+
+    five_hours = {"window": {"duration": 300, "timeUnit": "TIME_UNIT_MINUTE"}, "detail": window(5 * 3600)}
+    return {"usage": window(7 * 86400), "limits": [five_hours]}
+
+
+async def completions_usage(state: ServiceState, request: Request) -> dict[str, Any]:
+    """`GET /v1/organization/usage/completions`"""
+    key = authenticate(state, request)
+    page = _Page.of(request, "1d")
+    buckets = []
+    for start, end, rows in page.buckets(state, key.customer, request):
+        results = [
+            {
+                "object": "organization.usage.completions.result",
+                "input_tokens": row["prompt_tokens"],
+                "input_cached_tokens": row["cached_tokens"],
+                "input_uncached_tokens": row["prompt_tokens"] - row["cached_tokens"],
+                "input_cache_write_tokens": row["cache_write_5m_tokens"] + row["cache_write_1h_tokens"],
+                "input_audio_tokens": 0,
+                "output_tokens": row["completion_tokens"],
+                "output_audio_tokens": 0,
+                "num_model_requests": row["requests"],
+                "project_id": None,
+                "user_id": None,
+                "api_key_id": row["key_id"],
+                "model": row["model"],
+                "batch": None if row["mode"] is None else "batch" in row["mode"].split("+"),
+                "service_tier": None,
+            }
+            for row in rows
+        ]
+        buckets.append({"object": "bucket", "start_time": start, "end_time": end, "results": results})
+    return page.body(buckets)
+
+
+async def unused(state: ServiceState, request: Request) -> dict[str, Any]:
+    authenticate(state, request)
+    page = _Page.of(request, "1d")
+    return page.body([{"object": "bucket", "start_time": s, "end_time": e, "results": []} for s, e in page.spans])
+
+
+async def costs(state: ServiceState, request: Request) -> dict[str, Any]:
+    """`GET /v1/organization/costs`. Exact: the amounts are decimal numbers with every nano digit."""
+    key = authenticate(state, request)
+    page = _Page.of(request, "1d")
+    buckets = []
+    for start, end, rows in page.buckets(state, key.customer, request):
+        results = [
+            {
+                "object": "organization.costs.result",
+                "amount": {"value": _usd(row["nano_usd"]), "currency": "usd"},
+                "line_item": row["model"],
+                "project_id": None,
+                "api_key_id": row["key_id"],
+                "quantity": None,
+            }
+            for row in rows
+        ]
+        buckets.append({"object": "bucket", "start_time": start, "end_time": end, "results": results})
+    return page.body(buckets)
+
+
+async def spend_limit(state: ServiceState, request: Request) -> dict[str, Any]:
+    """`GET /v1/organization/spend_limit`: what is prepaid is the limit, and it is enforced."""
+    key = authenticate(state, request)
+    month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0).timestamp()
+    nano_usd = state.ledger.balance(key.customer) + _spent(state, key.customer, month)
+    return {
+        "object": "organization.spend_limit",
+        "threshold_amount": nano_usd // 10_000_000,  # cents
+        "currency": "USD",
+        "interval": "month",
+        "enforcement": {"status": "enforcing"},
+    }
+
+
+def _spent(state: ServiceState, customer: str, since: float) -> int:
+    sql = "SELECT COALESCE(SUM(nano_usd), 0) FROM usage WHERE customer = ? AND created >= ?"
+    return int(state.ledger.db.read(sql, (customer, since))[0][0])
+
+
+class _Page:
+    """Consecutive time buckets. `page` is where the next one starts, as the last answer said; other words say nothing."""
+
+    def __init__(self, start: int, end: int, width: int, limit: int) -> None:
+        self.start, self.end, self.width = start - start % width, end, width
+        every = range(self.start, end, width)
+        self.spans = [(s, min(s + width, end)) for s in every[:limit]]
+        self.next = every[limit] if len(every) > limit else None
+
+    @staticmethod
+    def of(request: Request, default_width: str) -> _Page:
+        query = request.query_params
+        width = query.get("bucket_width", default_width)
+        if width not in WIDTHS:
+            raise invalid_request(f"bucket_width must be one of {', '.join(WIDTHS)}", "bucket_width")
+        start = _whole(query.get("start_time"), "start_time", 0, MAX_TIME)
+        if start is None:
+            raise invalid_request("start_time is required, in seconds since 1970", "start_time")
+        if query.get("page", "").isdecimal():
+            start = _whole(query["page"], "page", 0, MAX_TIME)
+        end = _whole(query.get("end_time"), "end_time", 0, MAX_TIME) or int(time.time()) + 1
+        limit = _whole(query.get("limit"), "limit", 0, MOST_BUCKETS) or DEFAULT_BUCKETS[width]
+        return _Page(start, max(end, start), WIDTHS[width], limit)
+
+    def buckets(self, state: ServiceState, customer: str, request: Request) -> list[tuple[int, int, list[dict[str, Any]]]]:
+        asked = request.query_params.getlist("group_by") + request.query_params.getlist("group_by[]")
+        columns = [column for name, column in GROUPS.items() if name in asked or (name == "model" and "line_item" in asked)]
+        wanted = {c: request.query_params.getlist(n) + request.query_params.getlist(n + "[]")
+                  for n, c in (("models", "model"), ("api_key_ids", "key_id"))}  # fmt: skip
+        out = []
+        for start, end in self.spans:
+            where, args = "customer = ? AND created >= ? AND created < ?", [customer, start, end]
+            for column, values in wanted.items():
+                if values:
+                    where += f" AND {column} IN ({', '.join('?' * len(values))})"
+                    args += values
+            sums = ", ".join(f"CAST(SUM({c}) AS BIGINT) AS {c}" for c in SUMMED)
+            grouped = f"GROUP BY {', '.join(columns)}" if columns else "HAVING COUNT(*) > 0"
+            selected = "".join(f"{column}, " for column in columns)
+            sql = f"SELECT {selected}COUNT(*) AS requests, {sums} FROM usage WHERE {where} {grouped}"
+            rows = [{k: row[k] for k in row.keys()} for row in state.ledger.db.read(sql, args)]
+            out.append((start, end, [{"model": None, "key_id": None, "mode": None, **row} for row in rows]))
+        return out
+
+    def body(self, buckets: list[dict[str, Any]]) -> dict[str, Any]:
+        more = self.next is not None
+        return {"object": "page", "data": buckets, "has_more": more, "next_page": str(self.next) if more else None}
+
+
+def _whole(text: str | None, field: str, low: int, high: int) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal() or not low <= int(text[:20]) <= high:
+        raise invalid_request(f"{field} must be a whole number from {low} to {high}", field)
+    return int(text)

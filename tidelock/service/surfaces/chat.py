@@ -1,0 +1,376 @@
+"""Chat Completions, in Kimi's dialect: `reasoning_content` beside `content`, tools in system messages, `partial`,
+and usage in all the places its clients read it. Unknown fields are ignored, as Kimi's own API does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from starlette.requests import Request
+
+from tidelock.service import kimi, wire
+from tidelock.service.answer import Bill, Ended, Event, Piece, Token, Usage
+from tidelock.service.ask import Ask, Origin, check_tool_choice, conversation, stop_strings
+from tidelock.service.errors import ApiError, invalid_request, not_found
+from tidelock.service.http import is_lenient
+from tidelock.service.keys import Key
+from tidelock.service.run import Turn
+from tidelock.service.state import ServiceState
+from tidelock.tokens.message import Message, ToolSpec
+from tidelock.tokens.policy import SamplingParams
+
+
+class TextPart(msgspec.Struct, tag_field="type", tag="text"):
+    text: str
+
+
+class RefusalPart(msgspec.Struct, tag_field="type", tag="refusal"):
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+class FunctionCall(msgspec.Struct):
+    name: str
+    arguments: str = "{}"
+
+
+class WireToolCall(msgspec.Struct):
+    id: str
+    function: FunctionCall
+    type: Literal["function", "builtin_function"] = "function"
+
+
+class Function(msgspec.Struct):
+    name: str
+    description: str = ""
+    parameters: dict[str, Any] = {}
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct):
+    type: Literal["function", "builtin_function"]
+    function: Function
+
+
+class WireMessage(msgspec.Struct):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart | RefusalPart] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[WireToolCall] | None = None
+    tool_call_id: str | None = None
+    tools: list[Tool] | None = None
+    name: str | None = None
+    partial: bool | None = None
+
+    @property
+    def text(self) -> str:
+        content = self.content
+        return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool = False
+
+
+class JsonSchema(msgspec.Struct):
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct):
+    type: str
+    json_schema: JsonSchema | None = None
+
+
+class Thinking(msgspec.Struct):
+    type: Literal["enabled", "disabled"] | None = None
+    keep: str | None = None
+    effort: str | None = None
+
+
+class ChatRequest(msgspec.Struct):
+    """The body of `POST /v1/chat/completions`."""
+
+    model: str
+    messages: Annotated[list[WireMessage], msgspec.Meta(min_length=1)]
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    thinking: Thinking | None = None
+    reasoning_effort: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+
+_decoder = msgspec.json.Decoder(ChatRequest)
+
+
+def read(state: ServiceState, request: ChatRequest, lenient: bool) -> Ask:
+    """Raises ApiError."""
+    check_model(state, request.model, lenient)
+    kimi.check(request, lenient)
+    given = [_message(message, f"messages[{n}]") for n, message in enumerate(request.messages)]
+    opening = given.pop() if request.messages[-1].partial else None
+    tools = [ToolSpec(t.function.name, t.function.description, t.function.parameters) for t in request.tools or ()]
+    messages = conversation(given, tools, kimi.effort(request))
+    ask = Ask(
+        model=request.model,
+        messages=messages,
+        params=SamplingParams(
+            temperature=kimi.temperature(request, lenient),
+            top_p=kimi.top_p(request, lenient),
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            logit_bias=_logit_bias(request, state, lenient),
+            stop=stop_strings(request.stop),
+            seed=None if request.seed is None else request.seed % 2**63,  # clients may send any integer
+            top_logprobs=request.top_logprobs or 0,
+        ),
+        max_tokens=_limit(request),
+        n=request.n or 1,
+        stream=bool(request.stream),
+        logprobs=bool(request.logprobs),
+        thinking=kimi.thinks(request, lenient),
+        effort=kimi.effort(request),
+        tool_choice=_tool_choice(request.tool_choice, lenient),
+        parallel_tools=request.parallel_tool_calls is not False,
+        schema=_schema(request.response_format),
+        opening=opening,
+        origin=Origin.of(request.metadata),
+    )
+    check_tool_choice(ask.tool_choice, ask.tools)
+    return ask
+
+
+def check_model(state: ServiceState, model: str, lenient: bool) -> None:
+    """A lenient server answers to any name: agents ask for the models they were written for."""
+    if model != state.model and not lenient:
+        raise not_found(f"no model {model!r} here; /v1/models lists them", "model", "model_not_found")
+
+
+def _limit(request: ChatRequest) -> int | None:
+    """Tokens of answer asked for; the older `max_tokens` means the same. 0 says nothing."""
+    for field in ("max_completion_tokens", "max_tokens"):
+        value = getattr(request, field)
+        if value is not None and value < 0:
+            raise invalid_request(f"{field} must be at least 1", field)
+        if value:
+            return value
+    return None
+
+
+def _message(given: WireMessage, where: str) -> Message:
+    if given.role == "assistant":
+        calls = tuple(
+            wire.parse_call(c.id, c.function.name, c.function.arguments, f"{where}.tool_calls[{n}].function.arguments")
+            for n, c in enumerate(given.tool_calls or ())
+        )
+        return Message("assistant", given.text, reasoning=given.reasoning_content or "", tool_calls=calls)
+    if given.content is None and not given.tools:
+        raise invalid_request(f"a {given.role} message needs content", f"{where}.content")
+    if given.role == "tool":
+        return Message("tool", given.text, tool_call_id=given.tool_call_id)
+    if given.role == "user":
+        return Message("user", given.text, name=given.name)
+    tools = tuple(ToolSpec(t.function.name, t.function.description, t.function.parameters) for t in given.tools or ())
+    return Message("system", given.text, tools=tools)
+
+
+def _tool_choice(given: str | dict[str, Any] | None, lenient: bool) -> str:
+    if given is None or given in ("auto", "none", "required"):
+        return given or "auto"
+    if isinstance(given, dict) and given.get("type") == "function":
+        name = (given.get("function") or {}).get("name")
+        return name if lenient and isinstance(name, str) else "auto"  # Kimi ignores the named form
+    raise invalid_request("tool_choice must be auto, none or required", "tool_choice")
+
+
+def _schema(given: ResponseFormat | None) -> dict[str, Any] | None:
+    if given is None or given.type == "text":
+        return None
+    if given.type == "json_object" or given.json_schema.strict is False:
+        return {"type": "object"}
+    return given.json_schema.schema
+
+
+def _logit_bias(request: ChatRequest, state: ServiceState, lenient: bool) -> tuple[tuple[int, float], ...]:
+    out = []
+    for token, bias in (request.logit_bias or {}).items():
+        known = token.isdecimal() and int(token) < state.template.tokenizer.vocab_size
+        if not known and not lenient:
+            raise invalid_request(f"logit_bias names {token!r}, which is no token id", "logit_bias")
+        if not -100 <= bias <= 100:
+            raise invalid_request("logit_bias values lie between -100 and 100", "logit_bias")
+        if known:
+            out.append((int(token), bias))
+    return tuple(out)
+
+
+def usage(used: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": used.prompt_tokens,
+        "completion_tokens": used.completion_tokens,
+        "total_tokens": used.prompt_tokens + used.completion_tokens,
+        "cached_tokens": used.cached_tokens,
+        "prompt_tokens_details": {"cached_tokens": used.cached_tokens, "cache_write_tokens": 0, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": used.reasoning_tokens, "audio_tokens": 0,
+            "accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0,
+        },
+        "cost_nano_usd": used.nano_usd,
+    }  # fmt: skip
+
+
+def logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
+    def entry(data: bytes, logprob: float) -> dict[str, Any]:
+        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+
+    return {
+        "content": [{**entry(t.data, t.logprob), "top_logprobs": [entry(*top) for top in t.top]} for t in tokens],
+        "refusal": None,
+    }
+
+
+def answer(message: Message) -> dict[str, Any]:
+    """An assistant message as the client sees it."""
+    out: dict[str, Any] = {
+        "role": "assistant", "content": message.content or (None if message.tool_calls else ""), "refusal": None,
+    }  # fmt: skip
+    if message.reasoning:
+        out["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": wire.to_json(c.arguments)}}
+            for c in message.tool_calls
+        ]
+    return out
+
+
+class Chat:
+    """See `endpoint.Translation`."""
+
+    anthropic = False
+    keep_alive = wire.COMMENT
+
+    def __init__(self, state: ServiceState, key: Key, request: Request | None, body: bytes) -> None:
+        self._state, self._key = state, key
+        self.request: ChatRequest = wire.decode(body, _decoder)
+        self.ask = read(state, self.request, is_lenient(state, request))
+        self._usage_chunk = bool(self.request.stream_options and self.request.stream_options.include_usage)
+        self._opened: set[int] = set()  # choices that have been introduced
+
+    def begin(self, turn: Turn) -> None:
+        self._turn = turn
+        self._head = {
+            "id": "chatcmpl-" + turn.request_id.removeprefix("req_"),
+            "object": "chat.completion.chunk" if self.ask.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": self.ask.model,
+        }
+
+    def whole(self, ended: Sequence[Ended], bill: Bill) -> dict[str, Any]:
+        choices = [
+            {
+                "index": end.choice,
+                "message": answer(end.message),
+                "logprobs": logprobs(end.tokens) if self.ask.logprobs else None,
+                "finish_reason": end.finish_reason,
+            }
+            for end in ended
+        ]
+        trace = {"node": bill.nodes[0], "nodes": list(bill.nodes)}
+        completion = {
+            **self._head, "choices": choices, "usage": usage(bill.usage), "service_tier": "default",
+            "system_fingerprint": None, "trace": trace,
+        }  # fmt: skip
+        if self.request.store:
+            self._store(completion)
+        return completion
+
+    def _store(self, completion: dict[str, Any]) -> None:
+        given = [
+            {"id": f"{completion['id']}-{n}", "role": m.role, "content": m.text, "content_parts": None, "name": m.name}
+            for n, m in enumerate(self.request.messages)
+        ]
+        stored = {**completion, "metadata": self.request.metadata or {}}
+        doc = {"id": completion["id"], "completion": stored, "messages": given}
+        self._state.objects.put("chat completion", self._key.customer, doc)
+
+    def say(self, events: Sequence[Event]) -> bytes:
+        out = b"".join(self._delta(choice, [e for e in events if isinstance(e, Piece) and e.choice == choice])
+                       for choice in range(self.ask.n))  # fmt: skip
+        bill = events[-1] if isinstance(events[-1], Bill) else None
+        return out if bill is None else out + self._last([e for e in events if isinstance(e, Ended)], bill)
+
+    def fail(self, error: ApiError) -> bytes:
+        """The official clients raise on any event with a truthy `error`."""
+        return wire.event(error.body())
+
+    def _delta(self, choice: int, pieces: Sequence[Piece]) -> bytes:
+        """One chunk for all there is to say about a choice."""
+        out = b""
+        if choice not in self._opened:
+            self._opened.add(choice)
+            out = self._chunk(choice, {"role": "assistant", "content": ""})
+        delta: dict[str, Any] = {}
+        calls: dict[int, dict[str, Any]] = {}
+        tokens: list[Token] = []
+        for piece in pieces:
+            tokens += piece.tokens
+            if piece.kind in ("content", "reasoning"):
+                field = "content" if piece.kind == "content" else "reasoning_content"
+                delta[field] = delta.get(field, "") + piece.text
+            elif piece.kind == "call":
+                function = {"name": piece.text, "arguments": ""}
+                calls[piece.call] = {"index": piece.call, "id": piece.id, "type": "function", "function": function}
+            else:
+                call = calls.setdefault(piece.call, {"index": piece.call, "function": {"arguments": ""}})
+                call["function"]["arguments"] += piece.text
+        if calls:
+            delta["tool_calls"] = list(calls.values())
+        return out + self._chunk(choice, delta, tokens) if delta else out
+
+    def _chunk(
+        self, choice: int, delta: dict[str, Any], tokens: Sequence[Token] = (), finish_reason: str | None = None, **more: Any
+    ) -> bytes:
+        shown = logprobs(tokens) if tokens else None
+        entry = {"index": choice, "delta": delta, "logprobs": shown, "finish_reason": finish_reason, **more}
+        chunk = {**self._head, "choices": [entry]}
+        if self._usage_chunk:
+            chunk["usage"] = None
+        if finish_reason is not None:
+            chunk["trace"] = self._trace
+        return wire.event(chunk)
+
+    def _last(self, ended: Sequence[Ended], bill: Bill) -> bytes:
+        used = usage(bill.usage)
+        self._trace = {"node": bill.nodes[0], "nodes": list(bill.nodes)}
+        out = b""
+        for end in ended:
+            more = {"usage": used} if end is ended[-1] else {}  # on a choice is where Kimi's own clients read it
+            out += self._chunk(end.choice, {}, (), end.finish_reason, **more)
+        if self._usage_chunk:
+            out += wire.event({**self._head, "choices": [], "usage": used, "trace": self._trace})
+        return out + wire.DONE

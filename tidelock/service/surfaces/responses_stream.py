@@ -1,0 +1,116 @@
+"""The events of a streamed response, numbered and in order: each item is added, filled, done; then the whole is done.
+
+The same writer also makes the items of an answer that is not streamed, so the two cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tidelock.service import wire
+from tidelock.service.answer import Ended, Event, Piece, Token
+from tidelock.service.surfaces.chat import logprobs
+
+
+class Writer:
+    """`say` what happens, then `finish`. `items` are the output items so far, complete once the answer has ended."""
+
+    def __init__(self, unique: str, response: dict[str, Any]) -> None:
+        self.items: list[dict[str, Any]] = []
+        self._unique, self._response = unique, response
+        self._kind: str | None = None  # "reasoning" | "content" | "call": the open item
+        self._text: list[str] = []
+        self._tokens: list[Token] = []
+        self._number = 0
+
+    def say(self, events: Sequence[Event]) -> bytes:
+        out = b"" if self._number else self._begin()
+        for event in events:
+            if isinstance(event, Piece):
+                out += self._piece(event)
+            elif isinstance(event, Ended):
+                out += self._close("incomplete" if event.finish_reason == "length" else "completed")
+        return out
+
+    def finish(self, response: dict[str, Any], kind: str | None = None) -> bytes:
+        out = b"" if self._number else self._begin()
+        return out + self._event(kind or f"response.{response['status']}", response=response)
+
+    def _begin(self) -> bytes:
+        created = self._event("response.created", response=self._response)
+        return created + self._event("response.in_progress", response=self._response)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._number += 1
+        return wire.named_event({"type": kind, "sequence_number": self._number - 1, **fields})
+
+    def _piece(self, piece: Piece) -> bytes:
+        out = b""
+        if piece.kind == "call":
+            return self._open("call", piece)
+        if piece.kind != "arguments" and self._kind != piece.kind:
+            out = self._open(piece.kind, piece)
+        self._text.append(piece.text)
+        self._tokens += piece.tokens
+        where = self._where()
+        if piece.kind == "reasoning":
+            return out + self._event(
+                "response.reasoning_summary_text.delta", **where, summary_index=0, delta=piece.text
+            )
+        if piece.kind == "content":
+            shown = logprobs(piece.tokens)["content"]
+            return out + self._event(
+                "response.output_text.delta", **where, content_index=0, delta=piece.text, logprobs=shown
+            )
+        return out + self._event("response.function_call_arguments.delta", **where, delta=piece.text)
+
+    def _where(self) -> dict[str, Any]:
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
+
+    def _open(self, kind: str, piece: Piece) -> bytes:
+        out = self._close("completed")
+        n = len(self.items)
+        if kind == "reasoning":
+            item: dict[str, Any] = {"type": "reasoning", "id": f"rs_{self._unique}_{n}", "summary": []}
+        elif kind == "content":
+            item = {"type": "message", "id": f"msg_{self._unique}_{n}", "status": "in_progress", "role": "assistant"}
+            item["content"] = []
+        else:
+            item = {
+                "type": "function_call", "id": f"fc_{self._unique}_{n}", "status": "in_progress", "call_id": piece.id,
+                "name": piece.text, "arguments": "",
+            }  # fmt: skip
+        self.items.append(item)
+        self._kind, self._text, self._tokens = kind, [], []
+        out += self._event("response.output_item.added", output_index=n, item=item)
+        if kind == "reasoning":
+            part = {"type": "summary_text", "text": ""}
+            out += self._event("response.reasoning_summary_part.added", **self._where(), summary_index=0, part=part)
+        elif kind == "content":
+            part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            out += self._event("response.content_part.added", **self._where(), content_index=0, part=part)
+        return out
+
+    def _close(self, status: str) -> bytes:
+        if self._kind is None:
+            return b""
+        kind, text, where = self._kind, "".join(self._text), self._where()
+        self._kind = None
+        item = dict(self.items[-1])
+        if kind == "reasoning":
+            part = {"type": "summary_text", "text": text}
+            item["summary"] = [part]
+            out = self._event("response.reasoning_summary_text.done", **where, summary_index=0, text=text)
+            out += self._event("response.reasoning_summary_part.done", **where, summary_index=0, part=part)
+        elif kind == "content":
+            shown = logprobs(self._tokens)["content"]
+            part = {"type": "output_text", "text": text, "annotations": [], "logprobs": shown}
+            item |= {"status": status, "content": [part]}
+            out = self._event("response.output_text.done", **where, content_index=0, text=text, logprobs=shown)
+            out += self._event("response.content_part.done", **where, content_index=0, part=part)
+        else:
+            item |= {"status": status, "arguments": text}
+            out = self._event("response.function_call_arguments.done", **where, name=item["name"], arguments=text)
+        self.items[-1] = item
+        return out + self._event("response.output_item.done", output_index=len(self.items) - 1, item=item)

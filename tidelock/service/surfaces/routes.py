@@ -1,0 +1,94 @@
+"""Every public route, in one table: who answers, what is sent, what comes back. The OpenAPI document is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.routing import Route as HttpRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tidelock.service.endpoint import Endpoint, Translation
+from tidelock.service.http import Handler, Json
+from tidelock.service.state import ServiceState
+from tidelock.service.surfaces import account, batches, chat, files, messages, models, responses, shapes, stored_chat
+
+LISTED = ("after", "limit", "order")
+BUCKETED = ("start_time", "end_time", "bucket_width", "limit", "page", "group_by")
+
+
+@dataclass(frozen=True)
+class Route:
+    """`answers`: a surface to translate for, or a handler. `body`: the struct of the JSON body, or "multipart"."""
+
+    method: str
+    path: str
+    answers: type[Translation] | Handler
+    result: Any
+    body: Any = None
+    query: tuple[str, ...] = ()
+
+    def endpoint(self, state: ServiceState) -> ASGIApp:
+        return Endpoint(state, self.answers) if isinstance(self.answers, type) else Json(state, self.answers)
+
+
+ROUTES = [
+    Route("POST", "/v1/chat/completions", chat.Chat, shapes.ChatCompletion, chat.ChatRequest),
+    Route("POST", "/v1/responses", responses.Responses, shapes.Response, responses.ResponsesRequest),
+    *(
+        route
+        for root in ("/v1", "/anthropic/v1")
+        for route in (
+            Route("POST", f"{root}/messages", messages.Messages, shapes.AnthropicMessage, messages.MessagesRequest),
+            Route("POST", f"{root}/messages/count_tokens", messages.count, shapes.InputTokens, messages.CountRequest),
+        )
+    ),
+    Route("GET", "/v1/chat/completions", stored_chat.listed, shapes.Listing, query=LISTED),
+    Route("GET", "/v1/chat/completions/{id}", stored_chat.retrieve, shapes.ChatCompletion),
+    Route("POST", "/v1/chat/completions/{id}", stored_chat.update, shapes.ChatCompletion, stored_chat.Update),
+    Route("DELETE", "/v1/chat/completions/{id}", stored_chat.delete, shapes.Deleted),
+    Route("GET", "/v1/chat/completions/{id}/messages", stored_chat.messages, shapes.Listing),
+    Route("POST", "/v1/responses/input_tokens", responses.count, shapes.InputTokens, responses.InputTokensRequest),
+    Route("GET", "/v1/responses/{id}", responses.retrieve, shapes.Response),
+    Route("DELETE", "/v1/responses/{id}", responses.delete, shapes.Deleted),
+    Route("POST", "/v1/responses/{id}/cancel", responses.cancel, shapes.Response),
+    Route("GET", "/v1/responses/{id}/input_items", responses.input_items, shapes.Listing),
+    Route("GET", "/v1/models", models.listed, shapes.ModelList),
+    Route("GET", "/v1/models/{model}", models.one, shapes.Model),
+    Route("GET", "/anthropic/v1/models", models.listed, None),
+    Route("GET", "/anthropic/v1/models/{model}", models.one, None),
+    Route("GET", "/v1/files", files.listed, shapes.Listing, query=(*LISTED, "purpose")),
+    Route("POST", "/v1/files", files.create, shapes.File, "multipart"),
+    Route("GET", "/v1/files/{id}", files.retrieve, shapes.File),
+    Route("DELETE", "/v1/files/{id}", files.delete, shapes.Deleted),
+    Route("GET", "/v1/files/{id}/content", files.content, "bytes"),
+    Route("GET", "/v1/batches", batches.listed, shapes.Listing, query=LISTED),
+    Route("POST", "/v1/batches", batches.create, shapes.Batch, batches.BatchRequest),
+    Route("GET", "/v1/batches/{id}", batches.retrieve, shapes.Batch),
+    Route("POST", "/v1/batches/{id}/cancel", batches.cancel, shapes.Batch),
+    Route("POST", "/v1/tokenizers/estimate-token-count", account.estimate_tokens, shapes.Estimate, chat.ChatRequest),
+    Route("GET", "/v1/users/me/balance", account.balance, shapes.Balance),
+    Route("GET", "/v1/usages", account.usages, shapes.Usages),
+    Route("GET", "/v1/organization/usage/completions", account.completions_usage, shapes.Page, query=BUCKETED),
+    *(Route("GET", f"/v1/organization/usage/{kind}", account.unused, shapes.Page, query=BUCKETED) for kind in account.UNUSED),
+    Route("GET", "/v1/organization/costs", account.costs, shapes.Page, query=BUCKETED),
+    Route("GET", "/v1/organization/spend_limit", account.spend_limit, shapes.SpendLimit),
+]
+
+
+class ByMethod:
+    """One path, answered by method."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[str, ASGIApp] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.endpoints.get(scope["method"], self.endpoints.get("GET"))(scope, receive, send)
+
+
+def routes(state: ServiceState) -> list[HttpRoute]:
+    by_path: dict[str, ByMethod] = {}
+    for route in ROUTES:
+        path = route.path.replace("{model}", "{id:path}")
+        by_path.setdefault(path, ByMethod()).endpoints[route.method] = route.endpoint(state)
+    return [HttpRoute(path, methods, methods=list(methods.endpoints)) for path, methods in by_path.items()]

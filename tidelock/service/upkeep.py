@@ -1,0 +1,57 @@
+"""What a server does for the books beside answering: say that it lives, settle the holds of those that died or timed
+out, expire vouchers and plan credits. The start-up path is the recovery path."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from tidelock.service.db import StorageDown
+from tidelock.service.state import ServiceState
+
+log = logging.getLogger(__name__)
+
+
+async def run(state: ServiceState) -> None:
+    """Until cancelled. Heartbeats come at a third of the lease, sweeps at `sweep_interval_s`."""
+    pause_s = min(state.worker.lease_s / 3, state.sweep_interval_s)
+    since_sweep_s = 0.0
+    while True:
+        await asyncio.sleep(pause_s)
+        since_sweep_s += pause_s
+        try:
+            await asyncio.to_thread(state.worker.beat)
+            await asyncio.to_thread(recover, state)
+            if since_sweep_s >= state.sweep_interval_s:
+                since_sweep_s = 0.0
+                await asyncio.to_thread(sweep, state)
+        except StorageDown as error:
+            log.warning("upkeep waits for the database: %s", error)
+        except Exception:
+            log.exception("upkeep failed; it will try again")
+
+
+def recover(state: ServiceState) -> None:
+    dead = state.worker.dead()
+    lost = state.ledger.recover(dead)
+    if lost:
+        log.warning("settled %d requests of servers that died", lost)
+    if dead != [""]:
+        state.worker.forget(dead)
+
+
+def sweep(state: ServiceState) -> None:
+    lost = state.ledger.sweep()
+    if lost:
+        log.warning("settled %d requests whose holds expired", lost)
+    state.ledger.expire_pockets()
+    state.idempotency.sweep()
+
+
+def leave(state: ServiceState) -> None:
+    """Writes what is still queued; called when no request runs any more."""
+    state.till.close()
+    try:
+        state.worker.leave()
+    except StorageDown as error:
+        log.warning("could not sign off: %s", error)
