@@ -47,7 +47,7 @@ async def balance(state: ServiceState, request: Request) -> dict[str, Any]:
     data = {
         "available_balance": _usd(nano_usd),
         "voucher_balance": _usd(voucher),
-        "cash_balance": _usd(nano_usd - voucher),
+        "cash_balance": _usd(nano_usd - voucher + pockets.get("receivable", 0)),  # negative: owed
         "available_nano_usd": nano_usd,
     }
     return {"code": 0, "scode": "0x0", "status": True, "data": data}
