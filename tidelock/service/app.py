@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tidelock.service import errors, wire
+from tidelock.service import errors, tokens_api, wire
 from tidelock.service.auth import authenticate
 from tidelock.service.completions import ChatCompletions
 from tidelock.service.errors import ApiError
@@ -65,6 +65,7 @@ def create_app(state: ServiceState) -> ASGIApp:
             post("/v1/feedback", feedback),
             post("/admin/weights", swap_weights),
             get("/health", health),
+            *tokens_api.routes(state, get, post),
         ],
         exception_handlers={HTTPException: _http_exception},
         lifespan=_lifespan(state),
