@@ -21,6 +21,7 @@ from tidelock.service import errors, tokens_api, wire
 from tidelock.service.auth import authenticate
 from tidelock.service.completions import ChatCompletions
 from tidelock.service.errors import ApiError
+from tidelock.service.metrics import CONTENT_TYPE, counting
 from tidelock.service.prices import format_usd
 from tidelock.service.state import ServiceState
 from tidelock.tokens.errors import UserError
@@ -57,7 +58,10 @@ def create_app(state: ServiceState) -> ASGIApp:
     def post(path: str, handler: Callable[[ServiceState, Request], Awaitable[Any]]) -> Route:
         return Route(path, _json_endpoint(state, handler), methods=["POST"])
 
-    return Starlette(
+    def metrics(request: Request) -> Response:
+        return Response(state.metrics.text(), media_type=CONTENT_TYPE)
+
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
             get("/v1/models", models),
@@ -66,10 +70,12 @@ def create_app(state: ServiceState) -> ASGIApp:
             post("/admin/weights", swap_weights),
             get("/health", health),
             *tokens_api.routes(state, get, post),
+            Route("/metrics", metrics, methods=["GET"]),
         ],
         exception_handlers={HTTPException: _http_exception},
         lifespan=_lifespan(state),
     )
+    return counting(app, state.metrics, [route.path for route in app.routes])
 
 
 async def models(state: ServiceState, request: Request) -> dict[str, Any]:

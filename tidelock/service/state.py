@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
+from tidelock.service.metrics import Metrics, Observed
 from tidelock.service.prices import Price, PriceBook
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.policy import Policy
@@ -29,8 +30,10 @@ class ServiceState:
     default_max_tokens: int = 256
     request_timeout_s: float = 600.0
     sweep_interval_s: float = 30.0
+    metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
+        self.policy = Observed(self.policy, self.metrics, self.weights_version)
         if self.model not in self.prices.prices:
             raise UserError(f"the price book {self.prices.version!r} has no price for model {self.model!r}")
 
