@@ -75,7 +75,7 @@ def create_app(state: ServiceState) -> ASGIApp:
         exception_handlers={HTTPException: _http_exception},
         lifespan=_lifespan(state),
     )
-    return counting(app, state.metrics, [route.path for route in app.routes])
+    return counting(app, state.metrics)
 
 
 async def models(state: ServiceState, request: Request) -> dict[str, Any]:
