@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class BPETokenizer(Vocabulary):
         self.document_end = self.special("<|eod|>")
         self._library = library
         # GPT-2's printable stand-ins for bytes, undone once for the whole vocabulary.
-        stand_in = {c: b for b, c in _byte_alphabet().items()}
+        stand_in = {c: b for b, c in byte_alphabet().items()}
         self._bytes = [bytes(stand_in[c] for c in library.id_to_token(i)) for i in range(self.base)]
         self.identity = hashlib.blake2b(library.to_str().encode(), digest_size=8).hexdigest()
         self._encode_cached = functools.lru_cache(maxsize=16384)(self._encode)
@@ -144,7 +145,10 @@ class BPETokenizer(Vocabulary):
         if not file.exists():
             raise UserError(f"no tokenizer: {file} does not exist")
         try:
-            return BPETokenizer(Tokenizer.from_file(str(file)))
+            data = json.loads(file.read_text())
+            if [added["content"] for added in data.get("added_tokens") or []] == list(SPECIALS):
+                data["added_tokens"] = []  # an export of ours names them to the library; text must not spell them here
+            return BPETokenizer(Tokenizer.from_str(json.dumps(data)))
         except Exception as e:  # the library raises bare Exception
             raise UserError(f"corrupt tokenizer: {file} ({e})") from None
 
@@ -184,7 +188,7 @@ def _well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _byte_alphabet() -> dict[int, str]:
+def byte_alphabet() -> dict[int, str]:
     """The printable character that byte-level BPE writes for each byte (GPT-2)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in plain]
