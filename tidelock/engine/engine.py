@@ -17,6 +17,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from tidelock.models import TransformerLM
+from tidelock.models.serving import ServingModel
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 from tidelock.tokens.template import Template
 
@@ -27,7 +28,7 @@ from .sampling import check_params
 from .scheduler import Scheduler
 from .selftest import self_test
 from .sequence import Sequence
-from .weights import Weights, check, load, rehearse, serving_copy
+from .weights import Weights, check, load, rehearse, served
 
 SWAPS = ("finish", "continue")
 PAUSES = ("abort", "wait", "keep")
@@ -37,24 +38,25 @@ PAUSED = PolicyError("the engine is paused; retry later", status=503)
 class Engine:
     """Policy over a model in this process. `boundary_id` is the template's end-of-message id (for prefix reuse).
 
-    `weights` says how the served copy is packed; `exactness`, whether that gives the training forward's numbers.
+    `weights` None serves the model's own modules, a name ("fp32", "bf16", "int8", ...: see `models.serving`) a packed copy,
+    which is faster; `exactness` says whether that gives the training forward's numbers.
     `template` tells ids from text: only with it are stop strings and constraints understood.
     """
 
     def __init__(
         self, model: TransformerLM, version: int = 0, *, limits: Limits = Limits(), boundary_id: int | None = None,
-        weights: str = "fp32", template: Template | None = None,
+        weights: str | None = None, template: Template | None = None,
     ) -> None:  # fmt: skip
         self.exact = True
         self.version = version
         self.limits = limits
         self.stats = Stats()
         self.context = limits.context or model.config.max_position_embeddings
-        served = serving_copy(model.eval(), weights)
-        self.exactness = self_test(model, served)
+        ready = served(model.eval(), weights)
+        self.exactness = self_test(model, ready)
         self._packing, self._config, self._template = weights, model.config, template
         self._grammars = Grammars(template.tokenizer, model.config.vocab_size) if template else None
-        self._scheduler = Scheduler(Weights(served, version), limits, boundary_id, self.stats)
+        self._scheduler = Scheduler(Weights(ready, version), limits, boundary_id, self.stats)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: set[Sequence] = set()
         self._live_bytes = 0
@@ -124,19 +126,19 @@ class Engine:
         if policy not in SWAPS:
             raise PolicyError(f"unknown swap policy {policy!r}; use one of {', '.join(SWAPS)}", status=400,
                               kind="invalid_request_error")  # fmt: skip
-        served = await asyncio.to_thread(self._prepared, model)
+        ready = await asyncio.to_thread(self._prepared, model)
 
         def change() -> None:
-            self._scheduler.swap(Weights(served, version), go_on=policy == "continue")
+            self._scheduler.swap(Weights(ready, version), go_on=policy == "continue")
             self.version = version
 
         await self._on_thread(change)
 
-    def _prepared(self, model: TransformerLM) -> TransformerLM:
+    def _prepared(self, model: TransformerLM) -> TransformerLM | ServingModel:
         check(model, self._config)
-        served = serving_copy(model.eval(), self._packing)
-        rehearse(served)
-        return served
+        ready = served(model.eval(), self._packing)
+        rehearse(ready)
+        return ready
 
     async def pause(self, mode: str = "keep") -> None:
         """Stop between two steps, as vLLM's /pause does. "keep": running requests freeze and new ones queue; "wait":
