@@ -47,7 +47,7 @@ async def balance(state: ServiceState, request: Request) -> dict[str, Any]:
     data = {
         "available_balance": _usd(nano_usd),
         "voucher_balance": _usd(voucher),
-        "cash_balance": _usd(nano_usd - voucher),
+        "cash_balance": _usd(nano_usd - voucher + pockets.get("receivable", 0)),  # negative: owed
         "available_nano_usd": nano_usd,
     }
     return {"code": 0, "scode": "0x0", "status": True, "data": data}
@@ -150,6 +150,11 @@ async def spend_limit(state: ServiceState, request: Request) -> dict[str, Any]:
         "interval": "month",
         "enforcement": {"status": "enforcing"},
     }
+
+
+def _usd(nano_usd: int) -> msgspec.Raw:
+    """A JSON number with every nano digit."""
+    return msgspec.Raw(format_usd(nano_usd).encode())
 
 
 def _spent(state: ServiceState, customer: str, since: float) -> int:
