@@ -39,9 +39,9 @@ class Postgres:
 
     def _connect(self) -> psycopg.Connection:
         connection = psycopg.connect(
-            self._url, autocommit=True, row_factory=_rows, connect_timeout=5, prepare_threshold=2,
-            options="-c lock_timeout=10s -c idle_in_transaction_session_timeout=60s",
-        )  # fmt: skip
+            self._url, autocommit=True, row_factory=_rows, connect_timeout=5, prepare_threshold=2
+        )
+        connection.execute("SET lock_timeout = '10s'; SET idle_in_transaction_session_timeout = '60s'")
         connection.prepared_max = 500
         connection.adapters.register_loader("numeric", _Integer)
         return connection
@@ -135,7 +135,10 @@ class _Transaction:
 
     def _types(self, table: str) -> dict[str, str]:
         if table not in self._known:
-            sql = "SELECT column_name, data_type FROM information_schema.columns WHERE table_name = %s"
+            sql = (
+                "SELECT column_name, data_type FROM information_schema.columns "
+                "WHERE table_schema = current_schema() AND table_name = %s"
+            )
             self._known[table] = dict(self._connection.execute(sql, (table,)).fetchall())
         return self._known[table]
 
