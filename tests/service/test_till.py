@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -101,6 +102,24 @@ def test_a_caller_that_is_cancelled_while_waiting_leaves_no_hold(till, ledger):
             await asyncio.sleep(0.01)
             if not open_holds(ledger.db):
                 return
+
+    asyncio.run(main())
+    till.close()
+    assert open_holds(ledger.db) == 0 and ledger.balance("ann") == 10**9
+
+
+def test_a_hold_that_arrives_just_as_its_caller_is_cancelled_is_given_back(till, ledger):
+    ledger.topup("ann", 10**9)
+
+    async def main() -> None:
+        task = asyncio.create_task(till.hold(ask("r1")))
+        await asyncio.sleep(0)
+        while not open_holds(ledger.db):
+            time.sleep(0.01)  # the loop is held up on purpose: the answer is queued, not taken
+        time.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
     asyncio.run(main())
     till.close()

@@ -37,6 +37,7 @@ class _Operation:
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any] = field(init=False)
     attempts: int = 0
+    orphaned: Callable[[], Any] | None = None  # what to do with a result that nobody waits for any more
 
     def __post_init__(self) -> None:
         self.future = self.loop.create_future()
@@ -60,18 +61,15 @@ class Till:
     async def hold(self, ask: Admission) -> Hold:
         """Raises InsufficientBalance or StorageDown; a caller that is cancelled meanwhile leaves no hold behind."""
         operation = self._submit(ask.customer, ask.request_id, lambda books: books.hold(ask), new=True)
+        operation.orphaned = lambda: self.give_back(ask.customer, ask.request_id)
         try:
             return await operation.future
         except StorageDown:  # perhaps it was written and only the answer got lost
-            self.give_back(ask.customer, ask.request_id)
+            operation.orphaned()
             raise
         except asyncio.CancelledError:
-            give_back = lambda done: self.give_back(ask.customer, ask.request_id)  # noqa: E731
-            if operation.future.cancelled():
-                operation.future = operation.loop.create_future()
-                operation.future.add_done_callback(give_back)
-            else:
-                give_back(None)
+            if not operation.future.cancelled():  # the hold came and nobody took it; otherwise it is yet to come
+                operation.orphaned()
             raise
 
     async def extend(
@@ -222,7 +220,9 @@ def _resolve(results: list[tuple[_Operation, Any]]) -> None:
 
 def _deliver(results: list[tuple[_Operation, Any]]) -> None:
     for operation, result in results:
-        if operation.future.done():
+        if operation.future.done():  # cancelled
+            if operation.orphaned is not None and not isinstance(result, InsufficientBalance):
+                operation.orphaned()
             continue
         if isinstance(result, BaseException):
             operation.future.set_exception(result)
