@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from tidelock.service.db import Conflict, StorageDown
@@ -166,7 +166,7 @@ def _arrays(rows: Sequence[Sequence[Any]], types: list[str]) -> list[list[Any]]:
     return columns
 
 
-@cache
+@lru_cache(maxsize=2048)
 def _translated(sql: str) -> str:
     return sql.replace("%", "%%").replace("?", "%s")
 
