@@ -152,11 +152,6 @@ async def spend_limit(state: ServiceState, request: Request) -> dict[str, Any]:
     }
 
 
-def _usd(nano_usd: int) -> msgspec.Raw:
-    """A JSON number with every nano digit."""
-    return msgspec.Raw(format_usd(nano_usd).encode())
-
-
 def _spent(state: ServiceState, customer: str, since: float) -> int:
     sql = "SELECT COALESCE(SUM(nano_usd), 0) FROM usage WHERE customer = ? AND created >= ?"
     return int(state.ledger.db.read(sql, (customer, since))[0][0])
