@@ -17,6 +17,7 @@ from tidelock.service.prices import PriceBook, Schedule
 from tidelock.service.scribe import Scribe
 from tidelock.service.till import Till
 from tidelock.service.workers import Worker
+from tidelock.tokens.errors import UserError
 from tidelock.tokens.policy import Policy
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import TraceStore
