@@ -146,7 +146,7 @@ def test_in_an_outage_holds_fail_at_once_and_a_bill_is_written_when_it_is_over(t
             await till.hold(ask("r2"))
         with pytest.raises(StorageDown, match="will be written"):
             await till.settle(hold, used(7))
-        down = False
+        down, till._patience_s = False, 60.0
         return await till.settle(hold, used(7))  # whoever comes first writes it
 
     monkeypatch.setattr(ledger.db, "transaction", flaky)
