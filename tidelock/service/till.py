@@ -172,7 +172,10 @@ class Till:
                 log.exception("%s could not be booked", batch[0].request_id)
             _resolve([(batch[0], error)])
         else:
-            _resolve(results)
+            for operation in _resolve(results):  # their loop has closed: a hold that came too late goes back at once
+                if operation.orphaned is not None:
+                    release = lambda books, held=operation.request_id: books.release(held)  # noqa: E731
+                    self._book([_Operation(operation.customer, operation.request_id, True, release, True, operation.loop)])
 
     def _commit(self, batch: list[_Operation]) -> list[tuple[_Operation, Any]]:
         customers = [operation.customer for operation in batch]
@@ -206,16 +209,18 @@ class Till:
             self._queue.put(operation)
 
 
-def _resolve(results: list[tuple[_Operation, Any]]) -> None:
-    """Hands results to their waiters, one wake-up per event loop."""
+def _resolve(results: list[tuple[_Operation, Any]]) -> list[_Operation]:
+    """Hands results to their waiters, one wake-up per event loop; returns those whose loop is closed."""
+    stranded: list[_Operation] = []
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Operation, Any]]] = {}
     for operation, result in results:
         by_loop.setdefault(operation.loop, []).append((operation, result))
     for loop, own in by_loop.items():
         try:
             loop.call_soon_threadsafe(_deliver, own)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            pass
+        except RuntimeError:  # the loop is closed
+            stranded += [operation for operation, _ in own]
+    return stranded
 
 
 def _deliver(results: list[tuple[_Operation, Any]]) -> None:
