@@ -91,7 +91,7 @@ class BPETokenizer(Vocabulary):
         self.document_end = self.special("<|eod|>")
         self._library = library
         # GPT-2's printable stand-ins for bytes, undone once for the whole vocabulary.
-        stand_in = {c: b for b, c in _byte_alphabet().items()}
+        stand_in = {c: b for b, c in byte_alphabet().items()}
         self._bytes = [bytes(stand_in[c] for c in library.id_to_token(i)) for i in range(self.base)]
         self.identity = hashlib.blake2b(library.to_str().encode(), digest_size=8).hexdigest()
         self._encode_cached = functools.lru_cache(maxsize=16384)(self._encode)
@@ -184,7 +184,7 @@ def _well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _byte_alphabet() -> dict[int, str]:
+def byte_alphabet() -> dict[int, str]:
     """The printable character that byte-level BPE writes for each byte (GPT-2)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in plain]

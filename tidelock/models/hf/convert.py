@@ -19,6 +19,8 @@ from ..checkpoint import atomic_directory
 from ..config import ModelConfig
 from ..lm import TransformerLM
 from .config import from_hf, layout_of, to_hf
+from .gguf import write_gguf
+from .gguf_vocab import read_vocabulary
 from .names import IGNORED, ISLANDS, Part, parts
 from .shards import Planned, Shards, write_shards
 
@@ -55,10 +57,12 @@ def save_hf(
 def convert(
     source: str | Path, target: str | Path, to: str = "hf", dtype: str = "float32", quantize: str | None = None,
     max_shard_bytes: int = SHARD_BYTES, on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    tokenizer: str | Path | None = None,
 ) -> Path:  # fmt: skip
     """Rewrite the checkpoint directory `source` (ours or Hugging Face) as `target` in the layout `to` ("hf" |
-    "tidelock"), holding one expert or one other tensor at a time. `dtype` and `quantize` as in `save_hf`.
-    `on_tensor(done, total)` counts published tensors."""
+    "tidelock": a directory, "gguf": a file), holding one expert or one other tensor at a time ("gguf": the experts of one
+    layer). `dtype` and `quantize` as in `save_hf`. `on_tensor(done, total)` counts written tensors; `tokenizer` is the
+    directory of the tokenizer's files, by default `source` itself or the `tokenizer` of the run directory it lies in."""
     source, target = Path(source), Path(target)
     ours = "model" in _read_json(source / "config.json")
     if ours and to == "tidelock":
@@ -76,8 +80,14 @@ def convert(
         done = _write_hf(target, config, listed, counted(tensors), meta, dtype, quantize, max_shard_bytes)
     elif to == "tidelock":
         done = _write_ours(target, HFSource(source), meta, on_tensor, len(listed))
+    elif to == "gguf":
+        if quantize:
+            raise UserError("a GGUF file is packed by llama.cpp's own llama-quantize; convert it plain first")
+        read = _plain_reader(source, meta) if ours else HFSource(source).reader(meta)
+        vocabulary = read_vocabulary(tokenizer or find_tokenizer(source), config.vocab_size)
+        return write_gguf(target, config, read, vocabulary, dtype, on_tensor)
     else:
-        raise UserError(f"unknown layout {to!r}; use hf or tidelock")
+        raise UserError(f"unknown layout {to!r}; use hf, tidelock or gguf")
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             if file.is_file():
@@ -132,6 +142,17 @@ class HFSource:
             view = part.view(into)
             view.copy_(self.fetch(part, view.shape))
 
+    def reader(self, meta: dict[str, Tensor]) -> Callable[[str], Tensor]:
+        """Our tensors by name."""
+        groups = dict(self.groups())
+
+        def read(native: str) -> Tensor:
+            t = torch.empty(meta[native].shape)
+            self.assemble(groups[native], t)
+            return t
+
+        return read
+
     def each(self, meta: dict[str, Tensor], listed: list[Part]) -> Iterator[Tensor]:
         """The published tensors one by one, in the order of `listed`."""
         for own, part in zip(self.parts(), listed):
@@ -182,13 +203,35 @@ def fp8_blocks(w: Tensor, scale: Tensor) -> Tensor:
     return w.float() * scale.float()[rows][:, columns]
 
 
+def find_tokenizer(checkpoint: Path) -> Path | None:
+    """Where a checkpoint's tokenizer lies: beside its weights, or in the run directory that made it."""
+    for directory in (checkpoint, checkpoint.resolve().parent.parent / "tokenizer"):
+        if any((directory / name).exists() for name in ("tokenizer.json", "tiktoken.model")):
+            return directory
+    return None
+
+
+def _plain_reader(source: Path, meta: dict[str, Tensor]) -> Callable[[str], Tensor]:
+    shards = Shards(source)
+
+    def read(native: str) -> Tensor:
+        _check(shards, native, meta, source)
+        return shards.read(native)
+
+    return read
+
+
+def _check(shards: Shards, native: str, meta: dict[str, Tensor], source: Path) -> None:
+    if native not in shards:
+        raise UserError(f"corrupt checkpoint: {source / 'model.safetensors'} lacks tensor {native!r}")
+    if (entry := shards.entries[native]).shape != meta[native].shape:
+        raise UserError(f"corrupt checkpoint: {entry.file}: {native!r} is {list(entry.shape)}, "
+                        f"the config asks for {list(meta[native].shape)}")
+
+
 def _views(shards: Shards, listed: list[Part], meta: dict[str, Tensor], source: Path) -> Iterator[Tensor]:
     for (native, expert), group in itertools.groupby(listed, key=lambda p: (p.native, p.expert)):
-        if native not in shards:
-            raise UserError(f"corrupt checkpoint: {source / 'model.safetensors'} lacks tensor {native!r}")
-        if (entry := shards.entries[native]).shape != meta[native].shape:
-            raise UserError(f"corrupt checkpoint: {entry.file}: {native!r} is {list(entry.shape)}, "
-                            f"the config asks for {list(meta[native].shape)}")
+        _check(shards, native, meta, source)
         ours = shards.read(native, expert)
         for part in group:
             yield part.of(ours)
