@@ -12,7 +12,7 @@ from test_hf import K2_SHAPES, K3, LINEAR, lively, shape
 from tidelock.models import TransformerLM, preset, save_checkpoint
 from tidelock.models.config import Yarn
 from tidelock.models.hf import convert, save_hf
-from tidelock.models.hf.gguf import entries
+from tidelock.models.hf.gguf import entries, llama_options
 from tidelock.models.hf.gguf_vocab import last_merge, read_vocabulary
 from tidelock.models.hf.shards import Shards
 from tidelock.tokens.errors import UserError
@@ -116,6 +116,12 @@ def test_an_interrupted_export_leaves_no_half_file(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "ours", tmp_path / "x.gguf", "gguf", on_tensor=interrupt)
     assert [p.name for p in tmp_path.iterdir()] == ["ours"]
+
+
+def test_llama_is_told_the_betas_it_does_not_read():
+    k2 = K2_SHAPES["query rank and YaRN"]
+    assert llama_options(k2) == ["--yarn-beta-fast", "1", "--yarn-beta-slow", "1"]
+    assert llama_options(dataclasses.replace(k2, rope_scaling=Yarn(8.0, 64))) == llama_options(LINEAR) == []
 
 
 def test_our_tokenizer_keeps_its_ids_and_its_merges_remake_every_token(tmp_path):

@@ -90,7 +90,8 @@ def table(figures: dict) -> str:
 
 def run_convert(args) -> dict:
     from tidelock.loop.console import Console
-    from tidelock.models.hf import convert
+    from tidelock.models.hf import convert, read_any_config
+    from tidelock.models.hf.gguf import llama_options
     from tidelock.tokens.errors import UserError
 
     if args.target.exists():
@@ -108,8 +109,9 @@ def run_convert(args) -> dict:
         convert(args.source, args.target, args.to, args.dtype, args.quantize, int(args.shard_gib * 2**30), on_tensor,
                 args.tokenizer)  # fmt: skip
     if args.target.is_file():
-        print(f"{args.target}: {args.target.stat().st_size / 2**20:.1f} MiB; try it with: llama-server -m {args.target}")
-        return {"target": str(args.target), "files": [args.target.name]}
+        run = ["llama-server", "-m", str(args.target), *llama_options(read_any_config(args.source))]
+        print(f"{args.target}: {args.target.stat().st_size / 2**20:.1f} MiB; serve it with: {' '.join(run)}")
+        return {"target": str(args.target), "files": [args.target.name], "run": run}
     files = sorted(p.name for p in args.target.iterdir())
     print(f"{args.target}: {', '.join(files[:6])}{' ...' if len(files) > 6 else ''}")
     return {"target": str(args.target), "files": files}

@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tidelock.service import batch_worker, errors, openapi, upkeep, wire
+from tidelock.service import batch_worker, errors, openapi, tokens_api, upkeep, wire
 from tidelock.service.auth import authenticate
-from tidelock.service.http import Json, unknown_route
+from tidelock.service.http import Handler, Json, unknown_route
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.routes import routes
 from tidelock.tokens.errors import UserError
@@ -47,6 +47,12 @@ _weights = msgspec.json.Decoder(Weights)
 def create_app(state: ServiceState) -> ASGIApp:
     """The ASGI application. Several may share a database: each settles only the holds of those that died."""
 
+    def get(path: str, handler: Handler) -> Route:
+        return Route(path, Json(state, handler), methods=["GET"])
+
+    def post(path: str, handler: Handler) -> Route:
+        return Route(path, Json(state, handler), methods=["POST"])
+
     return Starlette(
         routes=[
             *routes(state),
@@ -54,6 +60,7 @@ def create_app(state: ServiceState) -> ASGIApp:
             Route("/admin/weights", Json(state, swap_weights), methods=["POST"]),
             Route("/health", Json(state, health), methods=["GET"]),
             Route("/openapi.json", Json(state, published), methods=["GET"]),
+            *tokens_api.routes(state, get, post),
         ],
         exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),

@@ -148,6 +148,15 @@ def keys(c: ModelConfig) -> dict[str, object]:
     return {"general.name": c.name} | {f"{arch}.{k}": v for k, v in values.items()}
 
 
+def llama_options(c: ModelConfig) -> list[str]:
+    """What llama.cpp has to be told beside the file: its `deepseek2` leaves the file's YaRN betas unread, takes 32 and 1
+    instead, and then turns K2 (beta_fast 1) by other angles; greedy text differs within tens of tokens."""
+    yarn = c.rope_scaling
+    if layout_of(c) != "deepseek_v3" or yarn is None or (yarn.beta_fast, yarn.beta_slow) == (32.0, 1.0):
+        return []
+    return ["--yarn-beta-fast", f"{yarn.beta_fast:g}", "--yarn-beta-slow", f"{yarn.beta_slow:g}"]
+
+
 def entries(c: ModelConfig) -> Iterator[Entry]:
     """All tensors of the file."""
     yield Entry("token_embd.weight", ("embed_tokens.weight",), _same)

@@ -1,0 +1,148 @@
+"""What every `Policy` promises, asked of each of the three in the same words."""
+
+import asyncio
+import math
+from dataclasses import replace
+
+import pytest
+from conftest import CONTEXT, TEMPLATE
+
+from tidelock.tokens.message import Message
+from tidelock.tokens.policy import PolicyError, SamplingParams
+
+PROMPT = TEMPLATE.render([Message("system", "be brief"), Message("user", "name three tides")], generation_prompt=True)
+PARAMS = SamplingParams(max_tokens=24, temperature=1.0, stop_ids=TEMPLATE.stop_ids, seed=7)
+
+
+async def collect(policy, prompt=PROMPT, params=PARAMS, request_id=None):
+    return [chunk async for chunk in policy.generate(prompt, params, request_id)]
+
+
+def run(work):
+    return asyncio.run(asyncio.wait_for(work, 60))
+
+
+def ids(chunks):
+    return [i for c in chunks for i in c.ids]
+
+
+async def until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it did not come to that within 5 s")
+
+
+def test_the_last_chunk_and_only_it_has_a_reason_and_numbers_go_with_ids(case):
+    chunks = run(collect(case.policy))
+    assert [c.finish_reason is not None for c in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert all(len(c.ids) == len(c.logprobs) for c in chunks) and ids(chunks)
+    assert all(math.isfinite(p) and p <= 0 for c in chunks for p in c.logprobs)
+    assert {c.weights_version for c in chunks} == ({case.engine.version} if case.exact else {-1})
+    if case.exact:
+        assert len(chunks) > 1 and len(ids(chunks)) <= PARAMS.max_tokens  # it streams
+
+
+def test_the_same_seed_says_the_same_alone_and_in_company_and_another_seed_another_thing(case):
+    async def work():
+        alone = await collect(case.policy)
+        seeds = [7, 8, 9, 7]
+        together = await asyncio.gather(*(collect(case.policy, params=replace(PARAMS, seed=s)) for s in seeds))
+        return ids(alone), [ids(c) for c in together]
+
+    alone, together = run(work())
+    assert together[0] == together[3] == alone and len({tuple(t) for t in together}) == 3
+
+
+def test_greedy_text_is_the_same_through_every_door(world):
+    greedy = replace(PARAMS, temperature=0.0, seed=None)
+    said = {name: run(collect(case.policy, params=greedy)) for name, case in world.items()}
+    assert ids(said["token ids"]) == ids(said["engine"])
+    numbers = {name: [p for c in said[name] for p in c.logprobs] for name in ("engine", "token ids")}
+    assert numbers["token ids"] == numbers["engine"]  # to the last bit: JSON carries doubles
+
+    def read(name):
+        parser = TEMPLATE.parser(0)
+        parser.feed(ids(said[name]))
+        message = parser.finish()
+        return message.reasoning, message.content
+
+    assert read("text") == read("engine")
+
+
+def test_what_length_cuts_says_so(case):
+    chunks = run(collect(case.policy, params=replace(PARAMS, max_tokens=3)))
+    assert chunks[-1].finish_reason == "length" and (not case.exact or len(ids(chunks)) == 3)
+
+
+def test_a_stop_id_ends_the_answer_and_is_part_of_it(exact):
+    said = ids(run(collect(exact.policy)))
+    stop = next(i for i in said[3:] if i not in said[:3])
+    chunks = run(collect(exact.policy, params=replace(PARAMS, stop_ids=(stop,))))
+    assert ids(chunks) == said[: said.index(stop) + 1] and chunks[-1].finish_reason == "stop"
+
+
+def test_cached_tokens_are_told_at_the_end(case):
+    run(collect(case.policy))
+    chunks = run(collect(case.policy))
+    assert 0 < chunks[-1].cached_tokens < len(PROMPT)
+
+
+def test_an_abort_ends_the_stream_with_that_word(case):
+    async def work():
+        before = case.engine.stats.decoded
+        answer = asyncio.create_task(collect(case.policy, params=replace(PARAMS, max_tokens=1900, stop_ids=()), request_id="x1"))
+        await until(lambda: case.engine.stats.decoded > before + 4)
+        await case.policy.abort("x1")
+        return await answer
+
+    chunks = run(work())
+    assert chunks[-1].finish_reason == "abort" and len(ids(chunks)) < 1900
+    assert ids(run(collect(case.policy)))  # and the policy goes on
+
+
+def test_leaving_the_stream_frees_the_engine(case):
+    async def work():
+        before = case.engine.stats.decoded
+        stream = case.policy.generate(PROMPT, replace(PARAMS, max_tokens=1900, stop_ids=()))
+        reading = asyncio.create_task(anext(stream))
+        await until(lambda: case.engine.stats.decoded > before + 4)
+        if case.exact:
+            await reading
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+        await stream.aclose()
+        await until(lambda: not case.engine._live)
+
+    run(work())
+
+
+def test_abort_of_what_nobody_asked_is_nothing(case):
+    run(case.policy.abort("never heard of it"))
+
+
+def test_count_is_of_the_prompt(case):
+    assert run(case.policy.count(PROMPT)) == len(PROMPT)
+
+
+def test_what_can_never_run_is_refused_as_the_callers_fault(case):
+    with pytest.raises(PolicyError, match=str(CONTEXT)) as e:
+        run(collect(case.policy, params=replace(PARAMS, max_tokens=CONTEXT + 1)))
+    assert e.value.status == 400 and "\n" not in str(e.value)
+
+
+def test_after_a_swap_every_chunk_has_the_new_version_and_a_failed_one_changes_nothing(case, tmp_path):
+    before = case.engine.version
+    if not case.exact:
+        with pytest.raises(PolicyError) as e:
+            run(case.policy.swap(str(case.checkpoint), before + 1))
+        assert e.value.status == 400
+        return
+    old = ids(run(collect(case.policy)))
+    with pytest.raises(Exception, match="no checkpoint"):
+        run(case.policy.swap(str(tmp_path / "nothing"), before + 1))
+    assert {c.weights_version for c in run(collect(case.policy))} == {before}
+    run(case.policy.swap(str(case.checkpoint), before + 1))
+    new = run(collect(case.policy))
+    assert {c.weights_version for c in new} == {before + 1} and (before > 1 or ids(new) != old)
