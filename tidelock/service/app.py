@@ -12,12 +12,14 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tidelock.service import batch_worker, errors, openapi, tokens_api, upkeep, wire
 from tidelock.service.auth import authenticate
 from tidelock.service.http import Handler, Json, unknown_route
+from tidelock.service.metrics import CONTENT_TYPE, counting
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.routes import routes
 from tidelock.tokens.errors import UserError
@@ -53,7 +55,10 @@ def create_app(state: ServiceState) -> ASGIApp:
     def post(path: str, handler: Handler) -> Route:
         return Route(path, Json(state, handler), methods=["POST"])
 
-    return Starlette(
+    def metrics(request: Request) -> Response:
+        return Response(state.metrics.text(), media_type=CONTENT_TYPE)
+
+    app = Starlette(
         routes=[
             *routes(state),
             Route("/v1/feedback", Json(state, feedback), methods=["POST"]),
@@ -61,10 +66,12 @@ def create_app(state: ServiceState) -> ASGIApp:
             Route("/health", Json(state, health), methods=["GET"]),
             Route("/openapi.json", Json(state, published), methods=["GET"]),
             *tokens_api.routes(state, get, post),
+            Route("/metrics", metrics, methods=["GET"]),
         ],
         exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),
     )
+    return counting(app, state.metrics, [route.path for route in app.routes])
 
 
 async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tidelock.service.db import Database, service_database
 from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
+from tidelock.service.metrics import Metrics, Observed
 from tidelock.service.objects import Objects
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
@@ -50,8 +51,10 @@ class ServiceState:
     batch_lease_s: float = 30.0  # a batch whose worker died goes on after this
     batch_news: asyncio.Event = field(default_factory=asyncio.Event)
     lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
+    metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
+        self.policy = Observed(self.policy, self.metrics, self.weights_version)
         self.prices.now.price(self.model)
 
     @property
