@@ -102,11 +102,11 @@ def transformers_says(path: Path, prompts: list[list[int]], tokens: int, stops: 
 
 
 def llama_says(binary: Path, gguf: Path, config, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    from llama import complete, llama_server
+    from llama import PLAIN, complete, llama_server
 
     from tidelock.models.hf.gguf import llama_options
 
-    with llama_server(binary, gguf, options=tuple(llama_options(config))) as url:
+    with llama_server(binary, gguf, options=(*PLAIN, *llama_options(config))) as url:
         return [complete(url, p, tokens) for p in prompts]
 
 

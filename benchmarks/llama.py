@@ -32,16 +32,19 @@ def find_server(directory: str | None = None) -> Path | None:
     return Path(found) if found else None
 
 
+PLAIN = ("-ctk", "f32", "-ctv", "f32", "-fa", "off")  # fp32 cache, no flash attention: as exact as it gets
+
+
 @contextmanager
 def llama_server(
     binary: Path, gguf: Path, *, threads: int = 1, slots: int = 1, context: int = 2048, options: tuple[str, ...] = ()
 ) -> Iterator[str]:
-    """The base URL of a server over `gguf` with `slots` slots of `context` tokens each. fp32 cache, no flash attention."""
+    """The base URL of a server over `gguf` with `slots` slots of `context` tokens each, otherwise as it comes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     argv = [str(binary), "-m", str(gguf), "--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-tb", str(threads),
-            "-np", str(slots), "-c", str(context * slots), "--no-webui", "-ctk", "f32", "-ctv", "f32", "-fa", "off", *options]  # fmt: skip
+            "-np", str(slots), "-c", str(context * slots), "--no-webui", *options]  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

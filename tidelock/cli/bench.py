@@ -64,7 +64,7 @@ async def measure(args):
 
     kinds = ("poisson", "agents") if args.load == "both" else (args.load,)
     runs, rounds = [], []
-    limit = aiohttp.TCPConnector(limit=0)
+    limit = aiohttp.TCPConnector(limit=0, force_close=True)  # llama-server ends a connection after a few requests
     async with aiohttp.ClientSession(connector=limit) as session:
         servers = [client(target, session, args.api_key, args.model, args.end_id) for target in args.servers]
         with Console().progress("bench", args.rounds * len(kinds) * len(servers), "runs") as bar:

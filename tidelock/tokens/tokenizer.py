@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -144,7 +145,10 @@ class BPETokenizer(Vocabulary):
         if not file.exists():
             raise UserError(f"no tokenizer: {file} does not exist")
         try:
-            return BPETokenizer(Tokenizer.from_file(str(file)))
+            data = json.loads(file.read_text())
+            if [added["content"] for added in data.get("added_tokens") or []] == list(SPECIALS):
+                data["added_tokens"] = []  # an export of ours names them to the library; text must not spell them here
+            return BPETokenizer(Tokenizer.from_str(json.dumps(data)))
         except Exception as e:  # the library raises bare Exception
             raise UserError(f"corrupt tokenizer: {file} ({e})") from None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from .. import quant
 from ..checkpoint import atomic_directory
 from ..config import ModelConfig
 from ..lm import TransformerLM
+from .companions import copy_files, write_companions
 from .config import from_hf, layout_of, to_hf
 from .gguf import write_gguf
 from .gguf_vocab import read_vocabulary
@@ -26,7 +26,6 @@ from .shards import Planned, Shards, write_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5 << 30
-COMPANIONS = ("tokenizer*", "tiktoken.model", "special_tokens_map.json", "generation_config.json", "chat_template*")
 FP8_BLOCK = 128  # DeepSeek-V3's block of one scale
 
 
@@ -69,6 +68,13 @@ def convert(
         raise UserError(f"{source} is a Tidelock checkpoint already")
     config = read_any_config(source)
     meta, listed = _meta_state(config), list(parts(config))
+    tokens = Path(tokenizer) if tokenizer else find_tokenizer(source)
+
+    def beside(scratch: Path) -> None:
+        if to == "hf":
+            write_companions(scratch, source, tokens, config.name, layout_of(config))
+        else:
+            copy_files(source, scratch)
 
     def counted(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
         for i, t in enumerate(tensors, 1):
@@ -77,21 +83,16 @@ def convert(
 
     if to == "hf":
         tensors = _views(Shards(source), listed, meta, source) if ours else HFSource(source).each(meta, listed)
-        done = _write_hf(target, config, listed, counted(tensors), meta, dtype, quantize, max_shard_bytes)
+        done = _write_hf(target, config, listed, counted(tensors), meta, dtype, quantize, max_shard_bytes, beside)
     elif to == "tidelock":
-        done = _write_ours(target, HFSource(source), meta, on_tensor, len(listed))
+        done = _write_ours(target, HFSource(source), meta, on_tensor, len(listed), beside)
     elif to == "gguf":
         if quantize:
             raise UserError("a GGUF file is packed by llama.cpp's own llama-quantize; convert it plain first")
         read = _plain_reader(source, meta) if ours else HFSource(source).reader(meta)
-        vocabulary = read_vocabulary(tokenizer or find_tokenizer(source), config.vocab_size)
-        return write_gguf(target, config, read, vocabulary, dtype, on_tensor)
+        return write_gguf(target, config, read, read_vocabulary(tokens, config.vocab_size), dtype, on_tensor)
     else:
         raise UserError(f"unknown layout {to!r}; use hf, tidelock or gguf")
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copy(file, done / file.name)
     return done
 
 
@@ -237,7 +238,11 @@ def _views(shards: Shards, listed: list[Part], meta: dict[str, Tensor], source: 
             yield part.of(ours)
 
 
-def _write_hf(path, config, listed, tensors, state, dtype, quantize, max_shard_bytes) -> Path:
+def _nothing(scratch: Path) -> None:
+    pass
+
+
+def _write_hf(path, config, listed, tensors, state, dtype, quantize, max_shard_bytes, beside=_nothing) -> Path:
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     data, quantize = to_hf(config, dtype), quantize or config.expert_format
@@ -260,10 +265,11 @@ def _write_hf(path, config, listed, tensors, state, dtype, quantize, max_shard_b
     with atomic_directory(path) as scratch:
         write_shards(scratch, plan, flat, max_shard_bytes)
         (scratch / "config.json").write_text(json.dumps(data, indent=1))
+        beside(scratch)
     return path
 
 
-def _write_ours(path: Path, source: HFSource, meta: dict[str, Tensor], on_tensor, total: int) -> Path:
+def _write_ours(path: Path, source: HFSource, meta: dict[str, Tensor], on_tensor, total: int, beside=_nothing) -> Path:
     groups, done = list(source.groups()), itertools.count(1)
     plan = [Planned(native, torch.float32, tuple(meta[native].shape)) for native, _ in groups]
 
@@ -280,6 +286,7 @@ def _write_ours(path: Path, source: HFSource, meta: dict[str, Tensor], on_tensor
     with atomic_directory(path) as scratch:
         write_shards(scratch, plan, (pieces(*group) for group in groups), 1 << 62)
         (scratch / "config.json").write_text(json.dumps({"model": source.config.to_dict(), "extra": {}}, indent=1))
+        beside(scratch)
     return path
 
 
