@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from conftest import CONTEXT, TEMPLATE
+from policies import CONTEXT, TEMPLATE
 
 from tidelock.tokens.message import Message
 from tidelock.tokens.policy import PolicyError, SamplingParams

@@ -7,7 +7,7 @@ import socket
 import pytest
 import torch
 from aiohttp import web
-from conftest import TEMPLATE, engine_of
+from policies import TEMPLATE, engine_of
 
 from tidelock.agent import TextPolicy, TokenPolicy
 from tidelock.tokens.policy import PolicyError, SamplingParams

@@ -6,11 +6,14 @@ the version of every streamed chunk; vLLM only at the end, and then the chunks w
 
 from __future__ import annotations
 
+import base64
+import io
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import aiohttp
+import numpy as np
 
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 
@@ -99,8 +102,11 @@ def sampling(p: SamplingParams) -> dict[str, Any]:
         out["stop"] = list(p.stop)
     if p.seed is not None:
         out["seed"] = p.seed
-    if p.deadline_s is not None:
-        out["extra_args"] = {"deadline_s": p.deadline_s}  # ours; vLLM has no deadlines and reads past it
+    extra: dict[str, Any] = {} if p.deadline_s is None else {"deadline_s": p.deadline_s}  # vLLM knows neither
+    if p.routed_from is not None:
+        out["routed_experts_prompt_start"], extra["routed_experts"] = p.routed_from, True
+    if extra:
+        out["extra_args"] = extra
     if p.constraint is not None:
         out["structured_outputs"] = {STRUCTURED[p.constraint.kind]: p.constraint.text}
     return out
@@ -163,7 +169,12 @@ def _chunk(choice: dict[str, Any], begin: int, end: int, version: int, last: boo
         top_logprobs=tuple(_ranked(c)[:n_top] for c in content) if n_top else (),
         kept=tuple(tuple(mask) or None for mask in masks[begin:end]) if masks else (),
         stop=stop if isinstance(stop, str) else None,
+        routed_experts=_array(choice["routed_experts"]) if last and choice.get("routed_experts") else None,
     )
+
+
+def _array(text: str) -> np.ndarray:
+    return np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
 
 
 def _ranked(content: dict[str, Any]) -> tuple[tuple[int, float], ...]:

@@ -181,12 +181,16 @@ class MoE(nn.Module):
         self.format = c.expert_format
         self.load: Tensor | None = None  # [E], choices per expert in the last training forward
         self.scores: Tensor | None = None  # [N, E], the router's scores in it
+        self.note_choices = False  # whether the next forwards leave `choices`
+        self.choices: Tensor | None = None  # int64 [N, k], the experts of each row
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, d] -> [N, d]; each of N rows becomes k rows of width d or latent, sorted by expert, and one again."""
         op = ops.backend(x)
         logits = self.gate(x)
         idx, p = op.route(logits, self.e_score_correction_bias, self.k, self.scale)
+        if self.note_choices:
+            self.choices = idx
         if self.training:
             self.load, self.scores = torch.bincount(idx.flatten(), minlength=self.experts), logits.detach().sigmoid()
         h = self.routed_expert_down_proj(x) if self.latent else x

@@ -177,7 +177,7 @@ class Tokens:
 
 def _output(asked: Generate) -> Output:
     s = asked.sampling_params
-    return Output(s.logprobs is not None, tuple(s.stop_token_ids or ()), s.routed_experts_prompt_start)
+    return Output(s.logprobs is not None, tuple(s.stop_token_ids or ()))
 
 
 def _as_api_error(failure: Exception) -> ApiError:

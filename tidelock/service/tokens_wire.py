@@ -3,7 +3,7 @@
 Fields and their meaning are vLLM's (`entrypoints/scale_out/token_in_token_out`); what would change the answer and cannot
 be honoured is refused by name. Two additions, which vLLM's own clients ignore: every streamed chunk carries its
 `weight_versions` (vLLM says them only at the end), and `sampled_logprobs` appear where sampling bent the distribution. `extra_args`, which
-vLLM leaves to its extensions, may hold `deadline_s`.
+vLLM leaves to its extensions, may hold `deadline_s` and `routed_experts: true` (vLLM: a flag of the server).
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ def to_params(request: Generate, *, room: int, stop_ids: tuple[int, ...], tenant
         tenant=tenant,
         priority=request.priority,
         deadline_s=_deadline(s.extra_args),
+        routed_from=min(s.routed_experts_prompt_start, len(request.token_ids)) if (s.extra_args or {}).get("routed_experts") else None,
     )
 
 
@@ -152,7 +153,6 @@ class Output:
 
     want_logprobs: bool
     stop_ids: tuple[int, ...]  # those the request named itself
-    routed_from: int = 0
     ids: list[int] = field(default_factory=list)
     content: list[dict] = field(default_factory=list)
     kept: list[list[int]] = field(default_factory=list)
@@ -214,6 +214,8 @@ class Output:
 
     def _finish(self, chunk: Chunk) -> None:
         self.finish_reason, self.cached_tokens = chunk.finish_reason, chunk.cached_tokens
+        if chunk.routed_experts is not None:
+            self.routed = npy64(chunk.routed_experts)
         if chunk.finish_reason == "stop":
             last = self.ids[-1] if self.ids else None
             self.stop_reason = chunk.stop if chunk.stop is not None else last if last in self.stop_ids else None
