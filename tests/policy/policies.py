@@ -50,6 +50,10 @@ def engine_of(seed: int = 0, version: int = 1, **limits) -> Engine:
     return Engine(model, version, boundary_id=TEMPLATE.stop_ids[0], limits=Limits(context=CONTEXT, **limits))
 
 
+def serving_model(engine: Engine) -> TransformerLM:
+    return engine._scheduler.weights.model
+
+
 @dataclass
 class Case:
     policy: object

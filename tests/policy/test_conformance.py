@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from policies import CONTEXT, TEMPLATE
+from policies import CONTEXT, TEMPLATE, serving_model
 
 from tidelock.tokens.message import Message
 from tidelock.tokens.policy import PolicyError, SamplingParams
@@ -146,3 +146,25 @@ def test_after_a_swap_every_chunk_has_the_new_version_and_a_failed_one_changes_n
     run(case.policy.swap(str(case.checkpoint), before + 1))
     new = run(collect(case.policy))
     assert {c.weights_version for c in new} == {before + 1} and (before > 1 or ids(new) != old)
+
+
+def test_experts_are_told_where_asked_from_there_on_and_reuse_ends_there(exact):
+    """The forward of training, run over prompt and answer, chooses what the engine says it chose."""
+    import torch
+
+    from tidelock.engine.routing import noted, routing_for
+    from tidelock.models import Batch
+
+    model, params = serving_model(exact.engine), replace(PARAMS, seed=21)
+    run(collect(exact.policy, params=params))  # so that there is something to reuse
+    for start in (0, len(PROMPT) - 3):
+        chunks = run(collect(exact.policy, params=replace(params, routed_from=start)))
+        whole = [*PROMPT, *ids(chunks)]
+        told = chunks[-1].routed_experts
+        assert told.shape == (len(whole) - 1 - start, model.config.num_layers, model.config.num_experts_per_tok)
+        assert chunks[-1].cached_tokens <= start and all(c.routed_experts is None for c in chunks[:-1])
+        routing = routing_for(start, model)
+        batch = Batch(torch.tensor(whole[:-1]), torch.tensor([0, len(whole) - 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+        with torch.no_grad(), noted(model, [(routing, 0, len(whole) - 1)]):
+            model(batch)
+        assert (told == routing.upto(len(whole) - 1)).all()

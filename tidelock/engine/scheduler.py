@@ -11,6 +11,7 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from .limits import Limits, Stats
 from .line import Line
 from .memory import Memory
 from .offload import Store
+from .routing import noted, routing_for
 from .runner import Work, forward, plan
 from .sampler import draw
 from .sampling import Drawn
@@ -142,9 +144,10 @@ class Scheduler:
         self.line.charge(seq, seq.longest - seq.computed)
         seq.state, seq.follows = RUNNING, None
         self.running.append(seq)
+        seq.routing = seq.routing or routing_for(seq.params.routed_from, self.weights.model)
         seq.stops = {len(seq.ids)} if self.memory.hybrid else set()
         if self.memory.hybrid and self.limits.reuse:
-            known = min(sum(n for _, n in path), len(seq.ids) - 1)
+            known = min(sum(n for _, n in path), seq.reusable)
             if known - seq.computed >= self.limits.page_size:  # a second child: the branch gets a state of its own
                 seq.stops.add(known)
             if self.line.has_twin(seq):  # which needs one token to run, to have something to sample from
@@ -158,7 +161,7 @@ class Scheduler:
         """Whether a running prompt will soon have computed more of this one than the tree has."""
         if not self.limits.reuse:
             return False
-        have, last = None, len(seq.ids) - 1
+        have, last = None, seq.reusable
         for other in self.running:
             if other.weights is not self.weights or other.computed >= last or other.pending <= 1:
                 continue
@@ -182,7 +185,8 @@ class Scheduler:
         for seq, rows in work:
             if rows == seq.pending + len(seq.draft):
                 seq.sampler.prepare()
-        hidden, last_rows = forward(weights.model, self.memory, work)
+        with noted(weights.model, [(seq.routing, seq.computed, rows) for seq, rows in work]):
+            hidden, last_rows = forward(weights.model, self.memory, work)
         ready = []
         for (seq, rows), last in zip(work, last_rows.tolist()):
             self.stats.decoded += rows if seq.decoding else 0
@@ -259,6 +263,8 @@ class Scheduler:
     def _send(self, seq: Sequence, finish_reason: str | None, everything: bool = False) -> None:
         version = (seq.weights or self.weights).version
         chunk = seq.sampler.chunk(version, finish_reason, max(seq.cached, 0), everything)
+        if finish_reason is not None and seq.routing is not None:
+            chunk = replace(chunk, routed_experts=seq.routing.upto(len(seq.ids) - 1))
         if chunk.ids or finish_reason is not None:
             seq.deliver(chunk)
 
