@@ -2,14 +2,16 @@
 
 import base64
 import dataclasses
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_hf import K2_SHAPES, K3, LINEAR, lively, shape
 
-from tidelock.models import TransformerLM, preset, save_checkpoint
+from tidelock.models import Batch, TransformerLM, preset, save_checkpoint
 from tidelock.models.config import Yarn
 from tidelock.models.hf import convert, save_hf
 from tidelock.models.hf.gguf import entries, llama_options
@@ -155,3 +157,40 @@ def test_k2s_ranks_become_merges(tmp_path):
 def test_a_token_no_pair_makes_has_no_merge():
     ranks = {b"a": 0, b"b": 1, b"c": 2, b"abc": 3}
     assert last_merge(b"abc", ranks) is None
+
+
+def llama():
+    spec = importlib.util.spec_from_file_location("llama", Path(__file__).parents[2] / "benchmarks" / "llama.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(llama().find_server() is None, reason="no llama-server: build it as benchmarks/llama.py says, or set $TIDELOCK_LLAMA")
+@pytest.mark.parametrize("name", SHAPES)
+def test_llama_continues_ids_as_our_forward_does(tmp_path, name):
+    """Twelve greedy tokens; what benchmarks/agreement.py does for 200 prompts of 64."""
+    config = dataclasses.replace(SHAPES[name], vocab_size=320)
+    model = TransformerLM(config, seed=0).eval()
+    save_checkpoint(tmp_path / "m", model)
+    file = convert(tmp_path / "m", tmp_path / "m.gguf", "gguf")
+    rng = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 256, (n,), generator=rng).tolist() for n in (3, 8, 17, 40)]
+    ends = {i for i, text in enumerate(read_vocabulary(None, 320).tokens) if text in ("<|end_of_msg|>", "<|im_end|>")}
+
+    def greedy(ids):
+        ids, out = list(ids), []
+        with torch.no_grad():
+            while len(out) < 12:
+                batch = Batch(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
+                token = int(model.logits(model(batch)[-1:]).argmax())
+                if token in ends:
+                    break
+                ids.append(token)
+                out.append(token)
+        return out
+
+    peer = llama()
+    with peer.llama_server(peer.find_server(), file, options=(*peer.PLAIN, *llama_options(config))) as url:
+        for prompt in prompts:
+            assert peer.complete(url, prompt, 12) == greedy(prompt)
