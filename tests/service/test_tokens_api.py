@@ -116,7 +116,10 @@ def test_weights_are_updated_in_vllms_three_steps(service, http):
     assert http.post("/update_weights", json={"update_info": {"checkpoint": "c"}}).status_code == 400  # not started
     assert http.post("/init_weight_transfer_engine", json={"init_info": {}}).json() == {"message": "Weight transfer initialized"}
     assert http.post("/start_weight_update").json() == {"message": "Weight update started"}
-    assert http.post("/start_weight_update").status_code == 400
+    http.post("/update_weights", json={"update_info": {"checkpoint": "of a trainer that died"}})
+    assert http.post("/start_weight_update").status_code == 200  # forgets it
+    assert http.post("/finish_weight_update").status_code == 400
+    http.post("/start_weight_update")
     assert "update_info.checkpoint" in http.post("/update_weights", json={"update_info": {"names": []}}).text
     assert http.post("/update_weights", json={"update_info": {"checkpoint": "c"}}).json() == {"message": "Weights updated"}
     assert http.post("/finish_weight_update", json={"weight_version": "step-7"}).status_code == 400
