@@ -3,6 +3,8 @@
 import httpx2 as httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from tidelock.service.metrics import route_of
+
 
 def scrape(service):
     text = httpx.get(service.running.base_url.removesuffix("/v1") + "/metrics").text
@@ -51,3 +53,8 @@ def test_failures_swaps_and_people_who_leave_are_seen(service):
     assert m["tidelock_weights_version",] == 6
     assert m["tidelock_http_responses_total", "404", "other"] == 1
     assert "wp-admin" not in httpx.get(url + "/metrics").text
+
+
+def test_there_are_as_many_routes_as_routes():
+    scope = {"path": "/v1/files/file_7/content", "endpoint": print, "path_params": {"file_id": "file_7"}}
+    assert route_of(scope) == "/v1/files/{file_id}/content" and route_of({"path": "/x"}) == "other"

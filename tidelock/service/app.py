@@ -71,7 +71,7 @@ def create_app(state: ServiceState) -> ASGIApp:
         exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),
     )
-    return counting(app, state.metrics, [route.path for route in app.routes])
+    return counting(app, state.metrics)
 
 
 async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:

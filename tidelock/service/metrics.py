@@ -141,9 +141,8 @@ class EngineStats:
                 yield GaugeMetricFamily(f"tidelock_engine_{field.name}", f"The engine's `{field.name}` since its start", value)
 
 
-def counting(app: ASGIApp, metrics: Metrics, paths: Sequence[str]) -> ASGIApp:
-    """`app`, with its responses counted by route and status. Paths outside `paths` count as one."""
-    known = frozenset(paths)
+def counting(app: ASGIApp, metrics: Metrics) -> ASGIApp:
+    """`app`, with its responses counted by route and status."""
 
     async def counted(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -152,9 +151,17 @@ def counting(app: ASGIApp, metrics: Metrics, paths: Sequence[str]) -> ASGIApp:
 
         async def seen(message: Message) -> None:
             if message["type"] == "http.response.start":
-                metrics.responses.labels(scope["path"] if scope["path"] in known else "other", str(message["status"])).inc()
+                metrics.responses.labels(route_of(scope), str(message["status"])).inc()
             await send(message)
 
         await app(scope, receive, seen)
 
     return counted
+
+
+def route_of(scope: Scope) -> str:
+    """The path with its parameters by name, so that there are as many as there are routes; "other" where none matched."""
+    if scope.get("endpoint") is None:
+        return "other"
+    names = {str(value): f"{{{name}}}" for name, value in scope.get("path_params", {}).items()}
+    return "/".join(names.get(part, part) for part in scope["path"].split("/"))
