@@ -57,4 +57,6 @@ def test_failures_swaps_and_people_who_leave_are_seen(service):
 
 def test_there_are_as_many_routes_as_routes():
     scope = {"path": "/v1/files/file_7/content", "endpoint": print, "path_params": {"file_id": "file_7"}}
-    assert route_of(scope) == "/v1/files/{file_id}/content" and route_of({"path": "/x"}) == "other"
+    deep = {"path": "/v1/models/a/b", "endpoint": print, "path_params": {"id": "a/b"}}
+    assert route_of(scope) == "/v1/files/{file_id}/content" and route_of(deep) == "/v1/models/{id}"
+    assert route_of({"path": "/x"}) == "other"

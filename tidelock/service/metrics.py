@@ -163,5 +163,8 @@ def route_of(scope: Scope) -> str:
     """The path with its parameters by name, so that there are as many as there are routes; "other" where none matched."""
     if scope.get("endpoint") is None:
         return "other"
-    names = {str(value): f"{{{name}}}" for name, value in scope.get("path_params", {}).items()}
-    return "/".join(names.get(part, part) for part in scope["path"].split("/"))
+    path = scope["path"]
+    for name, value in scope.get("path_params", {}).items():
+        before, _, after = path.rpartition(str(value))
+        path = f"{before}{{{name}}}{after}"
+    return path
