@@ -194,3 +194,15 @@ def test_llama_continues_ids_as_our_forward_does(tmp_path, name):
     with peer.llama_server(peer.find_server(), file, options=(*peer.PLAIN, *llama_options(config))) as url:
         for prompt in prompts:
             assert peer.complete(url, prompt, 12) == greedy(prompt)
+
+
+def test_the_command_writes_the_file_and_says_how_to_serve_it(tmp_path, capsys):
+    from tidelock.cli.main import main
+
+    save_checkpoint(tmp_path / "m", TransformerLM(SHAPES["k2"], seed=0))
+    argv = ["models", "convert", str(tmp_path / "m"), str(tmp_path / "m.gguf"), "--to", "gguf", "--dtype", "float16"]
+    assert main(argv) == 0
+    assert f"llama-server -m {tmp_path / 'm.gguf'} --yarn-beta-fast 1 --yarn-beta-slow 1" in capsys.readouterr().out
+    assert main(argv) == 2 and "exists" in capsys.readouterr().err
+    assert main([*argv[:3], str(tmp_path / "q.gguf"), "--to", "gguf", "--quantize", "int4"]) == 2
+    assert "llama-quantize" in capsys.readouterr().err
