@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_hf import K2_SHAPES, K3, LINEAR, lively, shape
+from shapes import K2_SHAPES, K3, LINEAR, lively, shape
 
 from tidelock.models import Batch, TransformerLM, preset, save_checkpoint
 from tidelock.models.config import Yarn
@@ -78,6 +78,18 @@ def test_every_weight_of_the_model_is_in_the_file(written):
     assert fields[f"{arch}.expert_weights_scale"] == pytest.approx(c.routed_scaling_factor)
     assert fields[f"{arch}.leading_dense_block_count"] == c.ffns.count("dense")
     assert tensors["output.weight"].shape == (c.vocab_size, c.hidden_size)
+
+
+@pytest.mark.parametrize("format", ["int4", "mxfp4"])
+def test_experts_trained_to_be_four_bits_go_out_as_they_compute(tmp_path, format):
+    model = lively(dataclasses.replace(SHAPES["k2"], expert_format=format))
+    save_checkpoint(tmp_path / "ours", model)
+    _, tensors = read(convert(tmp_path / "ours", tmp_path / "m.gguf", "gguf"))
+    with torch.no_grad():
+        w_in, w_out = model.layers[1].mlp.served(torch.zeros(1))
+    assert torch.equal(tensors["blk.1.ffn_down_exps.weight"], w_out.transpose(1, 2))
+    assert torch.equal(tensors["blk.1.ffn_gate_exps.weight"], w_in[:, :, :32].transpose(1, 2))
+    assert not torch.equal(w_out, model.layers[1].mlp.w_out)
 
 
 @pytest.mark.parametrize("dtype,kind", [("float16", torch.float16), ("bfloat16", torch.bfloat16)])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tidelock.tokens.errors import UserError
 
+from .. import quant
 from ..config import ModelConfig
 from .config import layout_of, to_hf
 from .gguf_vocab import Vocabulary
@@ -221,11 +222,16 @@ def _kda(c: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
 
 def _moe(c: ModelConfig, ours: str, theirs: str) -> Iterator[Entry]:
     width = c.moe_intermediate_size  # ours are [E, in, out], gate beside up; theirs [E, out, in] each
+
+    def served(t: Tensor) -> Tensor:
+        """As the experts compute: rounded to 4 bits, where they were trained to be."""
+        return t if c.expert_format is None or t.is_meta else quant.served(t, c.expert_format, dim=1)
+
     yield Entry(f"{theirs}ffn_gate_inp.weight", (f"{ours}gate.weight",), _same, exact=True)
     yield Entry(f"{theirs}exp_probs_b.bias", (f"{ours}e_score_correction_bias",), _same)
-    yield Entry(f"{theirs}ffn_gate_exps.weight", (f"{ours}w_in",), lambda t: t[:, :, :width].transpose(1, 2))
-    yield Entry(f"{theirs}ffn_up_exps.weight", (f"{ours}w_in",), lambda t: t[:, :, width:].transpose(1, 2))
-    yield Entry(f"{theirs}ffn_down_exps.weight", (f"{ours}w_out",), lambda t: t.transpose(1, 2))
+    yield Entry(f"{theirs}ffn_gate_exps.weight", (f"{ours}w_in",), lambda t: served(t)[:, :, :width].transpose(1, 2))
+    yield Entry(f"{theirs}ffn_up_exps.weight", (f"{ours}w_in",), lambda t: served(t)[:, :, width:].transpose(1, 2))
+    yield Entry(f"{theirs}ffn_down_exps.weight", (f"{ours}w_out",), lambda t: served(t).transpose(1, 2))
     yield from _renamed(f"{ours}shared_experts.", theirs, {f"{n}_proj": f"ffn_{n}_shexp" for n in ("gate", "up", "down")})
     if c.routed_expert_hidden_size is not None:
         norm = {"routed_expert_norm": "ffn_routed_norm"} if c.latent_moe_use_norm else {}
