@@ -169,3 +169,39 @@ def test_experts_are_told_where_asked_from_there_on_and_reuse_ends_there(exact):
         with torch.no_grad(), noted(model, [(routing, 0, len(whole) - 1)]):
             model(batch)
         assert (told == routing.upto(len(whole) - 1)).all()
+
+
+def test_paused_to_keep_it_freezes_and_goes_on_where_it_was(exact):
+    async def work():
+        whole = ids(await collect(exact.policy, params=replace(PARAMS, max_tokens=300, stop_ids=())))
+        before = exact.engine.stats.decoded
+        running = asyncio.create_task(collect(exact.policy, params=replace(PARAMS, max_tokens=300, stop_ids=())))
+        await until(lambda: exact.engine.stats.decoded > before + 4)
+        await exact.policy.pause("keep")
+        frozen = exact.engine.stats.decoded
+        waiting = asyncio.create_task(collect(exact.policy, params=replace(PARAMS, max_tokens=3)))
+        await asyncio.sleep(0.1)
+        assert exact.engine.stats.decoded == frozen < before + 299 and not running.done() and not waiting.done()
+        await exact.policy.resume()
+        return whole, ids(await running), ids(await waiting)
+
+    whole, running, waiting = run(work())
+    assert running == whole and waiting == whole[:3]
+
+
+def test_paused_to_abort_it_ends_what_runs_and_refuses_what_comes(exact):
+    async def work():
+        before = exact.engine.stats.decoded
+        running = asyncio.create_task(collect(exact.policy, params=replace(PARAMS, max_tokens=1500, stop_ids=())))
+        await until(lambda: exact.engine.stats.decoded > before + 4)
+        await exact.policy.pause("abort")
+        chunks = await running
+        try:
+            with pytest.raises(PolicyError) as e:
+                await collect(exact.policy)
+        finally:
+            await exact.policy.resume()
+        return chunks, e.value.status, await collect(exact.policy)
+
+    chunks, status, after = run(work())
+    assert chunks[-1].finish_reason == "abort" and status == 503 and after[-1].finish_reason
