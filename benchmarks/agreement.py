@@ -1,6 +1,6 @@
 """Do our engine, transformers and llama.cpp say the same? Greedy continuations of the same ids by the same weights.
 
-    python benchmarks/agreement.py [--prompts 200] [--tokens 64] [--llama BUILD_DIR] [--run RUN_DIR] [--json out.json]
+    python -m benchmarks.agreement [--prompts 200] [--tokens 64] [--llama BUILD_DIR] [--run RUN_DIR] [--json out.json]
 
 Random-weight models of the K2, Kimi Linear and K3 layouts, the same after a short training (`--run` adds the release of a
 run directory), each as a Hugging Face directory for transformers and as GGUF for llama.cpp (fp32 and fp16; ours then runs
@@ -102,7 +102,7 @@ def transformers_says(path: Path, prompts: list[list[int]], tokens: int, stops: 
 
 
 def llama_says(binary: Path, gguf: Path, config, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    from llama import PLAIN, complete, llama_server
+    from benchmarks.llama import PLAIN, complete, llama_server
 
     from tidelock.models.hf.gguf import llama_options
 
@@ -208,7 +208,7 @@ def main() -> None:
     from tidelock.cli.main import set_threads
 
     set_threads()
-    from llama import find_server
+    from benchmarks.llama import find_server
 
     from tidelock.models import TransformerLM
     from tidelock.tokens.tokenizer import BPETokenizer

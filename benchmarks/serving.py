@@ -1,10 +1,10 @@
 """Our server beside llama.cpp's, same weights, one run: Poisson arrivals and agent tool loops with shared prefixes.
 
-    python benchmarks/serving.py [--preset small-k2] [--dtype bfloat16] [--threads 2] [--rounds 3] [--llama BUILD_DIR]
+    python -m benchmarks.serving [--preset small-k2] [--dtype bfloat16] [--threads 2] [--rounds 3] [--llama BUILD_DIR]
                                  [--out DIR] [-- options of `tidelock bench serve`]
 
 A random model of the preset is written as a run directory and as GGUF; each server is a process of its own with the same
-threads; `tidelock bench serve` then takes them in turn. Without llama.cpp (see llama.py) ours is measured alone.
+threads; `tidelock bench serve` then takes them in turn. Without llama.cpp (see benchmarks/llama.py) ours is measured alone.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench"))
     parser.add_argument("rest", nargs="*", help="more options of `tidelock bench serve`, behind --")
     args = parser.parse_args()
-    from llama import find_server, llama_server
+    from benchmarks.llama import find_server, llama_server
 
     from tidelock.loop.server_process import served
     from tidelock.models.hf import convert

@@ -58,13 +58,15 @@ class Endpoint:
             return self._json(await response.read())
 
     @contextlib.asynccontextmanager
-    async def _request(self, method: str, path: str, body: Any, streamed: bool = False) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _request(
+        self, method: str, path: str, body: Any, streamed: bool = False
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         session = self._session or aiohttp.ClientSession()
         timeout = aiohttp.ClientTimeout(total=None if streamed else 600, sock_connect=30)
-        headers = {"Authorization": f"Bearer {self.api_key}"}
+        options = {"json": body, "headers": {"Authorization": f"Bearer {self.api_key}"}, "timeout": timeout}
         try:
             with self._one_error():
-                async with session.request(method, self.base_url + path, json=body, headers=headers, timeout=timeout) as response:
+                async with session.request(method, self.base_url + path, **options) as response:
                     if response.status != 200:
                         raise refusal(response.status, await response.text(errors="replace"), self.base_url)
                     yield response

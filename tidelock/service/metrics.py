@@ -20,7 +20,7 @@ from tidelock.tokens.policy import Chunk, Policy, PolicyError, SamplingParams
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tokens
-SLOW = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # seconds of a request, or to its first token
+SLOW = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # of a request, or to its first token
 
 
 class Metrics:
@@ -138,7 +138,7 @@ class EngineStats:
         for field in dataclasses.fields(self._policy.stats):
             value = getattr(self._policy.stats, field.name)
             if isinstance(value, int | float):
-                yield GaugeMetricFamily(f"tidelock_engine_{field.name}", f"The engine's `{field.name}` since its start", value)
+                yield GaugeMetricFamily(f"tidelock_engine_{field.name}", f"The engine's `{field.name}`", value)
 
 
 def counting(app: ASGIApp, metrics: Metrics) -> ASGIApp:

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[ServiceState, Request], Awaitable[Any]]
 Routed = Callable[[str, Handler], Route]
+Write = Callable[..., Awaitable[None]]
 PREFIX = "generate-tokens-"  # vLLM puts it before the request id it was given
 
 
@@ -102,7 +103,8 @@ class Tokens:
             if started:
                 await write(wire.error_event(error) + wire.DONE, more=False)
             else:
-                await Response(wire.encode(error.body()), error.status, error.headers(), "application/json")(scope, receive, send)
+                answer = Response(wire.encode(error.body()), error.status, error.headers(), "application/json")
+                await answer(scope, receive, send)
 
     def _params(self, asked: Generate, tenant: str) -> SamplingParams:
         state = self._state
@@ -148,7 +150,7 @@ class Tokens:
             "choices": [output.whole()],
         }
 
-    async def _stream(self, asked: Generate, params: SamplingParams, name: str, write: Callable[..., Awaitable[None]]) -> None:
+    async def _stream(self, asked: Generate, params: SamplingParams, name: str, write: Write) -> None:
         output, options = _output(asked), asked.stream_options
         head = {"request_id": name, "output_mode": "tokens", "usage": None}
         first = {"prompt_token_ids": asked.token_ids} if asked.return_token_ids else {}
@@ -279,7 +281,8 @@ class Update:
         try:
             return state.weights_version + 1 if wanted is None else int(wanted)
         except ValueError:
-            raise errors.invalid_request(f"weight_version must be a whole number here, not {wanted!r}", "weight_version") from None
+            reason = f"weight_version must be a whole number here, not {wanted!r}"
+            raise errors.invalid_request(reason, "weight_version") from None
 
     async def info(self, state: ServiceState, request: Request) -> dict[str, Any]:
         authenticate(state, request, role="admin")

@@ -2,8 +2,8 @@
 
 Fields and their meaning are vLLM's (`entrypoints/scale_out/token_in_token_out`); what would change the answer and cannot
 be honoured is refused by name. Two additions, which vLLM's own clients ignore: every streamed chunk carries its
-`weight_versions` (vLLM says them only at the end), and `sampled_logprobs` appear where sampling bent the distribution. `extra_args`, which
-vLLM leaves to its extensions, may hold `deadline_s` and `routed_experts: true` (vLLM: a flag of the server).
+`weight_versions` (vLLM says them only at the end), and `sampled_logprobs` appear where sampling bent the distribution.
+`extra_args`, which vLLM leaves to its extensions, may hold `deadline_s` and `routed_experts: true` (vLLM: a server's flag).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def to_params(request: Generate, *, room: int, stop_ids: tuple[int, ...], tenant
     for name, refused in _REFUSED:
         if refused(request):
             raise invalid_request(f"this value of `{name}` is not supported", name)
-    s = request.sampling_params
+    s, extra = request.sampling_params, request.sampling_params.extra_args or {}
     asked = tuple(s.stop_token_ids or ())
     stop = (s.stop,) if isinstance(s.stop, str) else tuple(s.stop or ())
     return SamplingParams(
@@ -121,13 +121,13 @@ def to_params(request: Generate, *, room: int, stop_ids: tuple[int, ...], tenant
         constraint=_constraint(s.structured_outputs),
         tenant=tenant,
         priority=request.priority,
-        deadline_s=_deadline(s.extra_args),
-        routed_from=min(s.routed_experts_prompt_start, len(request.token_ids)) if (s.extra_args or {}).get("routed_experts") else None,
+        deadline_s=_deadline(extra),
+        routed_from=min(s.routed_experts_prompt_start, len(request.token_ids)) if extra.get("routed_experts") else None,
     )
 
 
-def _deadline(extra: dict[str, Any] | None) -> float | None:
-    value = (extra or {}).get("deadline_s")
+def _deadline(extra: dict[str, Any]) -> float | None:
+    value = extra.get("deadline_s")
     if value is not None and not (isinstance(value, int | float) and value >= 0):
         raise invalid_request("deadline_s is a number of seconds", "sampling_params.extra_args.deadline_s")
     return value
@@ -138,7 +138,8 @@ def _constraint(wanted: Structured | None) -> Constraint | None:
         return None
     given = [name for name in wanted.__struct_fields__ if getattr(wanted, name) not in (None, False)]
     if len(given) != 1 or given[0] in ("choice", "structural_tag"):
-        raise invalid_request("give exactly one of json, json_object, regex and grammar", "sampling_params.structured_outputs")
+        reason = "give exactly one of json, json_object, regex and grammar"
+        raise invalid_request(reason, "sampling_params.structured_outputs")
     if given[0] == "json":
         schema = wanted.json if isinstance(wanted.json, str) else msgspec.json.encode(wanted.json).decode()
         return Constraint("json_schema", schema)
