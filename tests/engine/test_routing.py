@@ -56,6 +56,13 @@ def test_nobody_asks_nothing_is_kept():
         assert all(m.choices is None for m in MODEL.modules() if isinstance(m, MoE))
 
 
+def test_a_forward_that_leaves_no_choices_makes_the_record_unknown_not_wrong():
+    routing = routing_for(0, MODEL)
+    with torch.no_grad(), noted(MODEL, [(routing, 0, 4)]):
+        pass  # as one that was compiled away from the modules
+    assert routing.upto(4) is None
+
+
 def test_many_experts_need_two_bytes():
     config = dataclasses.replace(preset("k2"), mixers=("mla",), ffns=("moe",))
     fake = type("Fake", (), {"config": config})()

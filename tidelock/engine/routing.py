@@ -20,6 +20,7 @@ class Routing:
 
     def __init__(self, start: int, layers: int, k: int, experts: int) -> None:
         self.start = start
+        self.known = True  # False: some forward ran without leaving its choices, so there is nothing whole to tell
         self._rows = np.zeros((64, layers, k), dtype=np.uint8 if experts <= 256 else np.uint16)
 
     def note(self, position: int, rows: np.ndarray) -> None:
@@ -29,9 +30,9 @@ class Routing:
             self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
         self._rows[at : at + len(rows)] = rows
 
-    def upto(self, end: int) -> np.ndarray:
+    def upto(self, end: int) -> np.ndarray | None:
         """Of the tokens from `start` to before `end`."""
-        return self._rows[: max(0, end - self.start)].copy()
+        return self._rows[: max(0, end - self.start)].copy() if self.known else None
 
 
 def routing_for(start: int | None, model: TransformerLM) -> Routing | None:
@@ -51,12 +52,17 @@ def noted(model: TransformerLM, work: Sequence[tuple[Routing | None, int, int]])
         m.note_choices = True
     try:
         yield
-        chosen = next(m.choices for m in moe) if moe else torch.zeros(sum(n for _, _, n in work), 1)
-        empty = torch.zeros_like(chosen)
-        rows = torch.stack([m.choices if isinstance(m, MoE) else empty for m in layers], dim=1).numpy()
+        left = [m.choices for m in moe]
     finally:
         for m in moe:
             m.note_choices, m.choices = False, None
+    if not moe or any(choices is None for choices in left):
+        for routing, _, _ in work:
+            if routing is not None:
+                routing.known = False
+        return
+    empty, of = torch.zeros_like(left[0]), iter(left)
+    rows = torch.stack([next(of) if isinstance(m, MoE) else empty for m in layers], dim=1).numpy()
     at = 0
     for routing, position, n in work:
         if routing is not None:
