@@ -21,6 +21,7 @@ def add(subparsers) -> None:
     p.add_argument("--model", default="tide-nano")
     p.add_argument("--tokenizer", type=Path, metavar="DIR", help="speak token ids (Tidelock's or vLLM's /inference/v1/generate; an "
                    "admin's key) in this tokenizer's, instead of text: exact ids and log-probabilities")  # fmt: skip
+    p.add_argument("--template", default="xtml", help="the model's chat format, where token ids are spoken (default xtml)")
     p.add_argument("--tools", default="calculator,files,shell", help="comma-separated: calculator, files, shell, or none")
     p.add_argument("--workspace", type=Path, help="the only directory tools may write to (default: a new empty one)")
     p.add_argument("--system", help="system prompt (default: the one the demo's model was trained with)")
@@ -59,11 +60,11 @@ async def work(args, tools):
     from tidelock.tokens.message import Message
     from tidelock.tokens.policy import SamplingParams
     from tidelock.tokens.template import get_template
-    from tidelock.tokens.tokenizer import BPETokenizer, ByteTokenizer
+    from tidelock.tokens.tokenizer import ByteTokenizer, load_tokenizer
 
     workspace = str((args.workspace or Path(tempfile.mkdtemp(prefix="tidelock-workspace-"))).resolve())
     exact = args.tokenizer is not None
-    template = get_template("xtml", BPETokenizer.load(args.tokenizer) if exact else ByteTokenizer())
+    template = get_template(args.template, load_tokenizer(args.tokenizer) if exact else ByteTokenizer())
     host = await ToolHost.start(TOOLSET_NAME, workspace=workspace)
     if exact:
         policy = TokenPolicy(args.base_url, args.api_key, args.model)

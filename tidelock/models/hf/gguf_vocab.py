@@ -6,13 +6,13 @@ our own tokenizer is the nearest one it has, so text that llama.cpp encodes itse
 
 from __future__ import annotations
 
-import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tidelock.tokens.errors import UserError
-from tidelock.tokens.tokenizer import SPECIALS, byte_alphabet
+from tidelock.tokens.kimi import MODEL_FILE, KimiTokenizer, read_ranks
+from tidelock.tokens.tokenizer import JSON_FILE, SPECIALS, byte_alphabet
 
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # llama.cpp's token types
 END_OF_TURN = "<|end_of_msg|>"
@@ -46,10 +46,10 @@ def read_vocabulary(directory: str | Path | None, size: int) -> Vocabulary:
     Raises UserError when the files cannot be read or hold more ids than the model.
     """
     directory = None if directory is None else Path(directory)
-    if directory is not None and (directory / "tokenizer.json").exists():
-        pre, base, merges, named = _library_file(directory / "tokenizer.json")
-    elif directory is not None and (directory / "tiktoken.model").exists():
+    if directory is not None and (directory / MODEL_FILE).exists():
         pre, base, merges, named = _tiktoken(directory)
+    elif directory is not None and (directory / JSON_FILE).exists():
+        pre, base, merges, named = _library_file(directory / JSON_FILE)
     else:
         # only "kimi-k2" may come without merges
         pre, base, merges = "kimi-k2", [byte_alphabet()[b] for b in range(256)], []
@@ -82,19 +82,13 @@ def _library_file(file: Path) -> Found:
 
 
 def _tiktoken(directory: Path) -> Found:
-    file, alphabet = directory / "tiktoken.model", byte_alphabet()
-    try:
-        lines = [line.split() for line in file.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        config = json.loads((directory / "tokenizer_config.json").read_text())
-        named = {int(i): added["content"] for i, added in config.get("added_tokens_decoder", {}).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{file} and tokenizer_config.json beside it are not K2's tokenizer ({e!r})") from None
+    tokenizer, ranks, alphabet = KimiTokenizer.load(directory), read_ranks(directory / MODEL_FILE), byte_alphabet()
+    named = {i: name for i, name in enumerate(tokenizer.specials, tokenizer.base) if "reserved_token" not in name}
 
     def printable(token: bytes) -> str:
         return "".join(alphabet[b] for b in token)
 
-    ordered = sorted(ranks, key=ranks.get)
+    ordered = sorted(ranks, key=ranks.__getitem__)
     pairs = (last_merge(token, ranks) for token in ordered if len(token) > 1)
     merges = [f"{printable(a)} {printable(b)}" for a, b in filter(None, pairs)]
     return "kimi-k2", [printable(token) for token in ordered], merges, named
