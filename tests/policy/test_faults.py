@@ -132,6 +132,42 @@ def test_kept_sets_and_candidates_come_through():
     assert (chunk.sampled_logprobs, chunk.logprobs, chunk.stop) == ((-0.7,), (-3.0,), "end")
 
 
+@pytest.mark.parametrize("kind", GOOD)
+def test_a_request_is_aborted_also_before_its_first_word(kind):
+    async def inside():
+        over = asyncio.Event()
+
+        async def silent(request):
+            await over.wait()
+            return web.Response()
+
+        app = web.Application()
+        async def abort(request):
+            return web.json_response({"aborted": 0})
+
+        app.router.add_post("/inference/v1/abort_requests", abort)
+        app.router.add_post("/{path:.*}", silent)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        policy = TokenPolicy(url, "k") if kind == "tokens" else TextPolicy(f"{url}/v1", "k", "m", TEMPLATE)
+
+        async def answer():
+            return [c async for c in policy.generate(PROMPT, PARAMS, "x")]
+
+        waiting = asyncio.create_task(answer())
+        await asyncio.sleep(0.2)
+        await policy.abort("x")
+        (chunk,) = await asyncio.wait_for(waiting, 5)
+        over.set()
+        await runner.cleanup()
+        return chunk
+
+    assert asyncio.run(asyncio.wait_for(inside(), 10)).finish_reason == "abort"
+
+
 def test_an_event_of_a_megabyte_is_one_line():
     event = tokens_event((1,), "length", routed_experts=None, padding="x" * 1_000_000)
     assert ask("tokens", stream(event))[-1].finish_reason == "length"
@@ -161,3 +197,17 @@ def test_the_engines_own_failures_look_the_same():
         asyncio.run(one(engine))
     assert nan.value.status == 500
     engine.close()
+
+
+def test_vllms_empty_answer_to_an_abort_is_an_answer():
+    async def inside():
+        app = web.Application()
+        app.router.add_post("/inference/v1/abort_requests", refused(200, ""))
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        await TokenPolicy(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", "k").abort("x")
+        await runner.cleanup()
+
+    asyncio.run(asyncio.wait_for(inside(), 10))

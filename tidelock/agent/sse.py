@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import aiohttp
@@ -18,7 +19,7 @@ class Endpoint:
     def __init__(self, base_url: str, api_key: str, session: aiohttp.ClientSession | None = None) -> None:
         self.base_url, self.api_key = base_url.rstrip("/"), api_key
         self._session = session
-        self._open: dict[str, aiohttp.ClientResponse] = {}
+        self._open: dict[str, Callable[[], object]] = {}  # what ends each named request at once
         self._cut: set[str] = set()
 
     async def events(self, path: str, body: dict[str, Any], name: str | None = None) -> AsyncIterator[dict[str, Any]]:
@@ -26,10 +27,8 @@ class Endpoint:
 
         Raises PolicyError: the server's own status and words, or 502 for what is no answer at all.
         """
-        async with self._request("POST", path, body, streamed=True) as response:
-            if name is not None:
-                self._open[name] = response
-            try:
+        try:
+            async with self._request("POST", path, body, name, streamed=True) as response:
                 async for line in _lines(response):
                     if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
                         continue
@@ -37,36 +36,41 @@ class Endpoint:
                     if event.get("error"):
                         raise refusal(_status(event), json.dumps(event), self.base_url)
                     yield event
-            except (aiohttp.ClientError, ValueError):
-                if name not in self._cut:
-                    raise
-            finally:
-                self._open.pop(name, None)
-                self._cut.discard(name)
+        except (PolicyError, asyncio.CancelledError):
+            if name not in self._cut:
+                raise
+        finally:
+            self._open.pop(name, None)
+            self._cut.discard(name)
 
     def cut(self, name: str) -> bool:
-        """Drop the connection of the request `name`: its events end here. False: it is not open."""
-        if (response := self._open.get(name)) is None:
+        """Drop the connection of the request `name`, answered yet or not: its events end here. False: there is none."""
+        if (end := self._open.get(name)) is None:
             return False
         self._cut.add(name)
-        response.close()
+        end()
         return True
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One JSON answer. Raises PolicyError."""
+        """One JSON answer, or {} where the server says no more than that it is done. Raises PolicyError."""
         async with self._request(method, path, body) as response:
-            return self._json(await response.read())
+            return self._json(text) if (text := await response.read()).strip() else {}
 
     @contextlib.asynccontextmanager
     async def _request(
-        self, method: str, path: str, body: Any, streamed: bool = False
+        self, method: str, path: str, body: Any, name: str | None = None, streamed: bool = False
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         session = self._session or aiohttp.ClientSession()
         timeout = aiohttp.ClientTimeout(total=None if streamed else 600, sock_connect=30)
         options = {"json": body, "headers": {"Authorization": f"Bearer {self.api_key}"}, "timeout": timeout}
         try:
             with self._one_error():
-                async with session.request(method, self.base_url + path, **options) as response:
+                opening = asyncio.ensure_future(session.request(method, self.base_url + path, **options))
+                if name is not None:
+                    self._open[name] = opening.cancel
+                async with await opening as response:
+                    if name is not None:
+                        self._open[name] = response.close
                     if response.status != 200:
                         raise refusal(response.status, await response.text(errors="replace"), self.base_url)
                     yield response

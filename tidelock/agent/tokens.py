@@ -35,6 +35,7 @@ class TokenPolicy:
         self._server = Endpoint(base_url.rstrip("/").removesuffix("/v1"), api_key, session)
         self.model = model
         self.last: dict[str, Any] = {}  # the usage of the last answer
+        self._aborted: set[str] = set()
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
@@ -51,13 +52,18 @@ class TokenPolicy:
         }
         answer = _Answer(params.top_logprobs)
         try:
-            async for event in self._server.events("/inference/v1/generate", body):
+            async for event in self._server.events("/inference/v1/generate", body, name):
                 for chunk in answer.take(event):
                     yield chunk
             for chunk in answer.end():
                 yield chunk
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
             raise self._server.broken(f"an event does not follow the contract ({e!r})") from None
+        if name in self._aborted:
+            self._aborted.discard(name)
+            if not answer.finished:
+                yield Chunk((), (), -1, "abort")
+                return
         if not answer.finished:
             raise self._server.broken("the stream ended without a finish reason")
         self.last = {"usage": answer.usage}
@@ -66,7 +72,10 @@ class TokenPolicy:
         return len(prompt_ids)
 
     async def abort(self, request_id: str) -> None:
-        await self._server.call("POST", "/inference/v1/abort_requests", {"request_ids": [PREFIX + request_id]})
+        """Asks the server to, which then says what it has; hangs up on a request that has not reached it yet."""
+        done = await self._server.call("POST", "/inference/v1/abort_requests", {"request_ids": [PREFIX + request_id]})
+        if done.get("aborted") == 0 and self._server.cut(request_id):
+            self._aborted.add(request_id)
 
     async def swap(self, checkpoint: str, version: int) -> None:
         """`checkpoint` is a path that the server can read. On failure its old weights keep serving."""
