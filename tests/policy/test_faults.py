@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from contextlib import asynccontextmanager
 
 import pytest
 import torch
@@ -32,22 +33,35 @@ def text_event(text="a", finish=None):
 GOOD = {"tokens": tokens_event, "text": text_event}
 
 
+@asynccontextmanager
+async def site(**handlers):
+    """The port of a server that answers POSTs to /NAME with the handler of that name, and any other with `rest`."""
+    app = web.Application()
+    rest = handlers.pop("rest", None) or refused(404, "nothing here")
+    for name, handler in handlers.items():
+        app.router.add_post("/inference/v1/" + name, handler)
+    app.router.add_post("/{path:.*}", rest)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    listener = web.TCPSite(runner, "127.0.0.1", 0)
+    await listener.start()
+    try:
+        yield listener._server.sockets[0].getsockname()[1]
+    finally:
+        await runner.cleanup()
+
+
+def policy_at(kind, port):
+    url = f"http://127.0.0.1:{port}"
+    return TokenPolicy(url, "k") if kind == "tokens" else TextPolicy(f"{url}/v1", "k", "m", TEMPLATE)
+
+
 def ask(kind, handler=None, port=None, params=PARAMS):
     """Every chunk of one answer from a server that answers with `handler`."""
 
     async def inside():
-        app = web.Application()
-        app.router.add_post("/{path:.*}", handler or refused(404, "nothing here"))
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        url = f"http://127.0.0.1:{port or site._server.sockets[0].getsockname()[1]}"
-        policy = TokenPolicy(url, "k") if kind == "tokens" else TextPolicy(f"{url}/v1", "k", "m", TEMPLATE)
-        try:
-            return [c async for c in policy.generate(PROMPT, params)]
-        finally:
-            await runner.cleanup()
+        async with site(rest=handler) as bound:
+            return [c async for c in policy_at(kind, port or bound).generate(PROMPT, params)]
 
     return asyncio.run(asyncio.wait_for(inside(), 20))
 
@@ -141,28 +155,17 @@ def test_a_request_is_aborted_also_before_its_first_word(kind):
             await over.wait()
             return web.Response()
 
-        app = web.Application()
-        async def abort(request):
-            return web.json_response({"aborted": 0})
+        async with site(rest=silent, abort_requests=refused(200, {"aborted": 0})) as port:
+            policy = policy_at(kind, port)
 
-        app.router.add_post("/inference/v1/abort_requests", abort)
-        app.router.add_post("/{path:.*}", silent)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
-        policy = TokenPolicy(url, "k") if kind == "tokens" else TextPolicy(f"{url}/v1", "k", "m", TEMPLATE)
+            async def answer():
+                return [c async for c in policy.generate(PROMPT, PARAMS, "x")]
 
-        async def answer():
-            return [c async for c in policy.generate(PROMPT, PARAMS, "x")]
-
-        waiting = asyncio.create_task(answer())
-        await asyncio.sleep(0.2)
-        await policy.abort("x")
-        (chunk,) = await asyncio.wait_for(waiting, 5)
-        over.set()
-        await runner.cleanup()
+            waiting = asyncio.create_task(answer())
+            await asyncio.sleep(0.2)
+            await policy.abort("x")
+            (chunk,) = await asyncio.wait_for(waiting, 5)
+            over.set()
         return chunk
 
     assert asyncio.run(asyncio.wait_for(inside(), 10)).finish_reason == "abort"
@@ -201,13 +204,7 @@ def test_the_engines_own_failures_look_the_same():
 
 def test_vllms_empty_answer_to_an_abort_is_an_answer():
     async def inside():
-        app = web.Application()
-        app.router.add_post("/inference/v1/abort_requests", refused(200, ""))
-        runner = web.AppRunner(app)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        await TokenPolicy(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", "k").abort("x")
-        await runner.cleanup()
+        async with site(abort_requests=refused(200, "")) as port:
+            await policy_at("tokens", port).abort("x")
 
     asyncio.run(asyncio.wait_for(inside(), 10))
