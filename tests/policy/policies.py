@@ -47,7 +47,7 @@ def served(directory: Path, engine):
 
 def engine_of(seed: int = 0, version: int = 1, **limits) -> Engine:
     model = TransformerLM(preset("nano-k3", TEMPLATE.tokenizer.vocab_size + 7), seed=seed)
-    return Engine(model, version, boundary_id=TEMPLATE.stop_ids[0], limits=Limits(context=CONTEXT, **limits))
+    return Engine(model, version, template=TEMPLATE, boundary_id=TEMPLATE.stop_ids[0], limits=Limits(context=CONTEXT, **limits))
 
 
 def serving_model(engine: Engine) -> TransformerLM:

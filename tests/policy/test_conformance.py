@@ -8,7 +8,7 @@ import pytest
 from policies import CONTEXT, TEMPLATE, serving_model
 
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import PolicyError, SamplingParams
+from tidelock.tokens.policy import Constraint, PolicyError, SamplingParams, kept_ids
 
 PROMPT = TEMPLATE.render([Message("system", "be brief"), Message("user", "name three tides")], generation_prompt=True)
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, stop_ids=TEMPLATE.stop_ids, seed=7)
@@ -205,3 +205,20 @@ def test_paused_to_abort_it_ends_what_runs_and_refuses_what_comes(exact):
 
     chunks, status, after = run(work())
     assert chunks[-1].finish_reason == "abort" and status == 503 and after[-1].finish_reason
+
+
+def test_cut_offs_penalties_and_constraints_mean_the_same_through_the_wire(world):
+    """Every knob of the waist, and what is told about the draw: bent log-probabilities, kept sets, candidates."""
+    params = replace(PARAMS, max_tokens=20, top_p=0.8, top_k=40, min_p=0.01, temperature=0.7, presence_penalty=0.5,
+                     frequency_penalty=0.3, repetition_penalty=1.2, logit_bias=((65, 2.0), (66, -3.0)), top_logprobs=3)  # fmt: skip
+    constrained = replace(PARAMS, max_tokens=40, constraint=Constraint("regex", "[a-f]{5,9}"), stop=("ff",))
+    for p in (params, constrained):
+        a, b = (run(collect(world[name].policy, params=p)) for name in ("engine", "token ids"))
+        assert ids(a) == ids(b)
+        for field in ("logprobs", "sampled_logprobs"):
+            assert [x for c in a for x in getattr(c, field)] == [x for c in b for x in getattr(c, field)], field
+        flat = [[x for c in side for x in c.top_logprobs] for side in (a, b)]
+        assert [[i for i, _ in top] for top in flat[0]] == [[i for i, _ in top] for top in flat[1]]
+        kept = [[None if k is None else kept_ids(k).tolist() for c in side for k in c.kept] for side in (a, b)]
+        assert kept[0] == kept[1] and any(kept[0])
+        assert (a[-1].finish_reason, a[-1].stop) == (b[-1].finish_reason, b[-1].stop)

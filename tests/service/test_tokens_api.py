@@ -181,6 +181,15 @@ def test_spans_kept_sets_and_stop_reasons_over_a_swap():
     assert named.whole()["stop_reason"] == "end" and named.whole()["logprobs"] is None
 
 
+def test_a_kept_set_stored_as_bits_travels_as_ids():
+    from tidelock.tokens.policy import compact
+
+    ids = np.arange(0, 288, 3)
+    assert isinstance(compact(ids, 288), bytes)
+    out = Output(False, ())
+    assert out.add(Chunk((3, 6), (-1.0, -1.0), 1, kept=(compact(ids, 288), None)))["sampling_mask"] == [ids.tolist(), []]
+
+
 def test_routing_travels_as_npy():
     import base64
     import io

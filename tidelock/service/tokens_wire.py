@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from tidelock.service.errors import invalid_request
-from tidelock.tokens.policy import Chunk, Constraint, SamplingParams
+from tidelock.tokens.policy import Chunk, Constraint, Kept, SamplingParams, kept_ids
 
 FLOOR = -9999.0  # JSON has no -inf
 
@@ -240,9 +240,9 @@ def _finite(logprob: float) -> float:
     return FLOOR if math.isnan(logprob) else max(logprob, FLOOR)
 
 
-def kept_list(kept: tuple[int, ...] | None) -> list[int]:
+def kept_list(kept: Kept) -> list[int]:
     """Empty where nothing was cut off: a set that something was cut from is never empty."""
-    return [] if kept is None else list(kept)
+    return [] if kept is None else kept_ids(kept).tolist()
 
 
 def npy64(array: np.ndarray) -> str:
