@@ -25,6 +25,7 @@ from starlette.types import Receive, Scope, Send
 from tidelock.service import errors, tokens_wire, wire
 from tidelock.service.auth import authenticate
 from tidelock.service.errors import ApiError
+from tidelock.service.http import read_body
 from tidelock.service.state import ServiceState
 from tidelock.service.tokens_wire import Generate, Output
 from tidelock.tokens.errors import UserError
@@ -87,7 +88,7 @@ class Tokens:
 
         try:
             key = authenticate(self._state, request, role="admin")
-            asked = wire.decode(await request.body(), tokens_wire.decoder)
+            asked = wire.decode(await read_body(request, self._state.max_body_bytes), tokens_wire.decoder)
             params = self._params(asked, key.customer)
             name = PREFIX + (request.headers.get("x-request-id") or asked.request_id or uuid.uuid4().hex)
             async with self._tracked(name, receive):
@@ -101,7 +102,7 @@ class Tokens:
         except Exception as failure:
             error = _as_api_error(failure)
             if started:
-                await write(wire.error_event(error) + wire.DONE, more=False)
+                await write(wire.event(error.body()) + wire.DONE, more=False)
             else:
                 answer = Response(wire.encode(error.body()), error.status, error.headers(), "application/json")
                 await answer(scope, receive, send)
