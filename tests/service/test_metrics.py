@@ -4,6 +4,7 @@ import httpx2 as httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from tidelock.service.metrics import route_of
+from tidelock.tokens.message import Message
 
 
 def scrape(service):
@@ -39,6 +40,7 @@ def test_failures_swaps_and_people_who_leave_are_seen(service):
     except Exception:
         pass
     service.policy.fail_after, service.policy.pause_s = None, 0.05
+    service.policy.turns = [Message("assistant", "tide " * 200)]  # ten seconds of it
     stream = ask(service, stream=True)
     next(iter(stream))
     assert scrape(service)["tidelock_requests", "running"] == 1
