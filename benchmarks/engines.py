@@ -6,8 +6,9 @@ Two random DeepSeek-V3 shapes: 10 M parameters (4 M active) and 468 M (127 M act
 behind a prompt of 128 at batch 1, 8 and 32, and reads one prompt of 512; nothing is sampled. Engines take turns, round
 after round, each in a process of its own; the table has the medians. BUILD is a CMake build of the llama.cpp in the
 llama-cpp-python source package with llama-batched-bench and llama-quantize; without --llama those rows are left out.
-Writes engines-SIZE.{md,json,svg}. Meant for a machine that is otherwise idle: how idle it was is part of the table. With --clock cpu (one thread only) rates are per second of the process's own CPU time, which
-other work on the machine lengthens less.
+Writes engines-SIZE.{md,json,svg}. Meant for a machine that is otherwise idle: how idle it was is part of the table. With
+--clock cpu (one thread only) rates are per second of an engine's own CPU time, which other work on the machine
+lengthens less.
 """
 
 from __future__ import annotations
@@ -232,8 +233,8 @@ def run(size: str, args: argparse.Namespace, folder: Path) -> dict:
     columns = [*map(str, BATCHES), "prefill", "bytes"]
     rates = {name: {c: statistics.median(r[c] for r in runs) for c in columns if c in runs[0]}
              for name, runs in taken.items()}  # fmt: skip
-    return dict(size=size, threads=args.threads, clock=args.clock, rounds=args.rounds, load=load, idle=statistics.median(idle),
-                bandwidth=statistics.median(read), rates=rates, runs=taken)  # fmt: skip
+    return dict(size=size, threads=args.threads, clock=args.clock, rounds=args.rounds, load=load,
+                idle=statistics.median(idle), bandwidth=statistics.median(read), rates=rates, runs=taken)  # fmt: skip
 
 
 # -- what is written --------------------------------------------------------------------------------------------------------
@@ -274,7 +275,8 @@ def plot(result: dict) -> str:
     colours = {"tidelock": "#2563eb", "llama.cpp": "#f59e0b", "transformers": "#6b7280"}
     for column in (*map(str, BATCHES), "prefill"):
         top = max(result["rates"][n][column] for n in names)
-        rows.append(f'<text x="10" y="{y}" font-weight="bold">{"batch " if column != "prefill" else ""}{column}</text>')
+        title = f"batch {column}" if column != "prefill" else column
+        rows.append(f'<text x="10" y="{y}" font-weight="bold">{title}</text>')
         for name in names:
             value = result["rates"][name][column]
             y += 18
