@@ -55,9 +55,11 @@ def config(size: str):
 
 
 def random_model(size: str):
+    """Weights that 16 bits hold exactly, so that the bf16 rows of all engines compute with the fp32 rows' numbers."""
     from tidelock.models import TransformerLM
+    from tidelock.models.serving import rounded_copy
 
-    return TransformerLM(config(size), seed=0).eval()
+    return rounded_copy(TransformerLM(config(size), seed=0), "bf16")
 
 
 # -- one engine, in a process of its own ------------------------------------------------------------------------------------
@@ -280,9 +282,10 @@ def plot(result: dict) -> str:
         for name in names:
             value = result["rates"][name][column]
             y += 18
+            long, colour = 380 * value / top, colours[name.split()[0]]
             rows.append(f'<text x="150" y="{y}" text-anchor="end">{name}</text>'
-                        f'<rect x="158" y="{y - 11}" width="{380 * value / top:.1f}" height="13" fill="{colours[name.split()[0]]}"/>'
-                        f'<text x="{164 + 380 * value / top:.1f}" y="{y}">{value:.0f}</text>')  # fmt: skip
+                        f'<rect x="158" y="{y - 11}" width="{long:.1f}" height="13" fill="{colour}"/>'
+                        f'<text x="{164 + long:.1f}" y="{y}">{value:.0f}</text>')  # fmt: skip
         y += 34
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="640" height="{y}" font-family="sans-serif" font-size="12">'
             f'<rect width="100%" height="100%" fill="white"/>{"".join(rows)}</svg>\n')  # fmt: skip

@@ -25,7 +25,7 @@ FOUR_BITS = ("int4", "mxfp4")
 
 class ServingModel:
     """Answers like a `TransformerLM` (forward, logits, config, eval), without gradients and with its own copy of the
-    weights. One thread at a time."""
+    weights. One thread at a time. MTP layers, which only guess, stay plain modules."""
 
     def __init__(self, model: TransformerLM, weights: str, experts: str) -> None:
         self.config, self.weights, self.experts = model.config, weights, experts
@@ -33,13 +33,15 @@ class ServingModel:
         body = Program(lambda p: kinds[id(p)], model.config.max_position_embeddings)
         with torch.no_grad():
             training, _ = model.training, model.eval()
-            out = model.hidden(body.embed(model.embed_tokens.weight), None, LayerCache(model.config.num_layers))
+            self._table, embedded = body.embed(model.embed_tokens.weight)
+            out = model.hidden(embedded, None, LayerCache(model.config.num_layers))
             self._body = body.finish(out)
             head = Program(lambda p: kinds[id(p)], 1)
             self._head = head.finish(model.lm_head(head.input(model.config.hidden_size)))
             model.train(training)
         self.nbytes = self._body.nbytes + self._head.nbytes
         self._counts = model.parameter_counts()
+        self.mtp = copy.deepcopy(model.mtp).eval()
 
     def __call__(self, batch: Batch, cache: Cache | None = None, view: CacheView | None = None) -> Tensor:
         """Hidden states fp32 [N, d] of the new rows, as `TransformerLM.forward`."""
@@ -50,6 +52,10 @@ class ServingModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """[M, d] -> [M, V] fp32."""
         return self._head.run(hidden.shape[0], given=hidden.contiguous())
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """int64 [N] -> fp32 [N, d]."""
+        return self._table[ids].float()
 
     def choices(self) -> list[Tensor | None]:
         """The experts that ran for every row of the last forward, int64 [N, k] by layer (None for a dense one); read them
@@ -68,7 +74,9 @@ class ServingModel:
         return self._counts
 
 
-def serving_copy(model: TransformerLM, weights: str = "bf16", experts: str | None = None) -> ServingModel | TransformerLM:
+def serving_copy(
+    model: TransformerLM, weights: str = "bf16", experts: str | None = None
+) -> ServingModel | TransformerLM:
     """`model` with packed weights: "fp32" | "bf16" | "fp16" | "int8" | "int4" | "mxfp4"; `experts` for the routed
     experts alone (the published recipes are "bf16" with experts "int4" or "mxfp4"; what a model was trained in is the
     default and the only choice). Later changes of `model` do not reach it.

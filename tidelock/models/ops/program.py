@@ -105,11 +105,12 @@ class Program:
         self._given = Rows(self, width)
         return self._given
 
-    def embed(self, table: Tensor) -> Rows:
+    def embed(self, table: Tensor) -> tuple[Tensor, Rows]:
+        """The table as it is kept (fp32 or bf16), and its rows at the batch's ids."""
         half = self.kind_of(table) != "fp32"
-        kept = table.detach().to(torch.bfloat16) if half else table.detach().float().clone()
+        kept = (table.detach().to(torch.bfloat16) if half else table.detach().float().clone()).contiguous()
         self.nbytes += kept.nbytes
-        return self._emit("embed", [], table.shape[1], n=(table.shape[1], half), p=(kept.contiguous(),))
+        return kept, self._emit("embed", [], table.shape[1], n=(table.shape[1], half), p=(kept,))
 
     def linear(self, x: Rows, *weights: Tensor) -> Rows:
         packed = self._pack(torch.cat([w.detach() for w in weights]), weights[0])
