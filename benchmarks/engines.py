@@ -142,8 +142,11 @@ def llama(binaries: Path, file: Path, threads: int, cpu: bool) -> dict[str, floa
                  "-ub", 512, "-npp", prompt, "-ntg", new, "-npl", rows, "--output-format", "jsonl"]  # fmt: skip
         before = os.times().children_user
         done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=True)
-        found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-        return {**found, "cpu": os.times().children_user - before}
+        spent = os.times().children_user - before
+        found = next((line for line in done.stdout.splitlines() if line.startswith("{")), None)
+        if found is None:  # it now and then leaves before its last line is out
+            return bench(rows, prompt, new)
+        return {**json.loads(found), "cpu": spent}
 
     if not cpu:
         return {**{str(b): bench(b, PROMPT, NEW)["speed_tg"] for b in BATCHES}, "prefill": bench(1, LONG, 1)["speed_pp"]}
