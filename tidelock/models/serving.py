@@ -84,7 +84,8 @@ def serving_copy(
     Memory: the copy's weights (32, 16, 8, 4.5 bits a number; `nbytes`) beside the original's, and while packing a few
     times the largest weight. What stays fp32 or 16 bits in the narrow kinds: see `weight_kind`.
     Exact: equal bits in any batch, chunking, cache state and number of threads; equal to `rounded_copy(model, ...)`,
-    and with "fp32" to `model` itself. Without a C compiler the answer is `rounded_copy(model, ...)`: the same numbers, no faster.
+    and with "fp32" to `model` itself. Without a C compiler the answer is `rounded_copy(model, ...)`: the same numbers,
+    no faster.
     Raises UserError for unknown kinds.
     """
     experts = _experts_kind(model, weights, experts)
