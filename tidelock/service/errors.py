@@ -65,6 +65,11 @@ def invalid_key() -> ApiError:
     return ApiError(401, "invalid_authentication_error", message, code="invalid_api_key")
 
 
+def guessing(wait_s: int) -> ApiError:
+    message = f"too many wrong API keys came from your address; try again in {wait_s} s"
+    return ApiError(429, "rate_limit_reached_error", message, code="too_many_wrong_keys", retry=False, retry_after_s=wait_s)
+
+
 def permission_denied(message: str) -> ApiError:
     return ApiError(403, "permission_denied_error", message)
 

@@ -56,6 +56,7 @@ class Turn:
 
 async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode: str = "") -> Turn:
     """Everything that can still refuse the request before money is involved. Raises ApiError."""
+    _check_allowed(state, key, ask)
     scope = f"{key.id}/{ask.origin.session}"
     parent, new, ids = extended(state, scope, ask)
     opening_ids = opening(state.template, ask)
@@ -96,8 +97,15 @@ def extended(
 
 async def count_tokens(state: ServiceState, key: Key, ask: Ask) -> int:
     """Tokens the prompt of this request would be billed for."""
+    _check_allowed(state, key, ask)
     _, _, ids = extended(state, f"{key.id}/{ask.origin.session}", ask)
     return await state.policy.count((*ids, *state.template.generation_prompt(), *opening(state.template, ask)))
+
+
+def _check_allowed(state: ServiceState, key: Key, ask: Ask) -> None:
+    """A model that the key may not use is one that is not there."""
+    if not key.sees(state.model):
+        raise errors.not_found(f"no model {ask.model!r} here; /v1/models lists them", "model", "model_not_found")
 
 
 def opening(template: Template, ask: Ask) -> tuple[int, ...]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tidelock.service.accounts import Accounts
 from tidelock.service.db import Database, service_database
+from tidelock.service.guesses import Guesses
 from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
@@ -33,6 +35,7 @@ class ServiceState:
     worker: Worker
     idempotency: Idempotency
     keys: KeyStore
+    accounts: Accounts
     prices: Schedule
     objects: Objects
     files: Path  # what clients uploaded
@@ -48,6 +51,7 @@ class ServiceState:
     max_body_bytes: int = 32 << 20
     batch_lease_s: float = 30.0  # a batch whose worker died goes on after this
     batch_news: asyncio.Event = field(default_factory=asyncio.Event)
+    guesses: Guesses = field(default_factory=Guesses)
     lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
 
     def __post_init__(self) -> None:
@@ -95,6 +99,7 @@ def open_state(
         worker=worker,
         idempotency=Idempotency(db, worker.id),
         keys=KeyStore.open(db, directory / "pepper"),
+        accounts=Accounts(db),
         prices=schedule,
         objects=Objects(db),
         files=directory / "files",

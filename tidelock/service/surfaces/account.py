@@ -37,7 +37,7 @@ _chat = msgspec.json.Decoder(ChatRequest)
 
 async def balance(state: ServiceState, request: Request) -> dict[str, Any]:
     """Kimi's shape; the amounts are JSON numbers in USD with every nano digit written out."""
-    key = authenticate(state, request)
+    key = authenticate(state, request, "usage")
     nano_usd = state.ledger.balance(key.customer)
     available = msgspec.Raw(format_usd(nano_usd).encode())
     data = {
@@ -59,7 +59,7 @@ async def estimate_tokens(state: ServiceState, request: Request) -> dict[str, An
 async def usages(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/usages`, as Kimi's coding clients show it. Prepaid accounts have no quota: the limit is what the balance
     and the spending of the week make together. Amounts are nano-USD in decimal strings."""
-    key = authenticate(state, request)
+    key = authenticate(state, request, "usage")
     now = time.time()
     free = state.ledger.balance(key.customer)
 
@@ -74,7 +74,7 @@ async def usages(state: ServiceState, request: Request) -> dict[str, Any]:
 
 async def completions_usage(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/organization/usage/completions`"""
-    key = authenticate(state, request)
+    key = authenticate(state, request, "usage")
     page = _Page.of(request, "1d")
     buckets = []
     for start, end, rows in page.buckets(state, key.customer, request):
@@ -103,14 +103,14 @@ async def completions_usage(state: ServiceState, request: Request) -> dict[str, 
 
 
 async def unused(state: ServiceState, request: Request) -> dict[str, Any]:
-    authenticate(state, request)
+    authenticate(state, request, "usage")
     page = _Page.of(request, "1d")
     return page.body([{"object": "bucket", "start_time": s, "end_time": e, "results": []} for s, e in page.spans])
 
 
 async def costs(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/organization/costs`. Exact: the amounts are decimal numbers with every nano digit."""
-    key = authenticate(state, request)
+    key = authenticate(state, request, "usage")
     page = _Page.of(request, "1d")
     buckets = []
     for start, end, rows in page.buckets(state, key.customer, request):
@@ -131,7 +131,7 @@ async def costs(state: ServiceState, request: Request) -> dict[str, Any]:
 
 async def spend_limit(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/organization/spend_limit`: what is prepaid is the limit, and it is enforced."""
-    key = authenticate(state, request)
+    key = authenticate(state, request, "usage")
     month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0).timestamp()
     nano_usd = state.ledger.balance(key.customer) + _spent(state, key.customer, month)
     return {

@@ -220,3 +220,29 @@ class SpendLimit(msgspec.Struct):
     currency: str
     interval: Literal["month"]
     enforcement: dict[str, str]
+
+
+class Project(msgspec.Struct):
+    id: str
+    object: Literal["organization.project"]
+    name: str
+    created_at: int
+    status: Literal["active", "archived"]
+
+
+class Member(msgspec.Struct):
+    id: str
+    object: Literal["organization.user"]
+    email: str
+    role: Literal["owner", "admin", "developer", "billing", "viewer"]
+    added_at: int
+
+
+class ApiKey(msgspec.Struct):
+    id: str
+    object: Literal["organization.project.api_key"]
+    name: str
+    redacted_value: str
+    project_id: str
+    created_at: int
+    scopes: list[str]
