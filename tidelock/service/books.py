@@ -15,12 +15,15 @@ from typing import Any
 
 from tidelock.service.chain import link
 from tidelock.service.db import Transaction
+from tidelock.service.ladder import Ladder
+from tidelock.service.limiter import Limiter, Standing
 from tidelock.service.prices import Counts, Price, PriceBook, stored_book
 from tidelock.tokens.errors import UserError
 
 BURN_ORDER = ("voucher", "plan", "extra", "cash")  # within a kind: what expires first, first
 CREDIT = ("voucher", "plan")  # not money that was paid for this usage
 HELD, REVENUE, OUTSIDE, RECEIVABLE = ("held", ""), ("revenue", ""), ("outside", ""), ("receivable", "")
+REFUNDS = ("refunds", "")
 
 AccountName = tuple[str, str]  # kind, lot
 Entry = tuple[AccountName, int]
@@ -47,6 +50,9 @@ class Admission:
     least_tokens: int = 1  # of answer, or it is not worth beginning
     tools: Mapping[str, int] = field(default_factory=dict)
     burn: tuple[str, ...] = BURN_ORDER  # which pockets may pay, in order
+    project: str = ""
+    ladder: Ladder | None = None  # whose limits count; None: none do
+    reserve: int = 0  # tokens, prompt and answer, that count against them
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Hold:
     nano_usd: int
     mode: str = ""
     burn: tuple[str, ...] = BURN_ORDER
+    standing: Standing = Standing()  # of the limits, right after this was admitted
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,8 @@ class _Book:
 
 
 HOLD_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "mode", "prompt_tokens", "max_tokens", "tools",
-                "nano_usd", "parts", "steps", "progress", "worker", "state", "created", "expires")  # fmt: skip
+                "nano_usd", "parts", "steps", "progress", "worker", "state", "created", "expires", "project",
+                "reserved")  # fmt: skip
 HOLD_CHANGES = ("max_tokens", "tools", "nano_usd", "parts", "steps", "progress", "state", "expires")
 USAGE_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "mode", "prompt_tokens", "cached_tokens",
                  "cache_write_5m_tokens", "cache_write_1h_tokens", "completion_tokens", "tools", "nano_usd", "credit_nano",
@@ -117,6 +125,7 @@ class Books:
         self._usage: list[tuple] = []
         self._prices: dict[str, PriceBook] = {}
         self._booked: set[tuple[str, str]] = set()
+        self._limiter = Limiter(tx, sorted(self._books), self.now)
 
     # ---- reading, under the lock -------------------------------------------------------------------------------
 
@@ -214,13 +223,21 @@ class Books:
     # ---- one request's life ------------------------------------------------------------------------------------
 
     def hold(self, ask: Admission) -> Hold:
-        """Raises InsufficientBalance if the pockets do not cover the prompt, the tools and `least_tokens`."""
+        """Raises InsufficientBalance if the pockets do not cover the prompt, the tools and `least_tokens`, RateLimited if a
+        limit is reached."""
         if ask.request_id in self._holds:
             raise AssertionError(f"request {ask.request_id} already has a hold")
         pockets = self.pockets(ask.customer, ask.burn)
         affordable = ask.price.tokens_within(sum(nano for _, nano in pockets), ask.prompt_tokens, ask.tools)
         if affordable < ask.least_tokens:
             raise InsufficientBalance(ask.customer)
+        reserved, standing = "", Standing()
+        if ask.ladder is not None:
+            recharged = -self.balance(ask.customer, OUTSIDE) - self.balance(ask.customer, REFUNDS)
+            reserved, standing = self._limiter.admit(
+                ask.customer, ask.project, ask.key_id, ask.ladder, recharged, ask.reserve
+            )
+        self._limiter.opened(ask.customer, ask.project, ask.key_id)
         tokens = min(ask.max_tokens, affordable)
         nano_usd = ask.price.ceiling_nano(ask.prompt_tokens, tokens, ask.tools)
         parts = take(pockets, nano_usd)
@@ -229,13 +246,13 @@ class Books:
             "price_version": ask.price_version, "mode": ask.mode, "prompt_tokens": ask.prompt_tokens,
             "max_tokens": tokens, "tools": _json(ask.tools), "nano_usd": nano_usd, "parts": _parts_json(parts), "steps": 1,
             "progress": 0, "worker": self._worker, "state": "open", "created": self.now,
-            "expires": self.now + ask.lifetime_s,
+            "expires": self.now + ask.lifetime_s, "project": ask.project, "reserved": reserved,
         }  # fmt: skip
         self._new_holds.add(ask.request_id)
         self._set_aside(ask.customer, "hold", ask.request_id, parts)
         return Hold(
             ask.request_id, ask.customer, ask.key_id, ask.model, ask.price, ask.price_version, ask.prompt_tokens, tokens,
-            nano_usd, ask.mode, ask.burn,
+            nano_usd, ask.mode, ask.burn, standing,
         )  # fmt: skip
 
     def extend(
@@ -301,8 +318,7 @@ class Books:
         hold = self._holds.get(request_id)
         if hold is None or hold["state"] != "open":
             return False
-        hold["state"] = "released"
-        self._changed_holds.add(request_id)
+        self._close(hold, "released", 0)
         back = [(name, nano) for name, nano in _parts(hold)]
         self.post(hold["customer"], "release", request_id, [(HELD, -hold["nano_usd"]), *back])
         return True
@@ -321,11 +337,16 @@ class Books:
             credit, finish_reason, self.now,
         )  # fmt: skip
         self._usage.append(row)
-        hold["state"] = state
-        self._changed_holds.add(hold["request_id"])
+        self._close(hold, state, used.prompt + used.completion)
         entries = [(HELD, -hold["nano_usd"]), (REVENUE, cost), *back]
         self.post(hold["customer"], "settle", hold["request_id"], entries, usage_detail(row))
         return cost
+
+    def _close(self, hold: dict[str, Any], state: str, used_tokens: int) -> None:
+        hold["state"] = state
+        self._changed_holds.add(hold["request_id"])
+        self._limiter.opened(hold["customer"], hold["project"], hold["key_id"], by=-1)
+        self._limiter.give_back(hold["customer"], hold["reserved"], used_tokens)
 
     def _set_aside(self, customer: str, kind: str, reference: str, parts: list[Entry]) -> None:
         total = sum(nano for _, nano in parts)
@@ -369,6 +390,7 @@ class Books:
         tx.insert("transactions", TRANSACTION_COLUMNS, self._transactions)
         tx.insert("entries", ("customer", "seq", "n", "kind", "lot", "nano_usd"), self._entries)
         tx.insert("usage", USAGE_COLUMNS, self._usage)
+        self._limiter.write()
 
 
 def usage_detail(row: Sequence[Any]) -> str:

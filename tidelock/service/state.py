@@ -17,6 +17,7 @@ from tidelock.service.objects import Objects
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
 from tidelock.service.scribe import Scribe
+from tidelock.service.tiers import Tiers
 from tidelock.service.till import Till
 from tidelock.service.workers import Worker
 from tidelock.tokens.policy import Policy
@@ -36,6 +37,7 @@ class ServiceState:
     idempotency: Idempotency
     keys: KeyStore
     accounts: Accounts
+    tiers: Tiers
     prices: Schedule
     objects: Objects
     files: Path  # what clients uploaded
@@ -100,6 +102,7 @@ def open_state(
         idempotency=Idempotency(db, worker.id),
         keys=KeyStore.open(db, directory / "pepper"),
         accounts=Accounts(db),
+        tiers=Tiers(db),
         prices=schedule,
         objects=Objects(db),
         files=directory / "files",
