@@ -18,9 +18,11 @@ from tidelock.service.db import Transaction
 from tidelock.service.ladder import Ladder
 from tidelock.service.limiter import Limiter, Standing
 from tidelock.service.prices import Counts, Price, PriceBook, stored_book
+from tidelock.service.windows import Allowance, left
 from tidelock.tokens.errors import UserError
 
 BURN_ORDER = ("voucher", "plan", "extra", "cash")  # within a kind: what expires first, first
+WINDOWED = ("plan", "extra")  # pockets that may be bounded by windows of time
 CREDIT = ("voucher", "plan")  # not money that was paid for this usage
 HELD, REVENUE, OUTSIDE, RECEIVABLE = ("held", ""), ("revenue", ""), ("outside", ""), ("receivable", "")
 REFUNDS = ("refunds", "")
@@ -97,6 +99,7 @@ class _Book:
     wanted: bool = False  # gets one even without a transaction
     moved: bool = False
     accounts: dict[AccountName, _Account] = field(default_factory=dict)
+    allowances: list[Allowance] | None = None  # read when they are needed
 
 
 HOLD_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "mode", "prompt_tokens", "max_tokens", "tools",
@@ -177,7 +180,40 @@ class Books:
             for name, account in self._books[customer].accounts.items()
             if name[0] in burn and account.balance > 0 and (account.expires is None or account.expires > self.now)
         ]
-        return [(name, balance) for _, _, name, balance in sorted(found)]
+        pockets = []
+        free: dict[str, int | None] = {}
+        for _, _, name, balance in sorted(found):
+            if name[0] in WINDOWED:  # all its lots share what its windows leave
+                left_nano = free.setdefault(name[0], left(self.allowances(customer), name[0], self.now))
+                if left_nano is not None:
+                    balance = min(balance, left_nano)
+                    free[name[0]] = left_nano - balance
+            if balance:
+                pockets.append((name, balance))
+        return pockets
+
+    def allowances(self, customer: str) -> list[Allowance]:
+        """What may be spent of which pocket within which window."""
+        book = self._books[customer]
+        if book.allowances is None:
+            sql = "SELECT pocket, span, limit_nano, anchor, started, ends, used_nano FROM allowances WHERE customer = ?"
+            book.allowances = [Allowance(*row) for row in self._tx(sql, (customer,)).fetchall()]
+        return book.allowances
+
+    def set_allowance(self, customer: str, allowance: Allowance | None, pocket: str, span: str) -> None:
+        """Instead of the one there may be; None: none."""
+        kept = [a for a in self.allowances(customer) if (a.pocket, a.span) != (pocket, span)]
+        self._tx("DELETE FROM allowances WHERE customer = ? AND pocket = ? AND span = ?", (customer, pocket, span))
+        if allowance is not None:
+            self._tx("INSERT INTO allowances (customer, pocket, span, limit_nano, anchor, started, ends, used_nano) "
+                     "VALUES (?, ?, ?, ?, ?, 0, 0, 0)", (customer, pocket, span, allowance.limit_nano, allowance.anchor))  # fmt: skip
+            kept.append(allowance)
+        self._books[customer].allowances = kept
+
+    def end_pocket(self, customer: str, name: AccountName) -> None:
+        """It expires now."""
+        self._account(customer, name).expires = self.now
+        self._tx("UPDATE accounts SET expires = ? WHERE customer = ? AND kind = ? AND lot = ?", (self.now, customer, *name))
 
     def exists(self, customer: str) -> bool:
         book = self._books[customer]
@@ -320,6 +356,7 @@ class Books:
             return False
         self._close(hold, "released", 0)
         back = [(name, nano) for name, nano in _parts(hold)]
+        self._give_back(hold, back)
         self.post(hold["customer"], "release", request_id, [(HELD, -hold["nano_usd"]), *back])
         return True
 
@@ -331,6 +368,7 @@ class Books:
             left -= spent
             credit += spent if name[0] in CREDIT else 0
             back.append((name, nano - spent))
+        self._give_back(hold, back)
         row = (
             hold["request_id"], hold["customer"], hold["key_id"], hold["model"], hold["price_version"], hold["mode"],
             used.prompt, used.cached, used.cache_write_5m, used.cache_write_1h, used.completion, _json(used.tools), cost,
@@ -350,7 +388,18 @@ class Books:
 
     def _set_aside(self, customer: str, kind: str, reference: str, parts: list[Entry]) -> None:
         total = sum(nano for _, nano in parts)
+        for name, nano in parts:
+            for allowance in self.allowances(customer) if name[0] in WINDOWED else ():
+                if allowance.pocket == name[0]:
+                    allowance.spend(nano, self.now)
         self.post(customer, kind, reference, [*((name, -nano) for name, nano in parts), (HELD, total)])
+
+    def _give_back(self, hold: dict[str, Any], back: list[Entry]) -> None:
+        """To the windows what comes back to the pockets."""
+        for name, nano in back:
+            for allowance in self.allowances(hold["customer"]) if nano and name[0] in WINDOWED else ():
+                if allowance.pocket == name[0]:
+                    allowance.give_back(nano, hold["created"], self.now)
 
     def _open_hold(self, request_id: str) -> dict[str, Any]:
         hold = self._holds[request_id]
@@ -390,6 +439,11 @@ class Books:
         tx.insert("transactions", TRANSACTION_COLUMNS, self._transactions)
         tx.insert("entries", ("customer", "seq", "n", "kind", "lot", "nano_usd"), self._entries)
         tx.insert("usage", USAGE_COLUMNS, self._usage)
+        spent = [
+            (customer, a.pocket, a.span, a.limit_nano, a.started, a.ends, a.used_nano)
+            for customer, book in self._books.items() for a in book.allowances or () if a.changed
+        ]  # fmt: skip
+        tx.update("allowances", ("customer", "pocket", "span"), ("limit_nano", "started", "ends", "used_nano"), spent)
         self._limiter.write()
 
 

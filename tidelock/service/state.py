@@ -14,6 +14,7 @@ from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
 from tidelock.service.objects import Objects
+from tidelock.service.plans import Plans
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
 from tidelock.service.scribe import Scribe
@@ -38,6 +39,7 @@ class ServiceState:
     keys: KeyStore
     accounts: Accounts
     tiers: Tiers
+    plans: Plans
     prices: Schedule
     objects: Objects
     files: Path  # what clients uploaded
@@ -96,13 +98,14 @@ def open_state(
         template=template,
         traces=traces,
         scribe=Scribe(traces),
-        ledger=Ledger(db, worker=worker.id),
+        ledger=(ledger := Ledger(db, worker=worker.id)),
         till=Till(db, worker=worker.id),
         worker=worker,
         idempotency=Idempotency(db, worker.id),
         keys=KeyStore.open(db, directory / "pepper"),
         accounts=Accounts(db),
         tiers=Tiers(db),
+        plans=Plans(ledger),
         prices=schedule,
         objects=Objects(db),
         files=directory / "files",

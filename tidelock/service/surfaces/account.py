@@ -21,6 +21,7 @@ from tidelock.service.prices import format_usd
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.chat import ChatRequest
 from tidelock.service.surfaces.chat import read as read_chat
+from tidelock.service.windows import FIVE_HOURS, WEEK
 
 WIDTHS = {"1m": 60, "1h": 3600, "1d": 86400}
 DEFAULT_BUCKETS, MOST_BUCKETS = {"1m": 60, "1h": 24, "1d": 7}, 1440
@@ -38,12 +39,16 @@ _chat = msgspec.json.Decoder(ChatRequest)
 async def balance(state: ServiceState, request: Request) -> dict[str, Any]:
     """Kimi's shape; the amounts are JSON numbers in USD with every nano digit written out."""
     key = authenticate(state, request, "usage")
-    nano_usd = state.ledger.balance(key.customer)
-    available = msgspec.Raw(format_usd(nano_usd).encode())
+    nano_usd, kinds = state.ledger.balance(key.customer), state.ledger.balances(key.customer)
+    cash = kinds.get("cash", 0) + kinds.get("receivable", 0)  # what is owed makes it negative
+
+    def usd(nano: int) -> msgspec.Raw:
+        return msgspec.Raw(format_usd(nano).encode())
+
     data = {
-        "available_balance": available,
-        "voucher_balance": 0,
-        "cash_balance": available,
+        "available_balance": usd(nano_usd),
+        "voucher_balance": usd(kinds.get("voucher", 0)),
+        "cash_balance": usd(cash),
         "available_nano_usd": nano_usd,
     }
     return {"code": 0, "scode": "0x0", "status": True, "data": data}
@@ -57,19 +62,42 @@ async def estimate_tokens(state: ServiceState, request: Request) -> dict[str, An
 
 
 async def usages(state: ServiceState, request: Request) -> dict[str, Any]:
-    """`GET /v1/usages`, as Kimi's coding clients show it. Prepaid accounts have no quota: the limit is what the balance
-    and the spending of the week make together. Amounts are nano-USD in decimal strings."""
+    """`GET /v1/usages`, as Kimi's coding clients show it: the windows of the plan and the extra-usage wallet. Prepaid
+    accounts have no quota: then the limit is what the balance and the spending of the window make together. Amounts are
+    nano-USD in decimal strings, those of the wallet a million to the cent, as there."""
     key = authenticate(state, request, "usage")
-    now = time.time()
-    free = state.ledger.balance(key.customer)
+    ledger, now = state.ledger, state.ledger.clock()
+    with ledger.books([key.customer]) as books:
+        allowances = {(a.pocket, a.span): a.at(now) for a in books.allowances(key.customer)}
+        extra = books.balance(key.customer, ("extra", ""))
+    sub = state.plans.subscription(key.customer)
+    credits = ledger.balances(key.customer).get("plan", 0)
 
-    def window(seconds: int) -> dict[str, str]:
+    def window(span: str, seconds: float) -> dict[str, str]:
+        allowance = allowances.get(("plan", span)) if sub else None
+        if allowance is not None:
+            return _window(allowance.used_nano, allowance.limit_nano, allowance.ends or now + seconds)
         used = _spent(state, key.customer, now - seconds)
-        reset = datetime.fromtimestamp(now + seconds, UTC).isoformat(timespec="seconds")
-        return {"used": str(used), "limit": str(used + free), "remaining": str(free), "resetTime": reset}
+        free = credits if sub else ledger.balance(key.customer)
+        return _window(used, used + free, sub.ends if sub else now + seconds)
 
-    five_hours = {"window": {"duration": 300, "timeUnit": "TIME_UNIT_MINUTE"}, "detail": window(5 * 3600)}
-    return {"usage": window(7 * 86400), "limits": [five_hours]}
+    five_hours = {"window": {"duration": 300, "timeUnit": "TIME_UNIT_MINUTE"}, "detail": window("5h", FIVE_HOURS)}
+    answer: dict[str, Any] = {"usage": window("7d", WEEK), "limits": [five_hours]}
+    month = allowances.get(("extra", "month"))
+    if extra or month is not None:
+        used = month.used_nano if month else 0
+        answer["boosterWallet"] = {
+            "balance": {"type": "BOOSTER", "amount": str((extra + used) // 10), "amountLeft": str(extra // 10)},
+            "monthlyChargeLimitEnabled": month is not None,
+            "monthlyChargeLimit": {"priceInCents": str(month.limit_nano // 10_000_000 if month else 0), "currency": "USD"},
+            "monthlyUsed": {"priceInCents": str(used // 10_000_000), "currency": "USD"},
+        }
+    return answer
+
+
+def _window(used: int, limit: int, reset: float) -> dict[str, str]:
+    resets = datetime.fromtimestamp(reset, UTC).isoformat(timespec="seconds")
+    return {"used": str(used), "limit": str(limit), "remaining": str(max(limit - used, 0)), "resetTime": resets}
 
 
 async def completions_usage(state: ServiceState, request: Request) -> dict[str, Any]:
