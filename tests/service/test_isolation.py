@@ -33,6 +33,8 @@ def anns(service):
     member = call("POST", "/organization/users", boss, json={"email": "a@b.c", "role": "owner"}).json()
     key = call("POST", f"/organization/projects/{project['id']}/api_keys", boss, json={}).json()
     ids = {"/v1/organization/projects": project["id"], "/v1/organization/users": member["id"], "key": key["id"], "boss": boss}
+    service.state.payments.manual("ann", 5, "first")
+    ids["/v1/organization/invoices"] = call("GET", "/organization/invoices").json()["data"][0]["id"]
     ids |= {"/v1/chat/completions": chat["id"], "/v1/responses": response["id"], "/v1/files": file["id"], "/v1/batches": batch["id"]}
     return call, ids, chat["trace"]["node"]
 
@@ -46,7 +48,7 @@ BODIES = {
 
 def test_the_table_has_every_endpoint_with_an_id(anns):
     call, ids, _ = anns
-    assert {route.path.partition("/{id}")[0] for route in OWNED} | {"key", "boss"} == set(ids) and len(OWNED) == 23
+    assert {route.path.partition("/{id}")[0] for route in OWNED} | {"key", "boss"} == set(ids) and len(OWNED) == 24
 
 
 def test_a_foreign_id_is_404_everywhere_and_reads_the_same_as_no_id(service, anns):

@@ -69,6 +69,15 @@ class Accounts:
             organization, actor, "organization.renamed", organization, {"name": name},
         )  # fmt: skip
 
+    def set_tax(self, organization: str, bps: int, tax_id: str, actor: str) -> None:
+        """The rate (hundredths of a percent) and tax number that its invoices bear from now on."""
+        if not 0 <= bps <= 10_000:
+            raise UserError("a tax rate lies between 0 and 100 percent")
+        self._change(
+            "UPDATE organizations SET tax_bps = ?, tax_id = ? WHERE id = ?", (bps, tax_id, organization),
+            f"organization {organization!r}", organization, actor, "organization.tax", organization, {"bps": bps, "tax_id": tax_id},
+        )  # fmt: skip
+
     def organizations(self) -> list[dict[str, Any]]:
         return _dicts(self._db.read("SELECT * FROM organizations ORDER BY id"))
 

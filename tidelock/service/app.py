@@ -19,6 +19,7 @@ from tidelock.service import batch_worker, errors, openapi, upkeep, wire
 from tidelock.service.auth import authenticate
 from tidelock.service.http import Json, unknown_route
 from tidelock.service.state import ServiceState
+from tidelock.service.surfaces import billing
 from tidelock.service.surfaces.routes import routes
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.trace import Outcome
@@ -52,6 +53,7 @@ def create_app(state: ServiceState) -> ASGIApp:
             *routes(state),
             Route("/v1/feedback", Json(state, feedback), methods=["POST"]),
             Route("/admin/weights", Json(state, swap_weights), methods=["POST"]),
+            Route("/webhooks/payments", Json(state, billing.webhook), methods=["POST"]),
             Route("/health", Json(state, health), methods=["GET"]),
             Route("/openapi.json", Json(state, published), methods=["GET"]),
         ],

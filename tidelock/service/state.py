@@ -14,6 +14,7 @@ from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
 from tidelock.service.objects import Objects
+from tidelock.service.payments import Payments
 from tidelock.service.plans import Plans
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
@@ -40,6 +41,8 @@ class ServiceState:
     accounts: Accounts
     tiers: Tiers
     plans: Plans
+    payments: Payments
+    webhook_secrets: Path  # one a line; without the file no event is believed
     prices: Schedule
     objects: Objects
     files: Path  # what clients uploaded
@@ -81,8 +84,9 @@ def open_state(
 ) -> ServiceState:
     """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`.
 
-    Two files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
-    and `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`. `database` overrides the former.
+    Three files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
+    `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`; and `webhook_secrets`, what the
+    payment provider signs with. `database` overrides the first.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -106,6 +110,8 @@ def open_state(
         accounts=Accounts(db),
         tiers=Tiers(db),
         plans=Plans(ledger),
+        payments=Payments(ledger),
+        webhook_secrets=directory / "webhook_secrets",
         prices=schedule,
         objects=Objects(db),
         files=directory / "files",

@@ -12,7 +12,7 @@ from tidelock.service.endpoint import Endpoint, Translation
 from tidelock.service.http import Handler, Json
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import (
-    account, batches, chat, files, messages, models, organization, responses, shapes, stored_chat,
+    account, batches, billing, chat, files, messages, models, organization, responses, shapes, stored_chat,
 )  # fmt: skip
 
 LISTED = ("after", "limit", "order")
@@ -89,6 +89,8 @@ ROUTES = [
     Route("GET", "/v1/organization/users/{id}", organization.member, shapes.Member),
     Route("POST", "/v1/organization/users/{id}", organization.update_member, shapes.Member, organization.RoleRequest),
     Route("DELETE", "/v1/organization/users/{id}", organization.remove_member, shapes.Deleted),
+    Route("GET", "/v1/organization/invoices", billing.listed, shapes.Listing),
+    Route("GET", "/v1/organization/invoices/{id}", billing.retrieve, shapes.Invoice),
     Route("GET", "/v1/organization/audit_logs", organization.audit_logs, shapes.Listing, query=LISTED),
 ]
 

@@ -246,3 +246,14 @@ class ApiKey(msgspec.Struct):
     project_id: str
     created_at: int
     scopes: list[str]
+
+
+class Invoice(msgspec.Struct):
+    id: str
+    object: Literal["organization.invoice"]
+    number: int
+    kind: Literal["topup", "credit", "usage"]
+    net: str
+    tax: str
+    total: str
+    lines: list[dict[str, Any]]
