@@ -1,4 +1,5 @@
-"""`tidelock admin`: the books of a service. Verify, back up, restore, register prices, re-rate."""
+"""`tidelock admin`: the books of a service. Verify, back up, restore, register prices, re-rate; and its customers
+(`admin_accounts`)."""
 
 from __future__ import annotations
 
@@ -17,17 +18,20 @@ from tidelock.service.prices import format_usd
 from tidelock.service.rating import rerate
 from tidelock.tokens.errors import UserError
 
+from . import admin_accounts
 from .main import command
 
 EXAMPLE = """tidelock admin verify --dir demo-run/service
   tidelock admin backup books.gz --dir demo-run/service
   tidelock admin restore books.gz --database postgresql://tidelock@/tidelock
   tidelock admin prices prices.toml --dir demo-run/service
-  tidelock admin rerate --from 2026-11-01 --to 2026-11-08 --price-version 2026-11b --dir demo-run/service --dry-run"""
+  tidelock admin rerate --from 2026-11-01 --to 2026-11-08 --price-version 2026-11b --dir demo-run/service --dry-run
+  tidelock admin limits ladder kimi --dir demo-run/service
+  tidelock admin payments book ann --usd 100 --reference wire-7 --dir demo-run/service"""
 
 
 def add(subparsers: Any) -> None:
-    parser = command(subparsers, "admin", run, "verify, back up, restore and re-rate a service's books", EXAMPLE)
+    parser = command(subparsers, "admin", run, "a service's books and customers: verify, back up, prices, accounts, limits, plans, payments", EXAMPLE)
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--dir", type=Path, default=Path("service"), help="service directory, DIR/service of a run (default: service)")
     where.add_argument("--database", metavar="URL", help="a postgresql:// database, instead of the directory's")
@@ -47,6 +51,7 @@ def add(subparsers: Any) -> None:
     again.add_argument("--price-version", required=True, metavar="NAME")
     again.add_argument("--model", help="only this one's requests")
     again.add_argument("--dry-run", action="store_true", help="say what would be booked, and book nothing")
+    admin_accounts.add(actions, where)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -56,6 +61,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if "://" not in target and not Path(target).is_file():
         raise UserError(f"no service in {args.dir}")
     with closing(Database(target)) as db:
+        if hasattr(args, "act"):
+            return args.act(args, db)
         return {"verify": _verify, "backup": _backup, "prices": _prices, "rerate": _rerate}[args.action](args, db)
 
 
