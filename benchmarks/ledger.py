@@ -93,6 +93,7 @@ def drivers(postgres: LocalPostgres) -> None:
     url, names, seq = postgres.database(), [f"c{n}" for n in range(64)], 0
     insert = "INSERT INTO t SELECT * FROM unnest({0}::text[], {1}::bigint[], {2}::text[], {3}::bigint[])"
     ours = psycopg.connect(url, autocommit=True)
+    schema = ours.execute("SELECT current_schema()").fetchone()[0]
     ours.execute("CREATE TABLE t (c text, s bigint, k text, n bigint, PRIMARY KEY (c, s))")
     ours.execute("CREATE TABLE a (c text PRIMARY KEY, b bigint)")
     ours.execute("INSERT INTO a SELECT unnest(%s::text[]), 0", (names,))
@@ -116,7 +117,8 @@ def drivers(postgres: LocalPostgres) -> None:
                 await theirs.execute(insert.format("$1", "$2", "$3", "$4"), names, [seq] * 64, ["k"] * 64, [1] * 64)
 
     async def main() -> None:
-        theirs = await asyncpg.connect(user="tidelock", database=ours.info.dbname, host=str(postgres.directory))
+        theirs = await asyncpg.connect(user="tidelock", database=ours.info.dbname, host=str(postgres.directory),
+                                       server_settings={"search_path": schema})
         results: dict[str, list[tuple[float, float]]] = {"psycopg": [], "asyncpg": []}
         for _ in range(5):
             for name, seen in results.items():

@@ -24,7 +24,7 @@ from tidelock.engine.grammar import Grammars
 from tidelock.engine.penalties import Seen
 from tidelock.engine.sampling import Ask, sample
 from tidelock.tokens.policy import Constraint, SamplingParams
-from tidelock.tokens.tokenizer import SPECIALS, ByteTokenizer
+from tidelock.tokens.tokenizer import SPECIALS, ByteTokenizer, Vocabulary
 
 VOCAB = 163_840
 OPTIONS = {
@@ -48,16 +48,14 @@ class Synthetic(ByteTokenizer):
     """As many tokens as a large vocabulary has: the bytes, then made-up words, half of them after a space."""
 
     def __init__(self) -> None:
-        super().__init__()
         rng, letters = random.Random(0), "etaoinshrdlucmfwypvbgkjqxz"
         words: dict[bytes, None] = {bytes([b]): None for b in range(256)}
         while len(words) < VOCAB - len(SPECIALS):
             word = "".join(rng.choice(letters[: rng.randint(4, 26)]) for _ in range(rng.randint(2, 9)))
             words[(" " * rng.randint(0, 1) + word).encode()] = None
         self._words = list(words)
-        self.base = len(self._words)
-        self._special = {name: self.base + i for i, name in enumerate(SPECIALS)}
-        self.vocab_size = self.base + len(SPECIALS)
+        Vocabulary.__init__(self, len(self._words), SPECIALS)
+        self.document_end = self.special("<|eod|>")
 
     def _base_bytes(self, token: int) -> bytes:
         return self._words[token]

@@ -29,6 +29,7 @@ from tidelock.engine.scheduler import Scheduler
 from tidelock.engine.sequence import DONE, Sequence
 from tidelock.engine.weights import Weights
 from tidelock.models import Batch, TransformerLM, ops, preset
+from tidelock.models.serving import serving_copy
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 
 VOCAB, END = 32, 9
@@ -49,6 +50,7 @@ class Naive:
 
     def __init__(self, name: str, versions: int = 3) -> None:
         self.models = [make(name, seed) for seed in range(versions)]
+        self.served = [serving_copy(model, "fp32") for model in self.models]  # what the engine runs: quick, and equal
         self._logits: dict[tuple[int, bytes], torch.Tensor] = {}
 
     def logits(self, which: int, ids: np.ndarray) -> torch.Tensor:
@@ -127,7 +129,7 @@ class Schedule:
             disk_dir=str(directory) if tiered else None, draft_tokens=rng.choice([0, 5]),
         )  # fmt: skip
         self.version, self.weights_of = 0, {0: 0}
-        self.scheduler = Scheduler(Weights(naive.models[0], 0), self.limits, END, clock=lambda: self.now)
+        self.scheduler = Scheduler(Weights(naive.served[0], 0), self.limits, END, clock=lambda: self.now)
         self.asked: list[Asked] = []
 
     def run(self) -> Counter:
@@ -182,7 +184,7 @@ class Schedule:
     def swap(self) -> None:
         self.version += 1
         self.weights_of[self.version] = self.rng.randrange(len(self.naive.models))
-        weights = Weights(self.naive.models[self.weights_of[self.version]], self.version)
+        weights = Weights(self.naive.served[self.weights_of[self.version]], self.version)
         self.scheduler.swap(weights, go_on=self.rng.random() < 0.5)
         self.everything_has_its_owners()
 

@@ -2,7 +2,8 @@
 
 Eight requests stream while another checkpoint of the same shape is loaded from disk, checked, packed and adopted, once
 with each policy. Prints, per policy, the longest time no stream got a token: before the swap (what a step takes),
-while the new weights were being prepared (the two compete for the cores), and across the exchange itself.
+while the new weights were being read, checked and packed (the two compete for the cores), and from the exchange on (with
+"finish" steps then run old and new weights, with "continue" the new ones first run what every stream has so far).
 """
 
 from __future__ import annotations
@@ -34,12 +35,8 @@ async def measure(engine: Engine, checkpoint: Path, version: int, policy: str) -
     while len(ticks) < 20 * STREAMS:
         await asyncio.sleep(0.01)
     marks = [ticks[4 * STREAMS], time.perf_counter()]
-    model = await asyncio.to_thread(load_checkpoint, checkpoint)
-    served = await asyncio.to_thread(engine._prepared, model)
+    await engine.swap(str(checkpoint), version, policy)
     marks.append(time.perf_counter())
-    engine._prepared = lambda m: served  # what is left of `adopt` is the exchange
-    await engine.adopt(model, version, policy)
-    del engine._prepared
     seen = len(ticks)
     while len(ticks) < seen + 10 * STREAMS and not all(s.done() for s in streams):
         await asyncio.sleep(0.01)
@@ -49,11 +46,11 @@ async def measure(engine: Engine, checkpoint: Path, version: int, policy: str) -
     await asyncio.gather(*streams, return_exceptions=True)
 
     def longest(begin: float, end: float) -> float:
-        inside = [begin, *(t for t in ticks if begin < t < end), end]
-        return max(b - a for a, b in zip(inside, inside[1:]))
+        """Of the silences that touch this span."""
+        return max(b - a for a, b in zip(ticks, ticks[1:]) if b > begin and a < end)
 
     gaps = [longest(a, b) for a, b in zip(marks, marks[1:])]
-    return dict(zip(("before", "preparing", "exchange"), gaps), prepared_in=marks[2] - marks[1])
+    return dict(zip(("before", "loading", "after"), gaps), swapped_in=marks[2] - marks[1])
 
 
 async def run(name: str, vocab: int) -> None:
@@ -65,12 +62,12 @@ async def run(name: str, vocab: int) -> None:
         print(f"{name}: {total / 1e6:.1f} M parameters, {active / 1e6:.1f} M active; {STREAMS} streams; longest silence in ms")
         engine = Engine(model, 0, limits=Limits(n_pages=2048, n_slots=24, stream_every=1))
         print(f"self-test: {engine.exactness}")
-        print(f"{'policy':>9} {'before':>8} {'preparing':>10} {'exchange':>9} {'prepared in (s)':>16}")
+        print(f"{'policy':>9} {'before':>8} {'loading':>8} {'after':>8} {'swapped in (s)':>15}")
         try:
             for version, policy in enumerate(("finish", "continue"), 1):
                 r = await measure(engine, Path(scratch) / str(version % 2), version, policy)
-                print(f"{policy:>9} {r['before'] * 1e3:>8.0f} {r['preparing'] * 1e3:>10.0f} {r['exchange'] * 1e3:>9.0f} "
-                      f"{r['prepared_in']:>16.2f}", flush=True)  # fmt: skip
+                print(f"{policy:>9} {r['before'] * 1e3:>8.0f} {r['loading'] * 1e3:>8.0f} {r['after'] * 1e3:>8.0f} "
+                      f"{r['swapped_in']:>15.2f}", flush=True)  # fmt: skip
         finally:
             engine.close()
 

@@ -36,6 +36,22 @@ def run_dir(tmp_path):
     return tmp_path
 
 
+def test_the_agent_speaks_text_or_token_ids_to_a_real_server(capsys, run_dir, tmp_path):
+    from tidelock.loop.server_process import served
+
+    made = tmp_path / "key.json"
+    assert main(["keys", "create", "--dir", str(run_dir / "service"), "--customer", "a", "--usd", "1", "--admin", "--json", str(made)]) == 0
+    key = json.loads(made.read_text())["secret"]
+    with served(run_dir) as url:
+        common = ["agent", "hi", "--base-url", url, "--api-key", key, "--tools", "none", "--max-turns", "1", "--max-tokens", "6"]
+        for extra in ([], ["--tokenizer", str(run_dir / "tokenizer")]):
+            assert main([*common, *extra, "--json", str(tmp_path / "r.json")]) in (0, 1), capsys.readouterr().err
+            result = json.loads((tmp_path / "r.json").read_text())
+            assert result["usage"]["completion_tokens"] == 6 or result["stop_reason"] == "answered"
+        code, _, err = tidelock(capsys, *common, "--tokenizer", str(tmp_path / "nowhere"))
+        one_line(code, err, "no tokenizer", "nowhere")
+
+
 def one_line(code, err, *words):
     assert code == 2, err
     assert err.startswith("tidelock: error: ") and err.count("\n") == 1 and "Traceback" not in err

@@ -1,14 +1,17 @@
 """The same ids give the same log-probabilities, with ==, however they come to be run; and the self-test knows."""
 
+import asyncio
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.schedules import END, VOCAB
 from tests.engine.driving import Driver
-from tidelock.engine import selftest
+from tidelock.engine import Engine, selftest
 from tidelock.engine.selftest import self_test
 from tidelock.models import Batch, TransformerLM, layers, ops, preset
+from tidelock.tokens.errors import UserError
 
 exact = pytest.mark.skipif(not ops.exact(), reason="bitwise only with the compiled kernels")
 each_model = pytest.mark.parametrize("name", ["nano-k3", "nano-k2"])
@@ -87,3 +90,23 @@ def test_the_self_test_says_so_when_there_are_no_numbers():
     broken.norm.weight.data.fill_(float("nan"))
     found = self_test(broken, broken)
     assert found.numerics == "corrected" and found.max_abs_dlogp != found.max_abs_dlogp
+
+
+@each_model
+@pytest.mark.parametrize("packing", ["fp32", "bf16", "int8"])
+def test_a_packed_copy_serves_its_own_numbers_and_says_how_far_they_are(name, packing):
+    engine = Engine(MODELS[name], weights=packing)
+    try:
+        if packing == "fp32" and ops.exact():
+            assert engine.exactness == selftest.Exactness("exact", 0.0)
+        else:
+            assert engine.exactness.numerics == "corrected" and 0 < engine.exactness.max_abs_dlogp < 20
+        asyncio.run(engine.adopt(make(name, seed=1), 2))
+        assert engine.version == 2
+    finally:
+        engine.close()
+
+
+def test_an_unknown_packing_is_named():
+    with pytest.raises(UserError, match="fp7"):
+        Engine(MODELS["nano-k2"], weights="fp7")

@@ -48,7 +48,7 @@ async def ask(engine, prompt, **params):
 
 def with_engine(work, model, **limits):
     async def inside():
-        engine = Engine(model, 1, limits=Limits(**{"n_pages": 400, "n_slots": 64, **limits}), boundary_id=END, template=TEMPLATE)
+        engine = Engine(model, 1, limits=Limits(**{"n_pages": 400, "n_slots": 64, "draft_tokens": 0, **limits}), boundary_id=END, template=TEMPLATE)
         try:
             out = await work(engine)
             scheduler = engine._scheduler
@@ -142,6 +142,8 @@ def test_the_mtp_layer_drafts_and_changes_nothing(name, monkeypatch):
 def test_the_mtp_cache_gives_what_the_whole_sequence_gives():
     for name in ("nano-k3", "nano-k2"):
         model = TransformerLM(dataclasses.replace(preset(name, VOCAB), num_mtp_layers=1), seed=0).eval()
+        for p in model.mtp.parameters():
+            p.data.mul_(3)  # so that what came before decides
         ids = torch.tensor(prompts(1)[0] * 3)[:50]
         whole = Batch(ids, torch.tensor([0, 50], dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
         with torch.no_grad():

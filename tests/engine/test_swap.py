@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.schedules import END, VOCAB, Naive, make
 from tests.engine.driving import Driver
-from tidelock.engine import Engine, Limits
-from tidelock.models import TransformerLM, checkpoint, ops, preset, save_checkpoint
+from tidelock.engine import Engine, Limits, weights
+from tidelock.models import TransformerLM, ops, preset, save_checkpoint
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.policy import PolicyError, SamplingParams
 
@@ -201,7 +201,7 @@ def test_a_disk_that_fails_while_reading_is_a_refusal(tmp_path, monkeypatch):
 
     async def work(engine):
         save_checkpoint(tmp_path / "new", make("nano-k3", 1))
-        monkeypatch.setattr(checkpoint, "load_file", fail)
+        monkeypatch.setattr(weights, "load_checkpoint", fail)
         with pytest.raises(UserError, match="No space"):
             await engine.swap(str(tmp_path / "new"), 2)
         return (await collect(engine, [1]))[2]
@@ -211,8 +211,8 @@ def test_a_disk_that_fails_while_reading_is_a_refusal(tmp_path, monkeypatch):
 
 def test_loading_does_not_stop_the_stream(tmp_path, monkeypatch):
     """However long a load takes, tokens keep coming while it does."""
-    load = checkpoint.load_file
-    monkeypatch.setattr(checkpoint, "load_file", lambda path: (time.sleep(0.3), load(path))[1])
+    load = weights.load_checkpoint
+    monkeypatch.setattr(weights, "load_checkpoint", lambda path: (time.sleep(0.3), load(path))[1])
 
     async def work(engine):
         save_checkpoint(tmp_path / "new", make("nano-k3", 1))

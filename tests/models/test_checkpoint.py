@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from shapes import any_configs, decoded, lively
 
 from tidelock.models import PRESETS, Batch, ModelConfig, TransformerLM, load_checkpoint, preset, save_checkpoint
+from tidelock.models.hf import convert
 from tidelock.tokens.errors import UserError
 
 
@@ -69,9 +70,13 @@ def test_a_missing_tensor_and_a_wrong_shape_are_named(saved):
     rewrite(saved, lambda t: t.pop("layers.2.mlp.w_in"))
     with pytest.raises(UserError, match="model.safetensors lacks tensor 'layers.2.mlp.w_in'"):
         load_checkpoint(saved)
+    with pytest.raises(UserError, match="model.safetensors lacks tensor 'layers.2.mlp.w_in'"):
+        convert(saved, saved.parent / "out")
     rewrite(saved, lambda t: t.update({"layers.2.mlp.w_in": torch.zeros(2, 2)}))
-    with pytest.raises(UserError, match=r"'layers.2.mlp.w_in' is \[2, 2\]"):
-        load_checkpoint(saved)
+    for read in (load_checkpoint, lambda path: convert(path, path.parent / "out")):
+        with pytest.raises(UserError, match=r"model.safetensors: 'layers.2.mlp.w_in' is \[2, 2\]"):
+            read(saved)
+    assert [p.name for p in saved.parent.iterdir()] == ["m"]
 
 
 @pytest.mark.parametrize("change,words", [({"mixers": ["mla", "rnn"]}, "ffns"), ({"hidden_size": 100}, "multiples of 8"),

@@ -186,6 +186,7 @@ def test_a_missing_tensor_a_wrong_shape_and_an_unknown_model_are_named(published
     with pytest.raises(UserError, match=r"'model.embed_tokens.weight' is \[96, 64\], the config asks for \[97, 64\]"):
         load_hf(published)
     for changes, words in (({"model_type": "gpt9"}, "unknown model_type 'gpt9'"), ({"n_group": 8}, "n_group = 8"),
+                           ({"quantization_config": {"quant_method": "gptq"}}, "'gptq' and format None is not supported"),
                            ({"hidden_size": "x"}, "config.json"), ({"rope_scaling": {"type": "linear"}}, "linear")):
         with_config(**changes)
         with pytest.raises(UserError, match=words):

@@ -58,6 +58,14 @@ def test_kernel_equals_its_equation_forward_and_backward(name, fn, inputs):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-4)
 
 
+def test_situ_keeps_its_digits_however_small_the_input():
+    """beta tanh(g / beta) is g for small g: relative error, not absolute (K3 Eq. 12)."""
+    g = torch.logspace(-6, 1.5, 400).repeat(2).view(2, 400) * torch.tensor([[1.0], [-1.0]])
+    h = torch.cat([g, g], dim=-1)
+    got, exact = native.glu(h, True, 4.0, 25.0), reference.glu(h.double(), True, 4.0, 25.0)
+    assert ((got - exact).abs() / exact.abs()).max() < 2e-6
+
+
 @pytest.mark.parametrize("name", ["nano-k3", "nano-k2"])
 def test_a_token_gets_the_same_bits_in_any_batch_chunk_or_cache(name):
     config = preset(name, 96)

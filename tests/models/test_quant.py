@@ -79,15 +79,6 @@ def test_training_sees_the_served_weights_and_a_straight_gradient(format):
     assert torch.equal(w.grad, g)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_products_straight_from_packed_weights(format):
-    p, x = quant.pack(weights(3, 0.05, (4, 600, 64)), format), weights(4, 1.0, (10, 64))
-    torch.testing.assert_close(quant.packed_linear(x, p[0]), x @ quant.unpack(p[0]).t(), rtol=1e-5, atol=1e-5)
-    offsets = torch.tensor([0, 3, 3, 10, 10])
-    expected = torch.cat([x[:3] @ quant.unpack(p[0]).t(), x[3:] @ quant.unpack(p[2]).t()])
-    torch.testing.assert_close(quant.packed_experts_linear(x, offsets, p), expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("format,config", [("int4", K2_SHAPES["plain"]), ("mxfp4", K3)], ids=FORMATS)
 def test_checkpoints_hold_packed_experts_and_give_the_served_numbers(tmp_path, format, config):
     model = lively(config)

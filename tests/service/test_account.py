@@ -77,6 +77,14 @@ def test_balance_limit_and_windows_agree_with_the_ledger(used):
     assert limit["threshold_amount"] == (spent + free) // 10_000_000 and limit["enforcement"]["status"] == "enforcing"
 
 
+def test_vouchers_are_told_apart_from_cash(service):
+    secret = service.key("vera", nano_usd=5)
+    service.state.ledger.grant("vera", 2_000_000_000, lot="welcome")
+    data = get(service, secret, "/users/me/balance")["data"]
+    assert (data["voucher_balance"], data["available_nano_usd"]) == (2.0, 2_000_000_005)
+    assert Decimal(str(data["cash_balance"])) * 10**9 == 5
+
+
 def test_kinds_of_usage_there_are_not_are_empty_pages(used):
     service, secrets, _ = used
     for kind in ("embeddings", "images", "moderations", "vector_stores"):

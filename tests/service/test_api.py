@@ -339,6 +339,9 @@ def test_models_and_balance(service):
         service.running.base_url + "/users/me/balance", headers={"authorization": f"Bearer {secret}"}
     )
     assert '"available_balance":1.500000001' in response.text
+    service.state.ledger.grant("ann", 2_000_000_000, lot="welcome")
+    data = httpx.get(service.running.base_url + "/users/me/balance", headers={"authorization": f"Bearer {secret}"}).json()["data"]
+    assert (data["available_balance"], data["voucher_balance"], data["cash_balance"]) == (3.500000001, 2.0, 1.500000001)
     assert httpx.get(service.running.base_url + "/models").status_code == 401
 
 

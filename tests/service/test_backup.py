@@ -120,6 +120,24 @@ def test_admin_backs_up_restores_and_verifies(tmp_path, capsys):
     assert command("verify", "--dir", str(tmp_path / "b"))["failed"]
 
 
+def test_admin_gives_a_voucher_once_and_refunds_no_more_than_there_is(tmp_path):
+    db = Database(tmp_path / "service.sqlite")
+    Ledger(db).open_account("ann")
+    Ledger(db).topup("ann", 3_000_000_000)
+    db.close()
+
+    def command(*words: str) -> dict:
+        args = parser().parse_args(["admin", *words, "--customer", "ann", "--dir", str(tmp_path)])
+        return args.run(args)
+
+    assert [command("grant", "--usd", "5", "--voucher", "hello")["booked"] for _ in range(2)] == [True, False]
+    assert command("refund", "--usd", "2", "--reference", "r1")["balances_nano_usd"]["cash"] == 1_000_000_000
+    with pytest.raises(UserError, match="does not have that much"):
+        command("refund", "--usd", "2", "--reference", "r2")
+    with pytest.raises(UserError, match="not an amount"):
+        command("grant", "--usd", "-5", "--voucher", "x")
+
+
 def test_admin_rerates_from_the_command_line(tmp_path, capsys):
     from test_prices import KIMI, spend
 

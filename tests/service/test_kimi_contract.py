@@ -228,7 +228,10 @@ def test_thinking_effort_wins_over_reasoning_effort(service, stated, effort):
     from tidelock.service.wire import decode, encode
 
     body = encode({"model": "tide", "messages": [USER], **stated})
-    assert chat.read(service.state, decode(body, chat._decoder), lenient=False).effort == effort
+    ask = chat.read(service.state, decode(body, chat._decoder), lenient=False)
+    assert ask.effort == effort
+    told = [message.content for message in ask.messages if message.name == "thinking-effort"]
+    assert bool(told) == bool(effort) and all(f"`thinking_effort={effort}`" in text for text in told)
 
 
 @pytest.mark.parametrize("template", ["xtml", "chatml"], indirect=True)

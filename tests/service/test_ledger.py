@@ -235,6 +235,8 @@ def test_a_worker_elsewhere_is_dead_when_its_heart_stands_still_and_not_after_an
     assert there.id in here.dead()
     here.forget(here.dead())
     assert [row[0] for row in db.read("SELECT id FROM workers")] == [here.id]
+    there.beat()  # it was only slow
+    assert len(db.read("SELECT id FROM workers")) == 2 and there.id not in here.dead()
 
 
 def test_an_expired_hold_is_swept_and_a_late_bill_changes_nothing(ledger, now):

@@ -24,7 +24,7 @@ def node(**more) -> dict:
 
 
 VALID = {
-    "anything": {},
+    "anything": {}, "anything inside": obj(a={}, b={"description": "d"}),
     "every type": {"anyOf": [{"type": t} for t in ("null", "boolean", "object", "array", "number", "integer", "string")]},
     "notes": {**obj(a={**TEXT, "description": "d", "title": "t", "default": "x"}), "$id": "here", "description": "d"},
     "free additions": {"type": "object", "additionalProperties": {}},
@@ -47,7 +47,6 @@ VALID = {
 INVALID = {
     "no object": [], "null": None, "boolean": True,
     "no type": {"properties": {}}, "unknown type": {"type": "text"}, "type is null": {"type": None}, "no types": {"type": []},
-    "empty inside": obj(a={}),
     "type beside anyOf": {"type": "string", "anyOf": [TEXT]},
     "type beside $ref": {**obj(a={"type": "string", "$ref": "#/$defs/t"}), "$defs": {"t": TEXT}},
     "keyword beside $ref": {**obj(a={"$ref": "#/$defs/t", "minLength": 1}), "$defs": {"t": TEXT}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -38,7 +39,7 @@ def ledger(db):
 
 @pytest.fixture
 def till(db, ledger):
-    till = Till(db, patience_s=0.3)
+    till = Till(db, patience_s=60.0)
     yield till
     till.close()
 
@@ -107,6 +108,24 @@ def test_a_caller_that_is_cancelled_while_waiting_leaves_no_hold(till, ledger):
     assert open_holds(ledger.db) == 0 and ledger.balance("ann") == 10**9
 
 
+def test_a_hold_that_arrives_just_as_its_caller_is_cancelled_is_given_back(till, ledger):
+    ledger.topup("ann", 10**9)
+
+    async def main() -> None:
+        task = asyncio.create_task(till.hold(ask("r1")))
+        await asyncio.sleep(0)
+        while not open_holds(ledger.db):
+            time.sleep(0.01)  # the loop is held up on purpose: the answer is queued, not taken
+        time.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    till.close()
+    assert open_holds(ledger.db) == 0 and ledger.balance("ann") == 10**9
+
+
 def test_in_an_outage_holds_fail_at_once_and_a_bill_is_written_when_it_is_over(till, ledger, monkeypatch):
     ledger.topup("ann", 10**9)
     works, down = ledger.db.transaction, True
@@ -125,9 +144,10 @@ def test_in_an_outage_holds_fail_at_once_and_a_bill_is_written_when_it_is_over(t
         down = True
         with pytest.raises(StorageDown):
             await till.hold(ask("r2"))
+        till._patience_s = 0.3
         with pytest.raises(StorageDown, match="will be written"):
             await till.settle(hold, used(7))
-        down = False
+        down, till._patience_s = False, 60.0
         return await till.settle(hold, used(7))  # whoever comes first writes it
 
     monkeypatch.setattr(ledger.db, "transaction", flaky)

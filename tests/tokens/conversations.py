@@ -10,6 +10,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from tiny_kimi import tiny_kimi
+
+from tidelock.tokens.directives import response_format, thinking_effort, tool_choice
 from tidelock.tokens.message import Message, ToolCall, ToolSpec
 from tidelock.tokens.template import Template, canonical, get_template
 from tidelock.tokens.tokenizer import SPECIALS, BPETokenizer, ByteTokenizer
@@ -29,13 +32,27 @@ def bpe() -> BPETokenizer:
 
 
 @functools.cache
-def template(name: str, kind: str = "bpe") -> Template:
-    return get_template(name, bpe() if kind == "bpe" else ByteTokenizer())
+def template(name: str, kind: str = "bpe", thinking: bool | None = None) -> Template:
+    return get_template(name, {"bpe": bpe, "bytes": ByteTokenizer, "kimi": tiny_kimi}[kind](), thinking)
 
 
-every_template = pytest.mark.parametrize("t", [
-    pytest.param(template(name, kind), id=f"{name}-{kind}") for name in ("xtml", "chatml") for kind in ("bpe", "bytes")
-])  # fmt: skip
+def these(*templates: Template) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("t", [pytest.param(t, id=f"{t.name}-{type(t.tokenizer).__name__}") for t in templates])
+
+
+OURS = [template(name, kind) for name in ("xtml", "chatml") for kind in ("bpe", "bytes")]
+DIRECT = [template("k2", "kimi"), template("k2.5", "kimi", False), template("k3", "kimi", False)]  # no reasoning at all
+FORGETFUL = [template("k2-thinking", "kimi"), template("k2.5", "kimi")]
+every_template = these(*OURS, *DIRECT, *FORGETFUL)
+every_stable_template = these(*OURS, *DIRECT)
+every_forgetful_template = these(*FORGETFUL)
+
+
+def shown(t: Template, messages: list[Message]) -> list[Message]:
+    """What of the reasoning a model is shown, as the models' descriptions say it."""
+    answers = [i for i, m in enumerate(messages) if m.role == "assistant" and not m.tool_calls]
+    forgotten = len(messages) if t in DIRECT else max(answers, default=-1) + 1 if t in FORGETFUL else 0
+    return [replace(m, reasoning="") if i < forgotten else m for i, m in enumerate(messages)]
 
 
 def exactly(messages: list[Message]) -> str:
@@ -49,7 +66,7 @@ MARKERS = [*SPECIALS, '<|open|>message role="user"<|sep|>', "<|close|>argument<|
 texts = st.lists(
     st.one_of(st.sampled_from(MARKERS), st.text(st.characters(exclude_categories=["Cs"]), max_size=8)), max_size=5
 ).map("".join)
-names = st.one_of(st.sampled_from(["lookup", "system", "tool_declare", "tool", "a:1", "functions.f"]), texts)
+names = st.one_of(st.sampled_from(["lookup", "system", "tool_declare", "tool", "a:1", "functions.f", "a-b.c", "tool-choice"]), texts)
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(10**30, 10**60), texts,
     st.floats(allow_nan=False, allow_infinity=False),
@@ -63,6 +80,7 @@ assistants = st.builds(Message, st.just("assistant"), texts, texts, st.lists(cal
 )
 messages = st.one_of(
     st.builds(Message, st.just("system"), texts, tools=tools),
+    st.sampled_from([thinking_effort("low"), tool_choice("none"), response_format({"type": "object"})]),
     st.builds(Message, st.just("user"), texts, name=st.none() | names),
     assistants,
     st.builds(Message, st.just("tool"), texts, tool_call_id=st.sampled_from([None, "a", "b"]), name=st.none() | names),
@@ -83,8 +101,9 @@ def malformed(t: Template) -> st.SearchStrategy[list[int]]:
                              'call tool="f" index="1"', 'argument key="k" type="number"', "functions.f:0", "{",
                              '{"a":1}', "NaN", '"\\ud800"', "[" * 1200, "1e999"])  # fmt: skip
     opening, closing, sep = (t.tokenizer.special(m) for m in ("<|open|>", "<|close|>", "<|sep|>"))
+    named = [i for i, name in enumerate(t.tokenizer.specials, t.tokenizer.base) if "reserved" not in name]
     piece = st.one_of(
-        st.sampled_from([[t.tokenizer.special(name)] for name in SPECIALS]),
+        st.sampled_from([[i] for i in named]),
         words.map(t.tokenizer.encode),
         words.map(lambda w: [opening, *t.tokenizer.encode(w), sep]),
         words.map(lambda w: [closing, *t.tokenizer.encode(w), sep]),

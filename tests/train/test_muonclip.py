@@ -107,8 +107,8 @@ def test_qk_clip_brings_the_largest_logit_down_to_tau_and_touches_no_calm_head(n
     model(batch)
     before, tau = first.max_logit.clone(), float(first.max_logit.median())
     calm = before <= tau
-    rows = first.q_proj.weight.detach().view(first.heads, -1, 128).clone()
+    rows = first.q_proj.weight.detach().view(first.latent.heads, -1, 128).clone()
     assert qk_clip(model, tau) >= int((~calm).sum()) > 0
     model(batch)
     torch.testing.assert_close(first.max_logit, before.clamp(max=tau), rtol=1e-3, atol=1e-3)
-    assert torch.equal(rows[calm], first.q_proj.weight.detach().view(first.heads, -1, 128)[calm])
+    assert torch.equal(rows[calm], first.q_proj.weight.detach().view(first.latent.heads, -1, 128)[calm])

@@ -3,5 +3,6 @@
 from .episode import Episode
 from .loop import Agent
 from .remote import TextPolicy
+from .tokens import TokenPolicy
 
-__all__ = ["Agent", "Episode", "TextPolicy"]
+__all__ = ["Agent", "Episode", "TextPolicy", "TokenPolicy"]

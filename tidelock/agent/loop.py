@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from tidelock.sandbox import ToolCrash, ToolResult
 from tidelock.tokens.message import Message, ToolCall
 from tidelock.tokens.policy import Policy, PolicyError, SamplingParams
-from tidelock.tokens.template import Template, count_calls
+from tidelock.tokens.template import Template, count_calls, declared_tools
 
 from .episode import Episode
 
@@ -66,7 +66,7 @@ class Agent:
     async def _turn(self, episode: Episode, seed: int | None, on_event: OnEvent) -> str | None:
         """Sample one assistant message. Returns a stop reason when it could not be completed."""
         episode.append_input(self.template.extend(episode.ids, episode.messages, [], generation_prompt=True))
-        parser = self.template.parser(count_calls(episode.messages))
+        parser = self.template.parser(count_calls(episode.messages), declared_tools(episode.messages))
         params = replace(self.params, stop_ids=self.template.stop_ids, seed=seed)
         finish = None
         try:

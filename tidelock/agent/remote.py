@@ -7,6 +7,7 @@ RL (`exact` is False, log-probabilities are 0, the weights version is -1).
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import aiohttp
 from tidelock.tokens.message import Message, ToolCall
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 from tidelock.tokens.template import Template, canonical
+
+from .sse import Endpoint
 
 
 def to_wire(message: Message) -> dict[str, Any]:
@@ -41,80 +44,62 @@ class TextPolicy:
         self, base_url: str, api_key: str, model: str, template: Template, metadata: dict[str, str] | None = None,
         session: aiohttp.ClientSession | None = None,
     ) -> None:  # fmt: skip
-        self.base_url, self.api_key, self.model = base_url.rstrip("/"), api_key, model
+        self._server, self.model = Endpoint(base_url, api_key, session), model
         self.template, self.metadata = template, metadata or {}
         self.last: dict[str, Any] = {}  # id, usage and trace of the last answer
-        self._session = session
+        self._aborted: set[str] = set()
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
     ) -> AsyncIterator[Chunk]:
         messages = self.template.parse(prompt_ids[: len(prompt_ids) - len(self.template.generation_prompt())])
-        tools = [t.openai() for m in messages for t in m.tools]
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": [to_wire(m) for m in messages],
-            "max_tokens": params.max_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if tools:
-            body["tools"] = tools
-        if params.seed is not None:
-            body["seed"] = params.seed % (1 << 53)
-        if self.metadata:
-            body["metadata"] = self.metadata
-        answer = _Answer()
+        answer, name = _Answer(), request_id or uuid.uuid4().hex
         try:
-            async for event in self._events(body):
+            async for event in self._server.events("/chat/completions", self._body(messages, params), name):
                 answer.take(event)
-        except (aiohttp.ClientError, TimeoutError) as e:
-            raise PolicyError(f"{self.base_url}: {str(e) or type(e).__name__}", status=502, kind="connection") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise self._server.broken(f"an event is no chat completion chunk ({e!r})") from None
+        if name in self._aborted:
+            self._aborted.discard(name)
+            yield Chunk((), (), -1, "abort")
+            return
         if answer.finish_reason is None:
-            raise PolicyError(f"{self.base_url}: the stream ended without a finish reason", status=502, kind="connection")
+            raise self._server.broken("the stream ended without a finish reason")
         self.last = {"id": answer.id, "usage": answer.usage, "trace": answer.trace}
         ids = self.template.sampled(canonical([*messages, answer.message()])[-1])
         finish = "length" if answer.finish_reason == "length" else "stop"
         cached = (answer.usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
         yield Chunk(tuple(ids), (0.0,) * len(ids), -1, finish, cached)
 
-    async def _events(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Server-sent events of one completion. Raises PolicyError for an error answer or event."""
-        session = self._session or aiohttp.ClientSession()
-        headers = {"Authorization": f"Bearer {self.api_key}"}
-        try:
-            async with session.post(f"{self.base_url}/chat/completions", json=body, headers=headers) as response:
-                if response.status != 200:
-                    raise _refusal(response.status, await response.text(), self.base_url)
-                async for line in response.content:
-                    if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
-                        continue
-                    event = json.loads(line[5:])
-                    if event.get("error"):
-                        raise _refusal(500, json.dumps(event), self.base_url)
-                    yield event
-        finally:
-            if session is not self._session:
-                await session.close()
+    def _body(self, messages: Sequence[Message], params: SamplingParams) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [to_wire(m) for m in messages],
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if params.top_p < 1:  # a server that fixes it (Kimi's contract) refuses to be told
+            body["top_p"] = params.top_p
+        if tools := [t.openai() for m in messages for t in m.tools]:
+            body["tools"] = tools
+        if params.seed is not None:
+            body["seed"] = params.seed % (1 << 53)
+        if self.metadata:
+            body["metadata"] = self.metadata
+        return body
 
     async def count(self, prompt_ids: Sequence[int]) -> int:
         return len(prompt_ids)
 
     async def abort(self, request_id: str) -> None:
-        """Closing the stream is the only abort a text endpoint knows."""
+        """Hangs up, which is the only abort a text endpoint knows. What it has said so far is no message and is lost."""
+        if self._server.cut(request_id):
+            self._aborted.add(request_id)
 
     async def swap(self, checkpoint: str, version: int) -> None:
         raise PolicyError("a text endpoint's weights are its owner's to change", status=400, kind="invalid_request_error")
-
-
-def _refusal(status: int, text: str, base_url: str) -> PolicyError:
-    try:
-        error = json.loads(text)["error"]
-        return PolicyError(str(error.get("message", error)), status=status, kind=str(error.get("type", "error")))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return PolicyError(f"{base_url} answered {status}: {text[:200]}", status=status, kind="error")
 
 
 class _Answer:

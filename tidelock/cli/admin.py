@@ -1,5 +1,5 @@
-"""`tidelock admin`: the books of a service. Verify, back up, restore, register prices, re-rate; and its customers
-(`admin_accounts`)."""
+"""`tidelock admin`: the books of a service. Verify, back up, restore, give vouchers, refund, register prices, re-rate; and
+its customers (`admin_accounts`)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from tidelock.service.rating import rerate
 from tidelock.tokens.errors import UserError
 
 from . import admin_accounts
+from .keys import nano_usd
 from .main import command
 
 EXAMPLE = """tidelock admin verify --dir demo-run/service
   tidelock admin backup books.gz --dir demo-run/service
   tidelock admin restore books.gz --database postgresql://tidelock@/tidelock
+  tidelock admin grant --customer ann --usd 5 --voucher welcome-2026 --expires 2026-12-31 --dir demo-run/service
+  tidelock admin refund --customer ann --usd 2.50 --reference refund-17 --dir demo-run/service
   tidelock admin prices prices.toml --dir demo-run/service
   tidelock admin rerate --from 2026-11-01 --to 2026-11-08 --price-version 2026-11b --dir demo-run/service --dry-run
   tidelock admin limits ladder kimi --dir demo-run/service
@@ -43,6 +46,15 @@ def add(subparsers: Any) -> None:
     saved.add_argument("file", type=Path)
     back = actions.add_parser("restore", parents=[where], help="fill a new, empty database from a backup and verify it")
     back.add_argument("file", type=Path)
+    grant = actions.add_parser("grant", parents=[where], help="give a customer a voucher; it is spent before cash")
+    grant.add_argument("--customer", required=True)
+    grant.add_argument("--usd", required=True)
+    grant.add_argument("--voucher", required=True, metavar="NAME", help="the same one is never given twice")
+    grant.add_argument("--expires", metavar="TIME", help="2026-12-31 (UTC); default: never")
+    refund = actions.add_parser("refund", parents=[where], help="book money paid back to a customer")
+    refund.add_argument("--customer", required=True)
+    refund.add_argument("--usd", required=True)
+    refund.add_argument("--reference", required=True, help="the payment's id; the same one is never booked twice")
     prices = actions.add_parser("prices", parents=[where], help="check a price book and register its versions")
     prices.add_argument("file", type=Path)
     again = actions.add_parser("rerate", parents=[where], help="bring settled requests to another price version")
@@ -61,9 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if "://" not in target and not Path(target).is_file():
         raise UserError(f"no service in {args.dir}")
     with closing(Database(target)) as db:
-        if hasattr(args, "act"):
-            return args.act(args, db)
-        return {"verify": _verify, "backup": _backup, "prices": _prices, "rerate": _rerate}[args.action](args, db)
+        return args.act(args, db) if hasattr(args, "act") else _ACTIONS[args.action](args, db)
 
 
 def _target(args: argparse.Namespace) -> str:
@@ -112,9 +122,32 @@ def _rerate(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     return asdict(done)
 
 
+def _grant(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    expires = _time(args.expires) if args.expires else None
+    given = Ledger(db).grant(args.customer, nano_usd(args.usd), lot=args.voucher, expires=expires)
+    return _booked(args, db, given)
+
+
+def _refund(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    return _booked(args, db, Ledger(db).refund(args.customer, nano_usd(args.usd), args.reference))
+
+
+def _booked(args: argparse.Namespace, db: Database, booked: bool) -> dict[str, Any]:
+    balances = Ledger(db).balances(args.customer)
+    state = "booked" if booked else "was booked before; nothing changed"
+    shown = ", ".join(f"{kind} {format_usd(balances.get(kind, 0))}" for kind in ("cash", "voucher"))
+    print(f"{args.action} of {args.usd} USD for {args.customer}: {state}; {shown} USD")
+    return {"customer": args.customer, "booked": booked, "balances_nano_usd": balances}
+
+
 def _time(text: str) -> float:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise UserError(f"{text!r} is no time; write 2026-11-01 or 2026-11-01T12:00") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+_ACTIONS = {
+    "verify": _verify, "backup": _backup, "grant": _grant, "refund": _refund, "prices": _prices, "rerate": _rerate,
+}  # fmt: skip

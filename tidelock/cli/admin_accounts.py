@@ -24,7 +24,7 @@ from tidelock.service.prices import format_usd
 from tidelock.service.tiers import Tiers
 from tidelock.tokens.errors import UserError
 
-from .keys import nano
+from .keys import nano_usd
 
 Run = Callable[[argparse.Namespace, Database], dict[str, Any]]
 
@@ -273,7 +273,7 @@ def _read_ladder(path: Path) -> Ladder:
     """[[tier]] with from_usd = "10" and any of concurrency, rpm, tpm, tpd."""
     try:
         tiers = tomllib.loads(path.read_text())["tier"]
-        rows = [(nano(t["from_usd"]) if t["from_usd"] != "0" else 0, [t.get(n) for n in ("concurrency", "rpm", "tpm", "tpd")]) for t in tiers]
+        rows = [(nano_usd(t["from_usd"]) if t["from_usd"] != "0" else 0, [t.get(n) for n in ("concurrency", "rpm", "tpm", "tpd")]) for t in tiers]
         return Ladder(path.stem, tuple((from_nano, Limits(*limits)) for from_nano, limits in rows))
     except OSError as error:
         raise UserError(f"{path} is neither {', '.join(KNOWN)} nor a file that can be read: {error.strerror}") from None
@@ -307,8 +307,8 @@ def _plans(args: argparse.Namespace, db: Database) -> dict[str, Any]:
 
 
 def _define(args: argparse.Namespace, db: Database) -> dict[str, Any]:
-    windows = [nano(value) if value else None for value in (args.five_hours, args.week)]
-    plan = Plan(args.plan, nano(args.usd), nano(args.credits), *windows, args.seats)
+    windows = [nano_usd(value) if value else None for value in (args.five_hours, args.week)]
+    plan = Plan(args.plan, nano_usd(args.usd), nano_usd(args.credits), *windows, args.seats)
     Plans(Ledger(db)).define(plan, actor())
     print(f"plan {plan.name}: {args.usd} USD a month, {plan.seats} seats")
     return asdict(plan)
@@ -342,7 +342,7 @@ def _cancel(args: argparse.Namespace, db: Database) -> dict[str, Any]:
 
 
 def _extra(args: argparse.Namespace, db: Database) -> dict[str, Any]:
-    cap = None if args.usd == "none" else nano(args.usd)
+    cap = None if args.usd == "none" else nano_usd(args.usd)
     Plans(Ledger(db)).cap_extra(args.org, cap, actor())
     print(f"{args.org}: {'no cap on' if cap is None else f'at most {args.usd} USD a month of'} extra usage")
     return {"organization": args.org, "extra_cap_nano_usd": cap}
@@ -374,15 +374,15 @@ def _payments(args: argparse.Namespace, db: Database) -> dict[str, Any]:
 
 def _book(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     ledger = Ledger(db)
-    tax = None if args.tax is None else 0 if args.tax == "0" else nano(args.tax)
-    booked = Payments(ledger).manual(args.org, nano(args.usd), args.reference, tax_nano=tax, pocket="extra" if args.extra else "cash", actor=actor())
+    tax = None if args.tax is None else 0 if args.tax == "0" else nano_usd(args.tax)
+    booked = Payments(ledger).manual(args.org, nano_usd(args.usd), args.reference, tax_nano=tax, pocket="extra" if args.extra else "cash", actor=actor())
     print(f"{args.usd} USD for {args.org}: {'booked' if booked else 'was booked before; nothing changed'}")
     return {"organization": args.org, "booked": booked, "balance_nano_usd": ledger.balance(args.org)}
 
 
 def _refund(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     payments = Payments(Ledger(db))
-    booked = payments.refund(args.payment, nano(args.usd), args.reference, actor())
+    booked = payments.refund(args.payment, nano_usd(args.usd), args.reference, actor())
     print(f"{args.usd} USD of {args.payment}: {'booked as paid back' if booked else 'was booked before; nothing changed'}")
     return {**payments.payment(args.payment), "booked": booked}
 

@@ -1,4 +1,4 @@
-"""`tidelock agent`: one task in the terminal, against any OpenAI-compatible endpoint."""
+"""`tidelock agent`: one task in the terminal, against any OpenAI-compatible endpoint, or one that takes token ids."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from .main import command
 
 def add(subparsers) -> None:
     p = command(subparsers, "agent", run, "give the agent one task and watch it work",
-                'tidelock agent "What is 12 * 7?" --base-url http://127.0.0.1:8000/v1 --api-key sk-... --tools calculator')  # fmt: skip
+                'tidelock agent "What is 12 * 7?" --base-url http://127.0.0.1:8000/v1 --api-key sk-... --tools calculator\n'
+                '  tidelock agent "What is 12 * 7?" --base-url http://127.0.0.1:8000 --tokenizer demo-run/tokenizer')  # fmt: skip
     p.add_argument("task", help="what to do")
     p.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL"), help="default: $OPENAI_BASE_URL")
     p.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: $OPENAI_API_KEY")
     p.add_argument("--model", default="tide-nano")
+    p.add_argument("--tokenizer", type=Path, metavar="DIR", help="speak token ids (Tidelock's or vLLM's /inference/v1/generate; an "
+                   "admin's key) in this tokenizer's, instead of text: exact ids and log-probabilities")  # fmt: skip
+    p.add_argument("--template", default="xtml", help="the model's chat format, where token ids are spoken (default xtml)")
     p.add_argument("--tools", default="calculator,files,shell", help="comma-separated: calculator, files, shell, or none")
     p.add_argument("--workspace", type=Path, help="the only directory tools may write to (default: a new empty one)")
     p.add_argument("--system", help="system prompt (default: the one the demo's model was trained with)")
@@ -50,19 +54,23 @@ def run(args) -> dict:
 
 
 async def work(args, tools):
-    from tidelock.agent import Agent, TextPolicy
+    from tidelock.agent import Agent, TextPolicy, TokenPolicy
     from tidelock.agent.tools import TOOLSET_NAME
     from tidelock.sandbox import ToolHost
     from tidelock.tokens.message import Message
     from tidelock.tokens.policy import SamplingParams
     from tidelock.tokens.template import get_template
-    from tidelock.tokens.tokenizer import ByteTokenizer
+    from tidelock.tokens.tokenizer import ByteTokenizer, load_tokenizer
 
     workspace = str((args.workspace or Path(tempfile.mkdtemp(prefix="tidelock-workspace-"))).resolve())
+    exact = args.tokenizer is not None
+    template = get_template(args.template, load_tokenizer(args.tokenizer) if exact else ByteTokenizer())
     host = await ToolHost.start(TOOLSET_NAME, workspace=workspace)
-    template = get_template("xtml", ByteTokenizer())
-    metadata = {"sandbox_level": host.level, "session_id": os.urandom(8).hex()}
-    policy = TextPolicy(args.base_url, args.api_key, args.model, template, metadata)
+    if exact:
+        policy = TokenPolicy(args.base_url, args.api_key, args.model)
+    else:
+        metadata = {"sandbox_level": host.level, "session_id": os.urandom(8).hex()}
+        policy = TextPolicy(args.base_url, args.api_key, args.model, template, metadata)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature)
     agent = Agent(policy, template, params, args.max_turns)
     system = Message("system", args.system or "You are Tide, an agent. Use tools.", tools=tuple(tools))

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _create(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str, Any]:
-    nano_usd = nano(args.usd) if args.usd is not None else 0
+    amount = nano_usd(args.usd) if args.usd is not None else 0
     key, secret = keys.create(
         args.customer,
         args.name,
@@ -73,15 +73,15 @@ def _create(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[st
         training_consent=args.consent,
         may_grant=args.may_grant,
     )
-    if nano_usd:
-        ledger.topup(args.customer, nano_usd)
+    if amount:
+        ledger.topup(args.customer, amount)
     print(f"{key.id}  {args.customer}  balance {format_usd(ledger.balance(args.customer))} USD")
     print(f"secret (shown only now): {secret}")
     return {**asdict(key), "secret": secret, "balance_nano_usd": ledger.balance(args.customer)}
 
 
 def _topup(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str, Any]:
-    booked = ledger.topup(args.customer, nano(args.usd), args.reference)
+    booked = ledger.topup(args.customer, nano_usd(args.usd), args.reference)
     state = "booked" if booked else "was booked before; nothing changed"
     print(f"{args.usd} USD for {args.customer}: {state}; balance {format_usd(ledger.balance(args.customer))} USD")
     return {"customer": args.customer, "booked": booked, "balance_nano_usd": ledger.balance(args.customer)}
@@ -104,7 +104,7 @@ def _list(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str,
     return {"keys": listed}
 
 
-def nano(usd: str) -> int:
+def nano_usd(usd: str) -> int:
     """Raises UserError unless this is a positive amount, not absurdly large, with at most nine decimals."""
     try:
         nano = Decimal(usd) * NANO_PER_USD

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 # In the order of the story. Modules are imported only to build their parser.
-COMMANDS = ("demo", "pretrain", "sft", "rl", "serve", "agent", "cycle", "eval", "release", "keys", "admin", "models",
-            "doctor")
+COMMANDS = ("demo", "pretrain", "sft", "rl", "serve", "top", "bench", "agent", "cycle", "eval", "release", "keys", "admin",
+            "models", "doctor")  # fmt: skip
 
 
 def set_threads() -> None:

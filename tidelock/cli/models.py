@@ -10,7 +10,8 @@ from .main import command
 def add(subparsers) -> None:
     p = command(subparsers, "models", None, "list model shapes, show what one costs, convert checkpoints",
                 "tidelock models list\n  tidelock models show k3 --context 131072 --svg k3.svg\n"
-                "  tidelock models convert demo-run/checkpoints/candidate out --to hf")  # fmt: skip
+                "  tidelock models convert demo-run/checkpoints/candidate out --to hf\n"
+                "  tidelock models convert demo-run/checkpoints/candidate tide.gguf --to gguf --dtype bfloat16")  # fmt: skip
     actions = p.add_subparsers(dest="action", required=True, metavar="ACTION")
     command(actions, "list", run_list, "list the presets", "tidelock models list")
     show = command(actions, "show", run_show, "count parameters, cache and FLOPs of a preset or a checkpoint's config",
@@ -18,13 +19,14 @@ def add(subparsers) -> None:
     show.add_argument("model", help="a preset, or a directory with a config.json (ours or Hugging Face)")
     show.add_argument("--context", type=int, default=8192, help="tokens per sequence (default 8192)")
     show.add_argument("--svg", type=Path, help="also draw it to this file")
-    c = command(actions, "convert", run_convert, "rewrite a checkpoint, Hugging Face layout to ours or back",
+    c = command(actions, "convert", run_convert, "rewrite a checkpoint: Hugging Face layout to ours or back, or llama.cpp's GGUF",
                 "tidelock models convert demo-run/checkpoints/candidate out --to hf --quantize mxfp4")  # fmt: skip
     c.add_argument("source", type=Path)
     c.add_argument("target", type=Path)
-    c.add_argument("--to", choices=("hf", "tidelock"), default="hf")
+    c.add_argument("--to", choices=("hf", "tidelock", "gguf"), default="hf", help="gguf writes one file for llama.cpp")
     c.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of what is not an fp32 island")
     c.add_argument("--quantize", choices=("int4", "mxfp4", "none"), help="pack the routed experts (default: as the shape says)")
+    c.add_argument("--tokenizer", type=Path, help="directory of its files (default: beside the checkpoint, or of its run)")
     c.add_argument("--shard-gib", type=float, default=5.0, help="largest file (default 5)")
 
 
@@ -88,11 +90,12 @@ def table(figures: dict) -> str:
 
 def run_convert(args) -> dict:
     from tidelock.loop.console import Console
-    from tidelock.models.hf import convert
+    from tidelock.models.hf import convert, read_any_config
+    from tidelock.models.hf.gguf import llama_options
     from tidelock.tokens.errors import UserError
 
     if args.target.exists():
-        raise UserError(f"{args.target} exists; name a directory that does not")
+        raise UserError(f"{args.target} exists; name one that does not")
     if args.shard_gib <= 0:
         raise UserError(f"--shard-gib must be positive, got {args.shard_gib}")
     seen = 0
@@ -103,7 +106,12 @@ def run_convert(args) -> dict:
             bar.advance(done - seen)
             seen = done
 
-        convert(args.source, args.target, args.to, args.dtype, args.quantize, int(args.shard_gib * 2**30), on_tensor)
+        convert(args.source, args.target, args.to, args.dtype, args.quantize, int(args.shard_gib * 2**30), on_tensor,
+                args.tokenizer)  # fmt: skip
+    if args.target.is_file():
+        run = ["llama-server", "-m", str(args.target), *llama_options(read_any_config(args.source))]
+        print(f"{args.target}: {args.target.stat().st_size / 2**20:.1f} MiB; serve it with: {' '.join(run)}")
+        return {"target": str(args.target), "files": [args.target.name], "run": run}
     files = sorted(p.name for p in args.target.iterdir())
     print(f"{args.target}: {', '.join(files[:6])}{' ...' if len(files) > 6 else ''}")
     return {"target": str(args.target), "files": files}

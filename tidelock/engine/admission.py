@@ -54,7 +54,7 @@ class Admission:
     def _plan(self, seq: Sequence, path: Path) -> Plan:
         """Reading the store may turn out a miss; then the path reaches less far than it seemed."""
         while True:
-            start = self.tree.reach(path, len(seq.ids) - 1)
+            start = self.tree.reach(path, seq.reusable)
             plan, missing = Plan(start), None
             for node, _ in path:
                 if node.start >= start or missing:

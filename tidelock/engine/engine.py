@@ -17,6 +17,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from tidelock.models import TransformerLM
+from tidelock.models.serving import ServingModel
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 from tidelock.tokens.template import Template
 
@@ -27,7 +28,7 @@ from .sampling import check_params
 from .scheduler import Scheduler
 from .selftest import self_test
 from .sequence import Sequence
-from .weights import Weights, check, load, rehearse, serving_copy
+from .weights import Weights, check, load, rehearse, served
 
 SWAPS = ("finish", "continue")
 PAUSES = ("abort", "wait", "keep")
@@ -37,24 +38,25 @@ PAUSED = PolicyError("the engine is paused; retry later", status=503)
 class Engine:
     """Policy over a model in this process. `boundary_id` is the template's end-of-message id (for prefix reuse).
 
-    `weights` says how the served copy is packed; `exactness`, whether that gives the training forward's numbers.
+    `weights` None serves the model's own modules, a name ("fp32", "bf16", "int8", ...: see `models.serving`) a packed copy,
+    which is faster; `exactness` says whether that gives the training forward's numbers.
     `template` tells ids from text: only with it are stop strings and constraints understood.
     """
 
     def __init__(
         self, model: TransformerLM, version: int = 0, *, limits: Limits = Limits(), boundary_id: int | None = None,
-        weights: str = "fp32", template: Template | None = None,
+        weights: str | None = None, template: Template | None = None,
     ) -> None:  # fmt: skip
         self.exact = True
         self.version = version
         self.limits = limits
         self.stats = Stats()
         self.context = limits.context or model.config.max_position_embeddings
-        served = serving_copy(model.eval(), weights)
-        self.exactness = self_test(model, served)
+        ready = served(model.eval(), weights)
+        self.exactness = self_test(model, ready)
         self._packing, self._config, self._template = weights, model.config, template
         self._grammars = Grammars(template.tokenizer, model.config.vocab_size) if template else None
-        self._scheduler = Scheduler(Weights(served, version), limits, boundary_id, self.stats)
+        self._scheduler = Scheduler(Weights(ready, version), limits, boundary_id, self.stats)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._live: set[Sequence] = set()
         self._live_bytes = 0
@@ -88,8 +90,7 @@ class Engine:
         self._count_in(seq)
         try:
             self._commands.put(lambda: self._scheduler.submit(seq))
-            if self._dead is not None:  # it died meanwhile, and may not have seen us
-                raise self._dead
+            _raise(self._dead)  # it may have died meanwhile and not have seen us
             while True:
                 item = await inbox.get()
                 if isinstance(item, PolicyError):
@@ -125,19 +126,19 @@ class Engine:
         if policy not in SWAPS:
             raise PolicyError(f"unknown swap policy {policy!r}; use one of {', '.join(SWAPS)}", status=400,
                               kind="invalid_request_error")  # fmt: skip
-        served = await asyncio.to_thread(self._prepared, model)
+        ready = await asyncio.to_thread(self._prepared, model)
 
         def change() -> None:
-            self._scheduler.swap(Weights(served, version), go_on=policy == "continue")
+            self._scheduler.swap(Weights(ready, version), go_on=policy == "continue")
             self.version = version
 
         await self._on_thread(change)
 
-    def _prepared(self, model: TransformerLM) -> TransformerLM:
+    def _prepared(self, model: TransformerLM) -> TransformerLM | ServingModel:
         check(model, self._config)
-        served = serving_copy(model.eval(), self._packing)
-        rehearse(served)
-        return served
+        ready = served(model.eval(), self._packing)
+        rehearse(ready)
+        return ready
 
     async def pause(self, mode: str = "keep") -> None:
         """Stop between two steps, as vLLM's /pause does. "keep": running requests freeze and new ones queue; "wait":
@@ -175,8 +176,7 @@ class Engine:
 
     def _checked(self, prompt_ids: Seq[int], params: SamplingParams) -> np.ndarray:
         """The prompt as int32. Raises PolicyError for what can never run, before anything is allocated for it."""
-        if self._dead is not None or self._refusing is not None:
-            raise self._dead or self._refusing
+        _raise(self._dead, self._refusing)
         longest = len(prompt_ids) + params.max_tokens
         if not len(prompt_ids):
             raise _bad("the prompt is empty")
@@ -259,8 +259,7 @@ class Engine:
 
     async def _on_thread(self, command: Callable[[], None]) -> None:
         """Run `command` between two steps and wait until it has."""
-        if self._dead is not None:
-            raise self._dead
+        _raise(self._dead)
         loop, done = asyncio.get_running_loop(), asyncio.Event()
 
         def work() -> None:
@@ -268,8 +267,7 @@ class Engine:
             loop.call_soon_threadsafe(done.set)
 
         self._commands.put(work)
-        if self._dead is not None:
-            raise self._dead
+        _raise(self._dead)
         await done.wait()
 
     def _drain(self, then: Callable[[], None]) -> None:
@@ -297,6 +295,13 @@ class Engine:
 def _deliver(items: list[tuple[asyncio.Queue, Chunk | PolicyError]]) -> None:
     for inbox, item in items:
         inbox.put_nowait(item)
+
+
+def _raise(*errors: PolicyError | None) -> None:
+    """The first that is one, as a new object: an exception that is raised again and again keeps every caller's frames."""
+    for error in errors:
+        if error is not None:
+            raise PolicyError(str(error), status=error.status, kind=error.kind)
 
 
 def _bad(message: str) -> PolicyError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +19,12 @@ import numpy as np
 
 from tidelock.tokens import lark
 from tidelock.tokens.policy import Constraint, PolicyError
-from tidelock.tokens.tokenizer import BPETokenizer, ByteTokenizer
+from tidelock.tokens.tokenizer import Vocabulary
 
 MAX_TEXT = 1 << 18  # bytes of a constraint
 COMPILE_S = 10.0
 CACHED = 256  # compiled grammars kept
+WAITING = 64  # compilations asked for and not done; one more is refused
 LIMITS = dict(
     initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, step_max_items=50_000, max_lexer_states=50_000,
     max_grammar_size=100_000, verbose_errors=False,
@@ -33,10 +35,11 @@ class Grammars:
     """The compiled constraints of one tokenizer, least recently used dropped first. `vocab`: the model's, ids beyond the
     tokenizer's are never allowed."""
 
-    def __init__(self, tokenizer: BPETokenizer | ByteTokenizer, vocab: int) -> None:
+    def __init__(self, tokenizer: Vocabulary, vocab: int) -> None:
         self._tokenizer, self.vocab = tokenizer, vocab
         self._library: llguidance.LLTokenizer | None = None
         self._compiled: OrderedDict[Constraint, Future] = OrderedDict()
+        self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammar")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="masks")
 
@@ -44,18 +47,27 @@ class Grammars:
         """A fresh matcher. Raises PolicyError (400) for what does not compile within the limits."""
         if len(constraint.text) > MAX_TEXT:
             raise _refused(f"its text has more than {MAX_TEXT} bytes")
-        job = self._compiled.get(constraint)
-        if job is None:
-            job = self._compiled[constraint] = self._threads.submit(self._compile, constraint)
-        self._compiled.move_to_end(constraint)
-        while len(self._compiled) > CACHED:
-            self._compiled.popitem(last=False)
+        job = self._job(constraint)
         try:
             compiled = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(job)), COMPILE_S)
         except TimeoutError:
             job.cancel()
             raise _refused(f"it takes longer than {COMPILE_S:g} s to compile") from None
-        return Matcher(compiled.deep_copy(), self.vocab, self._tokenizer.special("<|eod|>"), self._ahead)
+        return Matcher(compiled.deep_copy(), self.vocab, self._tokenizer.document_end, self._ahead)
+
+    def _job(self, constraint: Constraint) -> Future:
+        """The compilation of a constraint, begun now unless it was before. Raises PolicyError (429) when too many wait."""
+        with self._lock:  # requests come from any event loop
+            job = self._compiled.get(constraint)
+            if job is None or job.cancelled():  # cancelled: it was given up before its turn came
+                if sum(not j.done() for j in self._compiled.values()) >= WAITING:
+                    raise PolicyError("too many constraints wait to be compiled; retry later", status=429)
+                job = self._compiled[constraint] = self._threads.submit(self._compile, constraint)
+            self._compiled.move_to_end(constraint)
+            for old in list(self._compiled)[: max(0, len(self._compiled) - CACHED)]:
+                if self._compiled[old].done():
+                    del self._compiled[old]
+            return job
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -81,7 +93,10 @@ class Matcher:
         self._coming: Future | None = None
 
     def prepare(self) -> None:
-        """Start computing the next mask on another thread, beside the forward that computes the logits."""
+        """Start computing the next mask on another thread, beside the forward that computes the logits.
+
+        A mask of a 164k vocabulary takes 0.1 ms as a rule and 30 ms now and then (`python -m benchmarks.sampling`); it is
+        for those that a thread pays."""
         if self._coming is None:
             self._coming = self._ahead.submit(self._matcher.compute_bitmask)
 
@@ -126,9 +141,9 @@ def _grammar(constraint: Constraint) -> str:
     raise _refused(f"its kind {constraint.kind!r} is none of json_schema, regex, lark")
 
 
-def _library_tokenizer(tokenizer: BPETokenizer | ByteTokenizer) -> llguidance.LLTokenizer:
+def _library_tokenizer(tokenizer: Vocabulary) -> llguidance.LLTokenizer:
     class Wrapped:
-        eos_token_id, bos_token_id = tokenizer.special("<|eod|>"), None
+        eos_token_id, bos_token_id = tokenizer.document_end, None
         tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
         special_token_ids = list(range(tokenizer.base, tokenizer.vocab_size))
 

@@ -20,7 +20,7 @@ class Limits:
     stream_every: int = 4  # tokens per chunk of a stream
     context: int | None = None  # None: the model's own limit
     patience: int = 16384  # tokens the engine serves until a waiting request counts as one priority level more urgent
-    draft_tokens: int = 0  # most tokens of a draft (see `speculation`); 0: plain decoding
+    draft_tokens: int = 8  # most tokens of a draft (see `speculation`); 0: plain decoding
     reuse: bool = True  # False: no prefix cache, every prompt from its first token (the oracle of the tests)
     host_bytes: int = 0  # evicted pages and snapshots kept in host memory
     disk_bytes: int = 0  # and, pushed out of there, on disk

@@ -66,20 +66,23 @@ class Line:
         before it asks for the next."""
         heap = []
         for queue in self._queues.values():
-            self._offer(heap, iter(tuple(queue)))
+            first = next(iter(queue))
+            heap.append((self._turn(first), first, queue, None))
         heapq.heapify(heap)
         while heap:
-            level, owed, _, seq, rest = heapq.heappop(heap)
-            if owed < self._owed(seq):  # its tenant was charged since
-                heapq.heappush(heap, (level, self._owed(seq), seq.number, seq, rest))
+            turn, seq, queue, behind = heapq.heappop(heap)
+            if turn < self._turn(seq):  # its tenant was charged since
+                heapq.heappush(heap, (self._turn(seq), seq, queue, behind))
                 continue
+            behind = iter(tuple(queue)[1:]) if behind is None else behind
             yield seq
-            self._offer(heap, rest)
+            seq = next(behind, None)
+            if seq is not None:
+                heapq.heappush(heap, (self._turn(seq), seq, queue, behind))
 
-    def _offer(self, heap: list, rest: Iterator[Sequence]) -> None:
-        seq = next(rest, None)
-        if seq is not None:
-            heapq.heappush(heap, (self.level(seq), self._owed(seq), seq.number, seq, rest))
+    def _turn(self, seq: Sequence) -> tuple[int, int, int]:
+        """Smaller is sooner; no two are equal."""
+        return self.level(seq), self._owed(seq), seq.number
 
     def _enter(self, seq: Sequence) -> OrderedDict[Sequence, None]:
         queue = self._queues.setdefault((seq.params.tenant, seq.params.priority), OrderedDict())

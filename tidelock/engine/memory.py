@@ -77,6 +77,12 @@ class Memory:
     def copy_slot(self, src: int, dst: int) -> None:
         self.cache.copy_slot(src, dst)
 
+    def copy_slots(self, src: Seq[int], dst: Seq[int]) -> None:
+        if src:
+            a, b = torch.tensor(src), torch.tensor(dst)
+            for t in self._states:
+                t[b] = t[a]
+
     # -- the same as plain numbers, for the tiers below (bit for bit there and back) -----------------------------------
 
     def read_rows(self, pages: Seq[int], start: int, end: int) -> Tensor:

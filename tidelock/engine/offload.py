@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tidelock.tokens.errors import UserError
+
 from .limits import Limits
 
 DIGEST = 16  # bytes
@@ -117,13 +119,15 @@ _engines = itertools.count()
 
 
 def _own_directory(base: Path) -> Path:
-    """A directory of this process under `base`; those of processes that are gone are removed."""
-    base.mkdir(parents=True, exist_ok=True)
+    """A directory of this process under `base`; those of processes that are gone are removed. Raises UserError."""
+    own = base / f"kv-{os.getpid()}-{next(_engines)}"
+    shutil.rmtree(own, ignore_errors=True)  # of an earlier process with our number
+    try:
+        own.mkdir(parents=True)
+    except OSError as e:
+        raise UserError(f"cannot offload to {base}: {e.strerror}") from None
     for other in base.glob("kv-*-*"):
         pid = other.name.split("-")[1]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
             shutil.rmtree(other, ignore_errors=True)
-    own = base / f"kv-{os.getpid()}-{next(_engines)}"
-    shutil.rmtree(own, ignore_errors=True)
-    own.mkdir()
     return own

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tidelock.models import Batch, CacheView, TransformerLM
+from tidelock.models.serving import ServingModel
 
 from .memory import Memory
 from .sequence import Sequence
@@ -17,7 +18,7 @@ Work = list[tuple[Sequence, int]]  # sequences and how many of their tokens run 
 
 
 @torch.no_grad()
-def forward(model: TransformerLM, memory: Memory, work: Work) -> tuple[Tensor, Tensor]:
+def forward(model: TransformerLM | ServingModel, memory: Memory, work: Work) -> tuple[Tensor, Tensor]:
     """Runs the next `rows` tokens of every sequence, all of one set of weights, through the cache.
 
     Hidden states [sum of rows, d], and the position of each sequence's last one in it, int64 [len(work)].

@@ -11,6 +11,7 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,17 +19,17 @@ import torch
 from tidelock.tokens.policy import PolicyError
 
 from .admission import Admission
+from .drafting import Drafting
 from .eviction import Eviction
 from .limits import Limits, Stats
 from .line import Line
 from .memory import Memory
-from .mtp import PROMPT, MTPDrafts
 from .offload import Store
+from .routing import noted, routing_for
 from .runner import Work, forward, plan
 from .sampler import draw
 from .sampling import Drawn
 from .sequence import DONE, RUNNING, WAITING, Sequence
-from .speculation import Speculation
 from .tree import Tree, common
 from .weights import Weights
 
@@ -48,9 +49,7 @@ class Scheduler:
         self.admission = Admission(self.memory, self.tree, self.eviction, self.stats)
         self.line = Line(limits, self.stats)
         self.running: list[Sequence] = []
-        self.speculation = Speculation(limits.draft_tokens, again=2 if self.memory.hybrid else 1)
-        has_mtp = limits.draft_tokens and getattr(weights.model, "mtp", None)
-        self.mtp = MTPDrafts(weights.model.config, limits.max_batch) if has_mtp else None
+        self.drafts = Drafting(weights.model, limits, self.memory, self.eviction, self.stats) if limits.draft_tokens else None
         self._boundary = boundary_id
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._full = False  # the next in line did not fit, and nothing has changed since
@@ -145,9 +144,10 @@ class Scheduler:
         self.line.charge(seq, seq.longest - seq.computed)
         seq.state, seq.follows = RUNNING, None
         self.running.append(seq)
+        seq.routing = seq.routing or routing_for(seq.params.routed_from, self.weights.model)
         seq.stops = {len(seq.ids)} if self.memory.hybrid else set()
         if self.memory.hybrid and self.limits.reuse:
-            known = min(sum(n for _, n in path), len(seq.ids) - 1)
+            known = min(sum(n for _, n in path), seq.reusable)
             if known - seq.computed >= self.limits.page_size:  # a second child: the branch gets a state of its own
                 seq.stops.add(known)
             if self.line.has_twin(seq):  # which needs one token to run, to have something to sample from
@@ -161,7 +161,7 @@ class Scheduler:
         """Whether a running prompt will soon have computed more of this one than the tree has."""
         if not self.limits.reuse:
             return False
-        have, last = None, len(seq.ids) - 1
+        have, last = None, seq.reusable
         for other in self.running:
             if other.weights is not self.weights or other.computed >= last or other.pending <= 1:
                 continue
@@ -180,12 +180,13 @@ class Scheduler:
 
     def _run(self, weights: Weights, work: Work) -> None:
         begun = time.perf_counter()
-        if self.limits.draft_tokens:
-            work = self._with_drafts(work)
+        if self.drafts:
+            work = self.drafts.add(work)
         for seq, rows in work:
             if rows == seq.pending + len(seq.draft):
                 seq.sampler.prepare()
-        hidden, last_rows = forward(weights.model, self.memory, work)
+        with noted(weights.model, [(seq.routing, seq.computed, rows) for seq, rows in work]):
+            hidden, last_rows = forward(weights.model, self.memory, work)
         ready = []
         for (seq, rows), last in zip(work, last_rows.tolist()):
             self.stats.decoded += rows if seq.decoding else 0
@@ -200,28 +201,8 @@ class Scheduler:
                 ready.append((seq, last - len(seq.draft)))
         if ready:
             self._sample(ready, hidden, weights)
-        if all(seq.decoding for seq, _ in work):
-            self.speculation.clock.saw(sum(rows for _, rows in work), time.perf_counter() - begun)
-
-    def _with_drafts(self, work: Work) -> Work:
-        """The same work with drafts, within the step's budget. With KDA layers a copy of the state waits in a spare slot;
-        without one to spare there is no draft, nor while accepted tokens run again, which would put that off for ever."""
-        rows = sum(rows for _, rows in work)
-        self.speculation.plan(rows)
-        budget, out = self.limits.step_tokens - rows, []
-        for seq, rows in work:
-            if seq.decoding and rows == seq.pending and (rows == 1 or not self.memory.hybrid):
-                room = min(budget, seq.params.max_tokens - seq.sampled - 1)
-                seq.draft = self.speculation.draft(seq.track, room, seq.params.stop_ids)
-                if seq.draft and self.memory.hybrid:
-                    if self.eviction.make_room(slots=1):
-                        seq.spare, seq.computed_before = self.memory.slots.take(), seq.computed
-                        self.memory.copy_slot(seq.slot, seq.spare)
-                    else:
-                        seq.draft = []
-                budget -= len(seq.draft)
-            out.append((seq, rows + len(seq.draft)))
-        return out
+        if self.drafts:
+            self.drafts.took(work, time.perf_counter() - begun)
 
     def _sample(self, ready: list[tuple[Sequence, int]], hidden: torch.Tensor, weights: Weights) -> None:
         """Draw the next token of each, and where it is the one that was drafted, the one after it.
@@ -246,25 +227,9 @@ class Scheduler:
                 for (seq, row, at), n in zip(going, spans)
                 if self._take_all(seq, list(itertools.islice(drawn, n)), at)
             ]
-        if self.mtp is not None and self.speculation.guesses_pay() and getattr(weights.model, "mtp", None):
-            self._look_ahead([(s, row, *b) for (s, row), b in zip(ready, before) if s.state == RUNNING], hidden, weights)
-
-    def _look_ahead(self, went: list[tuple[Sequence, int, int, bool]], hidden: torch.Tensor, weights: Weights) -> None:
-        """Feed the MTP layer what was sampled. went: sequences, the row that predicted their first new token, how many
-        ids they had before it, and whether they were decoding (or else the end of their prompt is fed too)."""
-        places, states, following = [], [], []
-        for seq, row, length, decoding in went:
-            if seq.track.place is None:
-                seq.track.place = self.mtp.take()
-            if seq.track.place is not None:
-                back = 0 if decoding else min(PROMPT, row - seq.first_row)
-                places.append(seq.track.place)
-                states.append(hidden[row - back : row + len(seq.ids) - length])
-                following.append(seq.ids[length - back :].tolist())
-        if places:
-            for (seq, *_), token in zip([w for w in went if w[0].track.place is not None],
-                                        self.mtp.guess(weights.model, places, states, following)):  # fmt: skip
-                seq.track.guess = token
+        if self.drafts:
+            went = [(s, row, *b) for (s, row), b in zip(ready, before) if s.state == RUNNING]
+            self.drafts.look_ahead(went, hidden, weights.model)
 
     def _take_all(self, seq: Sequence, drawn: list[Drawn | PolicyError], at: int) -> bool:
         """Tokens drawn for the draft's rows from `at` on, up to the first that is not what was drafted. Whether the next
@@ -278,8 +243,8 @@ class Scheduler:
             right = depth < len(seq.draft) and seq.draft[depth] == drawn.id
             finish = seq.sampler.add(drawn)
             seq.append(drawn.id)
-        if finish is not None or not right:
-            self._settle(seq, depth)
+        if seq.draft and (finish is not None or not right):
+            self.drafts.settle(seq, depth)
         if isinstance(drawn, PolicyError):
             self._fail(seq, drawn)
         elif finish is not None:
@@ -289,34 +254,17 @@ class Scheduler:
         return bool(right and finish is None)
 
     def _after(self, seq: Sequence, token: int) -> None:
-        if self.limits.draft_tokens:
-            if seq.track is None:
-                seq.track = self.speculation.begin(seq.params.tenant, seq.ids.tolist(), max(seq.cached, 0))
-            else:
-                self.speculation.grew(seq.track, token)
+        if self.drafts:
+            self.drafts.grew(seq, token)
         seq.decoding = True
         if seq.sampler.ready() >= self.limits.stream_every:
             self._send(seq, None)
 
-    def _settle(self, seq: Sequence, right: int) -> None:
-        """The first `right` tokens of the draft were right: the cache holds them too, or, where a KDA state has gone on
-        past them, goes back to before this step; the next one runs them again."""
-        if not seq.draft:
-            return
-        self.stats.drafted += len(seq.draft)
-        self.stats.accepted += right
-        self.speculation.judged(seq.track, len(seq.draft), right)
-        if seq.spare < 0 or right == len(seq.draft):
-            seq.computed += right
-        else:
-            seq.slot, seq.spare, seq.computed = seq.spare, seq.slot, seq.computed_before
-        if seq.spare >= 0:
-            self.memory.slots.release(seq.spare)
-        seq.spare, seq.draft = -1, []
-
     def _send(self, seq: Sequence, finish_reason: str | None, everything: bool = False) -> None:
         version = (seq.weights or self.weights).version
         chunk = seq.sampler.chunk(version, finish_reason, max(seq.cached, 0), everything)
+        if finish_reason is not None and seq.routing is not None:
+            chunk = replace(chunk, routed_experts=seq.routing.upto(len(seq.ids) - 1))
         if chunk.ids or finish_reason is not None:
             seq.deliver(chunk)
 
@@ -372,9 +320,8 @@ class Scheduler:
     def _withdraw(self, seq: Sequence) -> None:
         """Give back everything a running sequence holds."""
         self.line.settle(seq)
-        if seq.track is not None and seq.track.place is not None:
-            self.mtp.release(seq.track.place)
-        seq.track = None
+        if self.drafts:
+            self.drafts.forget(seq)
         self._unpin(seq)
         for page in seq.pages:
             self.memory.pages.release(page)

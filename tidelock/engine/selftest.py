@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tidelock.models import Batch, Cache, CacheView, TransformerLM
+from tidelock.models.serving import ServingModel
 
 PAGE = 16
 # Steps of (sequence, tokens): chunks of all kinds, alone and together. Both sequences end at LENGTHS.
@@ -28,7 +29,7 @@ class Exactness:
 
 
 @torch.no_grad()
-def self_test(trained: TransformerLM, served: TransformerLM) -> Exactness:
+def self_test(trained: TransformerLM, served: TransformerLM | ServingModel) -> Exactness:
     """Compares over every id of the vocabulary, not only likely ones."""
     ids = [_prompt(n, seed, trained.config.vocab_size) for seed, n in enumerate(LENGTHS)]
     expected, got = [_whole(trained, i) for i in ids], _in_pieces(served, ids)
@@ -45,7 +46,7 @@ def _whole(model: TransformerLM, ids: Tensor) -> Tensor:
     return torch.log_softmax(model.logits(model(batch)), -1)
 
 
-def _in_pieces(model: TransformerLM, ids: list[Tensor]) -> list[Tensor]:
+def _in_pieces(model: TransformerLM | ServingModel, ids: list[Tensor]) -> list[Tensor]:
     pages = [-(-n // PAGE) for n in LENGTHS]
     table = torch.zeros(2, max(pages), dtype=torch.int32)
     table[0, : pages[0]], table[1, : pages[1]] = torch.arange(pages[0]), torch.arange(pages[1]) + pages[0]

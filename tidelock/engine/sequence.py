@@ -10,6 +10,7 @@ import numpy as np
 
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 
+from .routing import Routing
 from .sampler import Sampler
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Sequence:
     spare: int = -1  # while there is a draft, the slot with the state from before this step
     computed_before: int = 0  # and how many tokens that is the state of
     track: Track | None = None
+    routing: Routing | None = None  # where the experts were asked for
     sampler: Sampler | None = None  # None: one without stop strings and constraint
 
     def __post_init__(self) -> None:
@@ -69,6 +71,12 @@ class Sequence:
     def ids(self) -> np.ndarray:
         """int32 view, valid until the next `append`."""
         return self._buffer[: self._length]
+
+    @property
+    def reusable(self) -> int:
+        """Tokens that may be taken from the cache: the last one has to run, and so does what was asked the experts of."""
+        start = self.params.routed_from
+        return len(self.ids) - 1 if start is None else min(len(self.ids) - 1, start)
 
     def append(self, token: int) -> None:
         if self._length == len(self._buffer):

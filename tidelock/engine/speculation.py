@@ -3,6 +3,12 @@
 Drafted rows are run in the same forward as the token before them and then sampled one after the other exactly as plain
 decoding would: a drafted id is used only where the draw at that position, which depends on seed and position alone,
 comes out as that id. So the output is the same, log-probabilities included, whatever is drafted; only time is at stake.
+(Where the arithmetic itself depends on the batch, as without the compiled kernels, it depends on drafts the same way.)
+
+Measured on the tool loops of a demo's model, one thread (`python -m benchmarks.speculation`): 2.7 tokens per forward
+instead of 1 with one episode in flight, about half of what is drafted is right, and 2.4 times the tokens per second; with
+8 in flight 1.5 times. With 96 in flight drafts are fewer and neither gain nor lose (0.98 and 1.01): a row costs nearly its
+share of such a step.
 """
 
 from __future__ import annotations
@@ -65,8 +71,8 @@ class Clock:
 
 
 class Speculation:
-    """Drafts for all requests of one scheduler. `most`: tokens of a draft; `again`: how often a row is run when a draft
-    fails (2 where the state has to be rolled back and accepted tokens run once more)."""
+    """Drafts for all requests of one scheduler. `most`: tokens of a draft; `again`: what a row of a draft that fails costs,
+    in rows (3 where the state was copied, has to go back, and what was accepted runs once more in a step without draft)."""
 
     def __init__(self, most: int, again: int = 1) -> None:
         self.most, self._again = most, again

@@ -11,25 +11,23 @@ from dataclasses import dataclass
 import torch
 
 from tidelock.models import Batch, ModelConfig, TransformerLM, load_checkpoint
+from tidelock.models.serving import ServingModel, serving_copy
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.policy import PolicyError
-
-PACKINGS = ("fp32",)
 
 
 @dataclass(frozen=True, eq=False)
 class Weights:
     """Compared and hashed by identity: two sets of weights never share a cache entry, whatever version they claim."""
 
-    model: TransformerLM
+    model: TransformerLM | ServingModel
     version: int
 
 
-def serving_copy(model: TransformerLM, packing: str) -> TransformerLM:
-    """The model as it is served: "fp32" is the training model itself, so that served equals trained bit for bit."""
-    if packing not in PACKINGS:
-        raise UserError(f"unknown weights packing {packing!r}; choose one of {', '.join(PACKINGS)}")
-    return model.eval()
+def served(model: TransformerLM, packing: str | None) -> TransformerLM | ServingModel:
+    """The model as it is served: itself, or a copy packed as `models.serving` says, which looks drafts up but has no MTP
+    layer to guess them with. Raises UserError for an unknown packing."""
+    return model.eval() if packing is None else serving_copy(model, packing)
 
 
 def load(checkpoint: str) -> TransformerLM:
@@ -53,13 +51,13 @@ def check(model: TransformerLM, serving: ModelConfig) -> None:
             raise _refused(f"the new weights are not all numbers: {name}")
 
 
-def rehearse(served: TransformerLM) -> None:
+def rehearse(model: TransformerLM | ServingModel) -> None:
     """One small forward, so that nothing is packed or compiled on the engine's thread. Raises PolicyError on NaN."""
-    n = min(16, served.config.max_position_embeddings)
-    ids = torch.arange(n) % served.config.vocab_size
+    n = min(16, model.config.max_position_embeddings)
+    ids = torch.arange(n) % model.config.vocab_size
     batch = Batch(ids, torch.tensor([0, n], dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
     with torch.no_grad():
-        logits = served.logits(served(batch))
+        logits = model.logits(model(batch))
     if not torch.isfinite(logits).all():
         raise _refused("the new weights give logits that are not numbers")
 

@@ -29,10 +29,17 @@ def _number(x: float) -> str:
 
 def line_chart(points: Sequence[Point], x_label: str, y_label: str, colour: str) -> str:
     """One curve with labelled axes."""
-    if not points:
+    return curves([("", points, colour)], x_label, y_label)
+
+
+def curves(lines: Sequence[tuple[str, Sequence[Point], str]], x_label: str, y_label: str) -> str:
+    """(name, points, colour class) in one frame with labelled axes; names make a legend."""
+    everything = [point for _, points, _ in lines for point in points]
+    if not everything:
         return "<p class='muted'>nothing was measured here</p>"
     width, height, left, bottom, top = 360, 200, 44, 34, 24
-    xs, ys = _ticks(0, max(x for x, _ in points)), _ticks(min(0, min(y for _, y in points)), max(y for _, y in points))
+    xs = _ticks(0, max(x for x, _ in everything))
+    ys = _ticks(min(0, min(y for _, y in everything)), max(y for _, y in everything))
 
     def sx(x: float) -> float:
         return left + (x - xs[0]) / (xs[-1] - xs[0]) * (width - left - 22)
@@ -45,12 +52,30 @@ def line_chart(points: Sequence[Point], x_label: str, y_label: str, colour: str)
         f"<text class='tick' x='{left - 6}' y='{sy(y) + 4:.1f}' text-anchor='end'>{_number(y)}</text>"
         for y in ys
     ) + "".join(f"<text class='tick' x='{sx(x):.1f}' y='{height - bottom + 15}' text-anchor='middle'>{_number(x)}</text>" for x in xs)
-    path = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in points)
+    drawn = ""
+    for i, (name, points, colour) in enumerate(lines):
+        path = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in points)
+        drawn += f"<polyline class='curve {colour}' points='{path}'/>"
+        if name:
+            y = height - bottom - 8 - 15 * (len(lines) - 1 - i)
+            drawn += f"<text class='tick name {colour}' x='{width - 26}' y='{y}' text-anchor='end'>{escape(name)}</text>"
     labels = (
         f"<text class='tick' x='{(left + width) / 2:.0f}' y='{height - 3}' text-anchor='middle'>{escape(x_label)}</text>"
         f"<text class='tick' x='4' y='11'>{escape(y_label)}</text>"
     )
-    return f"<svg viewBox='0 0 {width} {height}' role='img'>{grid}<polyline class='curve {colour}' points='{path}'/>{labels}</svg>"
+    return f"<svg viewBox='0 0 {width} {height}' role='img'>{grid}{drawn}{labels}</svg>"
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own: with the namespace and the colours that a page would give it."""
+    style = (
+        "<style>text{font:11px system-ui,sans-serif;fill:#667}.grid{stroke:#dde}.curve{fill:none;stroke-width:1.8;"
+        "stroke-linejoin:round}.curve.a{stroke:#0a6}.curve.b{stroke:#d60}.curve.c{stroke:#36c}.curve.d{stroke:#a3a}"
+        ".name.a{fill:#0a6}.name.b{fill:#d60}.name.c{fill:#36c}.name.d{fill:#a3a}.bar.plain{fill:#0a6;opacity:.75}</style>"
+        "<rect width='100%' height='100%' fill='#fff'/>"
+    )
+    head, _, body = svg.partition(">")
+    return f"{head} xmlns='http://www.w3.org/2000/svg' width='720'>{style}{body}"
 
 
 def before_after(rows: Sequence[tuple[str, str, dict, dict]]) -> str:

@@ -13,7 +13,7 @@ from tidelock.service.prices import Price, PriceBook
 from tidelock.service.state import ServiceState, open_state
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.template import Template, get_template
-from tidelock.tokens.tokenizer import BPETokenizer
+from tidelock.tokens.tokenizer import load_tokenizer
 
 from .registry import Registry
 
@@ -40,7 +40,7 @@ class RunDir:
         return self.path / "checkpoints" / name
 
     def template(self, name: str = "xtml") -> Template:
-        return get_template(name, BPETokenizer.load(self.path / "tokenizer"))
+        return get_template(name, load_tokenizer(self.path / "tokenizer"))
 
     def load(self, checkpoint: Path) -> TransformerLM:
         return load_checkpoint(checkpoint).eval()

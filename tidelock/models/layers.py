@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import balance, ops, quant
 from .batch import Batch
 from .config import ModelConfig
+from .ops.latent import Latent
 from .ops.reference import wide
 from .rope import Rope
 
@@ -90,39 +91,33 @@ class MLA(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         d, h = c.hidden_size, c.num_attention_heads
-        self.heads, self.rank = h, c.kv_lora_rank
-        self.nope, self.rope, self.v_dim = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
-        self.rope_of = None if c.mla_use_nope else Rope(self.rope, c.rope_theta, c.rope_scaling)
-        self.scale = (self.nope + self.rope) ** -0.5 * (self.rope_of.softmax_scale if self.rope_of else 1.0)
+        at = self.latent = Latent(h, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim)
+        self.rope_of = None if c.mla_use_nope else Rope(at.rope, c.rope_theta, c.rope_scaling)
+        self.scale = (at.nope + at.rope) ** -0.5 * (self.rope_of.softmax_scale if self.rope_of else 1.0)
         if c.q_lora_rank is None:
-            self.q_proj = Linear(d, h * (self.nope + self.rope), blocks=h)
+            self.q_proj = Linear(d, h * (at.nope + at.rope), blocks=h)
         else:
             self.q_a_proj, self.q_a_layernorm = Linear(d, c.q_lora_rank), RMSNorm(c.q_lora_rank, LOW_RANK_EPS)
-            self.q_b_proj = Linear(c.q_lora_rank, h * (self.nope + self.rope), blocks=h)
+            self.q_b_proj = Linear(c.q_lora_rank, h * (at.nope + at.rope), blocks=h)
         self.low_rank_query = c.q_lora_rank is not None
-        self.kv_a_proj_with_mqa = Linear(d, self.rank + self.rope)
-        self.kv_a_layernorm = RMSNorm(self.rank, LOW_RANK_EPS)
-        self.kv_b_proj = Linear(self.rank, h * (self.nope + self.v_dim), blocks=h)
-        self.g_proj = Linear(d, h * self.v_dim) if c.mla_use_output_gate else None
-        self.o_proj = Linear(h * self.v_dim, d)
+        self.kv_a_proj_with_mqa = Linear(d, at.rank + at.rope)
+        self.kv_a_layernorm = RMSNorm(at.rank, LOW_RANK_EPS)
+        self.kv_b_proj = Linear(at.rank, h * (at.nope + at.value), blocks=h)
+        self.g_proj = Linear(d, h * at.value) if c.mla_use_output_gate else None
+        self.o_proj = Linear(h * at.value, d)
         self.max_logit: Tensor | None = None  # [H], largest scaled score of the last training forward
 
     def forward(self, x: Tensor, batch: Batch, pages: Tensor | None) -> Tensor:
         """x [N, d] -> [N, d]. pages [n_pages, page_size, rank + rope]: new rows are written, then read, in place."""
-        op, n = ops.backend(x), x.shape[0]
+        op, kv_b = ops.backend(x), self.kv_b_proj.weight
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.low_rank_query else self.q_proj(x)
-        q_nope, q_rope = q.view(n, self.heads, -1).split([self.nope, self.rope], dim=-1)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
-        if self.rope_of is not None:
-            q_rope, k_rope = self.rope_of(batch.positions(), q_rope, k_rope)
-        rows = torch.cat([self.kv_a_layernorm(latent), k_rope], dim=-1)
+        norm = self.kv_a_layernorm
+        rows = op.latent_rows(self.kv_a_proj_with_mqa(x), norm.weight, norm.eps, self.latent, self.rope_of, batch)
         if pages is not None:
-            write_pages(pages, rows, batch)
-
-        w_uk, w_uv = self.kv_b_proj.weight.view(self.heads, -1, self.rank).split([self.nope, self.v_dim], dim=1)
-        q = torch.cat([op.head_linear(q_nope, w_uk), q_rope], dim=-1) * self.scale
-        o, self.max_logit = op.mla(q, rows, self.rank, batch, pages)
-        o = op.head_linear(o, w_uv.transpose(1, 2)).reshape(n, -1)
+            op.write_pages(pages, rows, batch)
+        q = op.absorb(q, kv_b, self.latent, self.rope_of, self.scale, batch)
+        o, self.max_logit = op.mla(q, rows, self.latent.rank, batch, pages)
+        o = op.expand(o, kv_b, self.latent)
         if self.g_proj is not None:
             o = op.sigmoid_gate(o, self.g_proj(x))
         return self.o_proj(o)
@@ -138,20 +133,13 @@ class MLA(nn.Module):
         over = self.max_logit > tau
         gamma = torch.where(over, tau / self.max_logit, torch.ones_like(self.max_logit))
         w_q = (self.q_b_proj if self.low_rank_query else self.q_proj).weight
-        q_nope, q_rope = w_q.view(self.heads, -1, w_q.shape[1]).split([self.nope, self.rope], 1)
-        k_nope = self.kv_b_proj.weight.view(self.heads, -1, self.rank)[:, : self.nope]
+        at = self.latent
+        q_nope, q_rope = w_q.view(at.heads, -1, w_q.shape[1]).split([at.nope, at.rope], 1)
+        k_nope = at.up(self.kv_b_proj.weight)[0]
         q_nope.mul_(gamma.sqrt()[:, None, None])
         k_nope.mul_(gamma.sqrt()[:, None, None])
         q_rope.mul_(gamma[:, None, None])
         return int(over.sum())
-
-
-def write_pages(pages: Tensor, rows: Tensor, batch: Batch) -> None:
-    """Put new rows [N, D] at their positions in the pages of their sequences."""
-    size, position = pages.shape[1], batch.positions()
-    owner = torch.repeat_interleave(batch.cu[1:] - batch.cu[:-1])
-    page = batch.table[owner, position // size].long()
-    pages.view(-1, pages.shape[-1])[page * size + position % size] = rows.to(pages.dtype)
 
 
 class GLU(nn.Module):
@@ -193,12 +181,16 @@ class MoE(nn.Module):
         self.format = c.expert_format
         self.load: Tensor | None = None  # [E], choices per expert in the last training forward
         self.scores: Tensor | None = None  # [N, E], the router's scores in it
+        self.note_choices = False  # whether the next forwards leave `choices`
+        self.choices: Tensor | None = None  # int64 [N, k], the experts of each row
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, d] -> [N, d]; each of N rows becomes k rows of width d or latent, sorted by expert, and one again."""
         op = ops.backend(x)
         logits = self.gate(x)
         idx, p = op.route(logits, self.e_score_correction_bias, self.k, self.scale)
+        if self.note_choices:
+            self.choices = idx
         if self.training:
             self.load, self.scores = torch.bincount(idx.flatten(), minlength=self.experts), logits.detach().sigmoid()
         h = self.routed_expert_down_proj(x) if self.latent else x

@@ -103,7 +103,10 @@ class TransformerLM(nn.Module):
         """Hidden states fp32 [N, d] of the new rows. With a cache, each sequence continues from (and updates) its own."""
         if view is not None:
             batch = Batch(batch.ids, batch.cu, batch.start, view)
-        embedded = self.embed_tokens(batch.ids)
+        return self.hidden(self.embed_tokens(batch.ids), batch, cache)
+
+    def hidden(self, embedded: Tensor, batch: Batch, cache: Cache | None) -> Tensor:
+        """The layers and the last norm: embedded [N, d] -> [N, d]."""
         run = {None: self._plain, 0: self._full_attention_residuals}.get(self.config.attn_res_block_size, self._attention_residuals)
         return self.norm(run(embedded, batch, cache))
 

@@ -18,7 +18,6 @@ GROUP = 32
 FORMATS = {"int4": "pack-quantized", "mxfp4": "mxfp4-pack-quantized"}  # names in compressed-tensors
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # by nibble: sign, code
 MIDPOINTS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])  # between neighbouring codes
-ROWS = 256  # output rows that are unpacked at a time
 
 
 @dataclass(frozen=True)
@@ -106,20 +105,6 @@ def served(w: Tensor, format: str, dim: int = -1) -> Tensor:
         with torch.no_grad():
             entry = w._served = (key, fake_quant(w, format, dim))
     return entry[1]
-
-
-def packed_linear(x: Tensor, p: Packed) -> Tensor:
-    """x [M, in] W^T -> [M, out], unpacking `ROWS` output rows at a time: the fp32 weight never exists whole."""
-    return torch.cat([x @ unpack(p[a : a + ROWS]).t() for a in range(0, p.shape[0], ROWS)], dim=-1)
-
-
-def packed_experts_linear(x: Tensor, offsets: Tensor, p: Packed) -> Tensor:
-    """x [rows sorted by expert, in], offsets [E + 1], p of [E, out, in] -> [rows, out]. Idle experts stay packed."""
-    out, bounds = x.new_empty(x.shape[0], p.shape[1]), offsets.tolist()
-    for e, (a, b) in enumerate(zip(bounds, bounds[1:])):
-        if a < b:
-            out[a:b] = packed_linear(x[a:b], p[e])
-    return out
 
 
 def tensors(name: str, p: Packed) -> dict[str, Tensor]:

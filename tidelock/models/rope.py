@@ -52,9 +52,13 @@ class Rope:
 
     def __call__(self, positions: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
         """positions int64 [N]; each part [N, ..., dim]."""
-        angle = positions.float()[:, None] * frequencies(self.dim, self.theta, self.yarn, positions.device)
-        cos, sin = angle.cos() * self.factor, angle.sin() * self.factor
+        cos, sin = self.turns(positions)
         return tuple(rotate(x, cos, sin) for x in parts)
+
+    def turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines fp32 [N, dim / 2] of positions int64 [N]."""
+        angle = positions.float()[:, None] * frequencies(self.dim, self.theta, self.yarn, positions.device)
+        return angle.cos() * self.factor, angle.sin() * self.factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

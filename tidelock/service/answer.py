@@ -108,7 +108,7 @@ class Choice:
         self.message: Message | None = None  # as stored, once ended
         self._tokenizer = template.tokenizer
         self._calls_before = count_calls(ask.messages)
-        self._parser = template.parser(self._calls_before)
+        self._parser = template.parser(self._calls_before, ask.tools)
         self._parser.feed(opening_ids)
         self._stop = StopFilter(ask.params.stop)  # of the content, as the engine has it
         self._said = {"reasoning": "", "content": ""}

@@ -12,12 +12,14 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tidelock.service import batch_worker, errors, openapi, upkeep, wire
+from tidelock.service import batch_worker, errors, openapi, tokens_api, upkeep, wire
 from tidelock.service.auth import authenticate
-from tidelock.service.http import Json, unknown_route
+from tidelock.service.http import Handler, Json, unknown_route
+from tidelock.service.metrics import CONTENT_TYPE, counting
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import billing
 from tidelock.service.surfaces.routes import routes
@@ -48,18 +50,30 @@ _weights = msgspec.json.Decoder(Weights)
 def create_app(state: ServiceState) -> ASGIApp:
     """The ASGI application. Several may share a database: each settles only the holds of those that died."""
 
-    return Starlette(
+    def get(path: str, handler: Handler) -> Route:
+        return Route(path, Json(state, handler), methods=["GET"])
+
+    def post(path: str, handler: Handler) -> Route:
+        return Route(path, Json(state, handler), methods=["POST"])
+
+    def metrics(request: Request) -> Response:
+        return Response(state.metrics.text(), media_type=CONTENT_TYPE)
+
+    app = Starlette(
         routes=[
             *routes(state),
-            Route("/v1/feedback", Json(state, feedback), methods=["POST"]),
-            Route("/admin/weights", Json(state, swap_weights), methods=["POST"]),
-            Route("/webhooks/payments", Json(state, billing.webhook), methods=["POST"]),
-            Route("/health", Json(state, health), methods=["GET"]),
-            Route("/openapi.json", Json(state, published), methods=["GET"]),
+            post("/v1/feedback", feedback),
+            post("/admin/weights", swap_weights),
+            post("/webhooks/payments", billing.webhook),
+            get("/health", health),
+            get("/openapi.json", published),
+            *tokens_api.routes(state, get, post),
+            Route("/metrics", metrics, methods=["GET"]),
         ],
         exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),
     )
+    return counting(app, state.metrics)
 
 
 async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:

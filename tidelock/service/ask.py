@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tidelock.service.errors import invalid_request
+from tidelock.tokens.directives import EFFORTS, thinking_effort
 from tidelock.tokens.message import Message, ToolSpec
 from tidelock.tokens.policy import SamplingParams
 from tidelock.tokens.template import canonical
@@ -70,8 +71,11 @@ class Ask:
         return tuple(tool for message in self.messages for tool in message.tools)
 
 
-def conversation(messages: Sequence[Message], tools: Sequence[ToolSpec], where: str = "messages") -> tuple[Message, ...]:
-    """The messages in their canonical form, led by the global tools. Raises a 400 that names what is out of order."""
+def conversation(
+    messages: Sequence[Message], tools: Sequence[ToolSpec], effort: str | None, where: str = "messages"
+) -> tuple[Message, ...]:
+    """The messages in their canonical form, led by the global tools and, if it is stated, the effort to think with.
+    Raises a 400 that names what is out of order."""
     _check_order(messages, where)
     check_tool_names([*tools, *(tool for message in messages for tool in message.tools)])
     out = list(messages)
@@ -79,6 +83,8 @@ def conversation(messages: Sequence[Message], tools: Sequence[ToolSpec], where: 
         out[0] = replace(out[0], tools=tuple(tools))
     elif tools:
         out = [Message("system", tools=tuple(tools)), *out]
+    if effort in EFFORTS:
+        out.insert(1 if tools else 0, thinking_effort(effort))
     return tuple(canonical(out))
 
 

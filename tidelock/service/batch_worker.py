@@ -1,6 +1,6 @@
 """Answers batches, a few lines at a time, through the same code as live requests.
 
-Every line's result is stored before the next is begun in its place, so a batch that was interrupted anywhere goes on
+Every line's result is stored in the transaction that charges for it, so a batch that was interrupted anywhere goes on
 where it was.
 """
 
@@ -13,9 +13,10 @@ import time
 from typing import Any
 
 from tidelock.service import batch_queue, run, wire
+from tidelock.service.answer import Bill, Ended
 from tidelock.service.errors import ApiError
 from tidelock.service.http import as_api_error, new_request_id
-from tidelock.service.keys import Key
+from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import batches, files
 from tidelock.service.surfaces.chat import Chat
@@ -29,6 +30,7 @@ MAX_LINES = 50_000
 MAX_ERRORS = 50  # listed of a file that does not validate
 AT_A_TIME = 8
 POLL_S = 5.0
+RETRY_S = (0.1, 0.5, 2, 10, 30, 60)  # before a line is asked again of an engine that was busy
 
 
 async def work(state: ServiceState) -> None:
@@ -132,9 +134,7 @@ class _Batch:
         async def some() -> None:
             while waiting and not self._over():
                 n = waiting.pop()
-                result = await self._line(doc["endpoint"], lines[n])
-                done[n] = {"id": f"{self.id}/{n}", "line": n, **result}
-                self.state.objects.put(LINE, self.customer, done[n])
+                done[n] = await self._line(doc["endpoint"], lines[n], n)
                 self._change(request_counts=_counts(len(lines), done.values()))
 
         tasks = [asyncio.create_task(some()) for _ in range(AT_A_TIME)]
@@ -149,28 +149,53 @@ class _Batch:
         doc = self._doc()
         return doc["status"] == "cancelling" or time.time() >= doc["expires_at"]
 
-    async def _line(self, endpoint: str, line: dict[str, Any]) -> dict[str, Any]:
+    async def _line(self, endpoint: str, line: dict[str, Any], n: int) -> dict[str, Any]:
+        """The stored result. An answer is stored by the transaction that charges for it: a line that is billed is never
+        asked again, and one that is not billed was never answered."""
+        for pause_s in (*RETRY_S, None):
+            try:
+                return await self._attempt(endpoint, line, n, last=pause_s is None)
+            except ApiError as busy:
+                log.info("%s, line %d waits: %s", self.id, n, busy)
+                await asyncio.sleep(pause_s)
+        raise AssertionError("the last attempt returns")
+
+    async def _attempt(self, endpoint: str, line: dict[str, Any], n: int, *, last: bool) -> dict[str, Any]:
+        """Raises ApiError if the engine was busy and this was not the last attempt."""
         request_id = new_request_id()
+
+        def result(status: int, body: Any) -> dict[str, Any]:
+            response = {"status_code": status, "request_id": request_id, "body": body}
+            return {"id": f"{self.id}/{n}", "line": n, "custom_id": line["custom_id"], "response": response, "error": None}
+
+        stored: list[dict[str, Any]] = []
         try:
-            body = await self._body(endpoint, wire.encode(line["body"]), request_id)
-            status = 200
+            translation, turn = await self._turn(endpoint, wire.encode(line["body"]), request_id)
+
+            def store(execute: Any, ended: list[Ended], bill: Bill) -> None:
+                stored[:] = [result(200, json.loads(wire.encode(translation.whole(ended, bill))))]
+                self.state.objects.put_in(execute, LINE, self.customer, stored[0])
+
+            await run.whole(self.state, turn, asyncio.Event(), store)
         except Exception as exception:
             error = as_api_error(exception, request_id)
-            status, body = error.status, error.body()
-        response = {"status_code": status, "request_id": request_id, "body": body}
-        return {"custom_id": line["custom_id"], "response": response, "error": None}
+            if error.retry_after_s is not None and not last:
+                raise error from exception
+            stored[:] = [result(error.status, error.body())]
+            self.state.objects.put(LINE, self.customer, stored[0])
+        return stored[0]
 
-    async def _body(self, endpoint: str, body: bytes, request_id: str) -> Any:
+    async def _turn(self, endpoint: str, body: bytes, request_id: str) -> tuple[Any, Turn]:
         state, key = self.state, self.state.keys.live(self.key_id)
         if key is None or "model" not in key.scopes:
             raise ApiError(401, "invalid_authentication_error", "the key that made this batch is revoked")
         translation = SURFACES[endpoint](state, key, None, body)
+        translation.request.store = False  # the batch's own file keeps it
         if translation.ask.stream:
             raise ApiError(400, "invalid_request_error", "a request in a batch cannot stream", param="stream")
         turn = await run.prepare(state, key, translation.ask, request_id, "batch")
         translation.begin(turn)
-        ended, bill = await run.whole(state, turn, asyncio.Event())
-        return json.loads(wire.encode(translation.whole(ended, bill)))
+        return translation, turn
 
     def _finish(self, total: int, done: dict[int, Any]) -> None:
         doc = self._change(finalizing_at=int(time.time()))

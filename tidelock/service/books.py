@@ -432,7 +432,7 @@ class Books:
                     fresh.append((customer, *name, account.expires, account.balance))
         tx.insert("accounts", ("customer", "kind", "lot", "expires", "balance_nano"), fresh)
         tx.update("accounts", ("customer", "kind", "lot"), ("balance_nano",), known)
-        tx.insert("holds", HOLD_COLUMNS, [tuple(self._holds[r].values()) for r in self._new_holds])
+        tx.insert("holds", HOLD_COLUMNS, [tuple(self._holds[r][column] for column in HOLD_COLUMNS) for r in self._new_holds])
         changed = [self._holds[r] for r in self._changed_holds - self._new_holds]
         rows = [(h["request_id"], *(h[column] for column in HOLD_CHANGES)) for h in changed]
         tx.update("holds", ("request_id",), HOLD_CHANGES, rows)

@@ -43,13 +43,13 @@ class LocalPostgres:
     user: str | None
 
     def database(self) -> str:
-        """The URL of a new, empty database."""
+        """The URL of a new, empty database. (A schema, which is one to its user, and costs no 7 MB of files.)"""
         import psycopg
 
         name = f"t{uuid.uuid4().hex[:12]}"
-        with psycopg.connect(self._url("postgres"), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
-        return self._url(name)
+        with psycopg.connect(self._url(), autocommit=True) as connection:
+            connection.execute(f"CREATE SCHEMA {name}")
+        return f"{self._url()}&options=-csearch_path%3D{name}"
 
     def start(self) -> None:
         self._run("pg_ctl", "start", "-w", "-s", "-D", f"{self.directory}/data", "-l", f"{self.directory}/log")
@@ -80,8 +80,8 @@ class LocalPostgres:
         if done.returncode:
             raise UserError(f"{program} failed: {(done.stderr or '').strip() or self.directory / 'log'}")
 
-    def _url(self, name: str) -> str:
-        return f"postgresql://tidelock@/{name}?host={self.directory}&port={PORT}"
+    def _url(self) -> str:
+        return f"postgresql://tidelock@/postgres?host={self.directory}&port={PORT}"
 
 
 @contextmanager

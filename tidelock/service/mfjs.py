@@ -77,6 +77,8 @@ class _Checker:
         beside = NOTES | ({"$defs", "$id"} if not at else set())
         if "anyOf" in schema or "$ref" in schema:
             self._combined(schema, at, beside, depth)
+        elif not schema.keys() - NOTES:
+            pass  # anything
         elif "type" not in schema:
             raise _Fault(f"{where}: every schema needs a type, anyOf or $ref")
         else:

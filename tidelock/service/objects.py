@@ -26,10 +26,15 @@ class Objects:
     def put(self, kind: str, customer: str, doc: dict[str, Any]) -> None:
         """Stores `doc` under its `id`."""
         with self._db.transaction() as write:
-            write(
-                "INSERT INTO objects (id, kind, customer, created_us, body) VALUES (?, ?, ?, ?, ?)",
-                (doc["id"], kind, customer, time.time_ns() // 1000, json.dumps(doc)),
-            )
+            self.put_in(write, kind, customer, doc)
+
+    @staticmethod
+    def put_in(write: Any, kind: str, customer: str, doc: dict[str, Any]) -> None:
+        """`put` as part of a transaction; a document that is there already stays as it is."""
+        write(
+            "INSERT INTO objects (id, kind, customer, created_us, body) VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO NOTHING",
+            (doc["id"], kind, customer, time.time_ns() // 1000, json.dumps(doc)),
+        )
 
     def change(
         self, kind: str, customer: str, object_id: str, change: Callable[[dict[str, Any]], None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 from tidelock.service.db import Conflict, StorageDown
@@ -39,9 +39,9 @@ class Postgres:
 
     def _connect(self) -> psycopg.Connection:
         connection = psycopg.connect(
-            self._url, autocommit=True, row_factory=_rows, connect_timeout=5, prepare_threshold=2,
-            options="-c lock_timeout=10s -c idle_in_transaction_session_timeout=60s",
-        )  # fmt: skip
+            self._url, autocommit=True, row_factory=_rows, connect_timeout=5, prepare_threshold=2
+        )
+        connection.execute("SET lock_timeout = '10s'; SET idle_in_transaction_session_timeout = '60s'")
         connection.prepared_max = 500
         connection.adapters.register_loader("numeric", _Integer)
         return connection
@@ -135,7 +135,10 @@ class _Transaction:
 
     def _types(self, table: str) -> dict[str, str]:
         if table not in self._known:
-            sql = "SELECT column_name, data_type FROM information_schema.columns WHERE table_name = %s"
+            sql = (
+                "SELECT column_name, data_type FROM information_schema.columns "
+                "WHERE table_schema = current_schema() AND table_name = %s"
+            )
             self._known[table] = dict(self._connection.execute(sql, (table,)).fetchall())
         return self._known[table]
 
@@ -163,7 +166,7 @@ def _arrays(rows: Sequence[Sequence[Any]], types: list[str]) -> list[list[Any]]:
     return columns
 
 
-@cache
+@lru_cache(maxsize=2048)
 def _translated(sql: str) -> str:
     return sql.replace("%", "%%").replace("?", "%s")
 

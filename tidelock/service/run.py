@@ -9,9 +9,10 @@ charge; a client that left pays exactly for the tokens sampled until then.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from tidelock.service import errors
 from tidelock.service.answer import Bill, Choice, Ended, Event, Piece, Usage
@@ -26,9 +27,11 @@ from tidelock.service.prices import Counts
 from tidelock.service.state import ServiceState
 from tidelock.service.tab import Tab, opened
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams, drawn_from
+from tidelock.tokens.policy import Chunk, Constraint, PolicyError, SamplingParams, drawn_from
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import Node
+
+Also = Callable[[Any, list[Ended], Bill], None]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Turn:
     parent: str | None
     new: tuple[tuple[Message, tuple[int, ...]], ...]
     opening_ids: tuple[int, ...]
+    constraint: Constraint | None
     prompt_ids: tuple[int, ...]
     prompt_tokens: int
     max_tokens: int  # of each choice
@@ -76,6 +80,7 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
         parent=parent,
         new=new,
         opening_ids=opening_ids,
+        constraint=constraint(state.template, ask),
         prompt_ids=prompt_ids,
         prompt_tokens=prompt_tokens,
         max_tokens=_max_tokens(state, ask.max_tokens, prompt_tokens),
@@ -146,7 +151,7 @@ class Meter:
             turn.ask.params,
             max_tokens=turn.max_tokens,
             stop_ids=tuple(state.template.stop_ids),
-            constraint=constraint(state.template, turn.ask),
+            constraint=turn.constraint,
             tenant=turn.key.customer,
         )
         self.delivered = False  # whether the client has been sent any of it
@@ -157,27 +162,34 @@ class Meter:
             c.stopped is not None or (c.sample.ids and c.sample.finish_reason in ("stop", "length")) for c in self.choices
         )
 
-    async def finish(self) -> tuple[list[Piece], list[Ended], Bill]:
-        """Charges for the answers and stores them, then tells how they ended."""
+    async def finish(self, also: Also | None = None) -> tuple[list[Piece], list[Ended], Bill]:
+        """Charges for the answers and stores them, then tells how they ended. `also` joins the charge's transaction."""
         pieces: list[Piece] = []
         ended: list[Ended] = []
         for choice in self.choices:
             *rest, last = choice.end()
             pieces += rest
             ended.append(last)
-        usage = await self._settle()
-        return pieces, ended, Bill(usage, await record(self._state, self._turn, self))
+        new, answers = nodes(self._state, self._turn, self)
+        ids = tuple(answer.id for answer in answers)
+        bill = await self._settle(ids, None if also is None else lambda execute, bill: also(execute, ended, bill))
+        await self._state.scribe.add([*new, *answers])
+        return pieces, ended, bill
 
-    async def _settle(self) -> Usage:
+    async def _settle(self, ids: tuple[str, ...], also: Callable[[Any, Bill], None] | None) -> Bill:
         completion = sum(len(choice.sample.ids) for choice in self.choices)
         cached = self.choices[0].sample.cached_tokens
         reason = "stop" if self.complete else "abort"
         if self.complete and any(choice.sample.finish_reason == "length" for choice in self.choices):
             reason = "length"
         counts = Counts(self._turn.prompt_tokens, cached, completion=completion)
-        nano_usd = await self.tab.settle(Metered(counts, reason))
         reasoning = sum(choice.reasoning_tokens for choice in self.choices)
-        return Usage(counts.prompt, completion, cached, reasoning, nano_usd)
+
+        def bill(nano_usd: int) -> Bill:
+            return Bill(Usage(counts.prompt, completion, cached, reasoning, nano_usd), ids)
+
+        joined = None if also is None else lambda execute, nano_usd: also(execute, bill(nano_usd))
+        return bill(await self.tab.settle(Metered(counts, reason), joined))
 
 
 @asynccontextmanager
@@ -212,8 +224,13 @@ async def metered(state: ServiceState, turn: Turn) -> AsyncIterator[Meter]:
         raise errors.rate_limited(turn.key.customer, turn.key.id, reached) from None
 
 
-async def whole(state: ServiceState, turn: Turn, left: asyncio.Event) -> tuple[list[Ended], Bill]:
-    """The finished answers. Raises ApiError; a failure costs nothing, a client that left pays for what was sampled."""
+async def whole(
+    state: ServiceState, turn: Turn, left: asyncio.Event, also: Also | None = None
+) -> tuple[list[Ended], Bill]:
+    """The finished answers. Raises ApiError; a failure costs nothing, a client that left pays for what was sampled.
+
+    `also(execute, ended, bill)` writes in the same transaction as the charge: both happen, or neither.
+    """
     async with metered(state, turn) as meter:
         try:
             async with asyncio.timeout(state.request_timeout_s):
@@ -225,7 +242,7 @@ async def whole(state: ServiceState, turn: Turn, left: asyncio.Event) -> tuple[l
         finally:
             meter.delivered = meter.complete or left.is_set()
             if meter.delivered and any(choice.sample.ids for choice in meter.choices):
-                _, ended, bill = await meter.finish()
+                _, ended, bill = await meter.finish(also)
     return ended, bill
 
 
@@ -376,8 +393,8 @@ def _stopped_early() -> ApiError:
     return errors.policy_failed("the answer was stopped before its end", 503, "engine_overloaded_error")
 
 
-async def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ...]:
-    """Writes the new messages and the answers to the trace, in one durable batch; returns the answers' node ids."""
+def nodes(state: ServiceState, turn: Turn, meter: Meter) -> tuple[list[Node], list[Node]]:
+    """(the new messages, the answers) as the trace keeps them."""
     common = {
         "scope": turn.scope,
         "template": state.template.hash,
@@ -386,10 +403,10 @@ async def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ..
         "consent_source": turn.consent_source,
         "exact": state.policy.exact,
     }
-    parent, nodes = turn.parent, []
+    parent, new = turn.parent, []
     for given, ids in turn.new:
-        nodes.append(Node.of(parent, given, ids, **common))
-        parent = nodes[-1].id
+        new.append(Node.of(parent, given, ids, **common))
+        parent = new[-1].id
     answers = []
     sampling = asdict(meter.params)
     for choice in meter.choices:
@@ -410,5 +427,4 @@ async def record(state: ServiceState, turn: Turn, meter: Meter) -> tuple[str, ..
                 **common,
             )
         )
-    await state.scribe.add([*nodes, *answers])
-    return tuple(answer.id for answer in answers)
+    return new, answers

@@ -13,6 +13,7 @@ from tidelock.service.guesses import Guesses
 from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
+from tidelock.service.metrics import Metrics, Observed
 from tidelock.service.objects import Objects
 from tidelock.service.payments import Payments
 from tidelock.service.plans import Plans
@@ -22,6 +23,7 @@ from tidelock.service.scribe import Scribe
 from tidelock.service.tiers import Tiers
 from tidelock.service.till import Till
 from tidelock.service.workers import Worker
+from tidelock.tokens.errors import UserError
 from tidelock.tokens.policy import Policy
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import TraceStore
@@ -60,8 +62,10 @@ class ServiceState:
     batch_news: asyncio.Event = field(default_factory=asyncio.Event)
     guesses: Guesses = field(default_factory=Guesses)
     lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
+    metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
+        self.policy = Observed(self.policy, self.metrics, self.weights_version)
         self.prices.now.price(self.model)
 
     @property
@@ -87,7 +91,13 @@ def open_state(
     Three files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
     `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`; and `webhook_secrets`, what the
     payment provider signs with. `database` overrides the first.
+    Raises UserError for a template that would have to render a stored conversation anew to go on with it.
     """
+    if not template.prefix_stable:
+        raise UserError(
+            f"the {template.name} template drops old reasoning, so stored conversations could not be continued by their "
+            "ids; serve with one that keeps it, such as chatml"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     db = Database(database or service_database(directory))

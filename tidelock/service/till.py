@@ -38,6 +38,7 @@ class _Operation:
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any] = field(init=False)
     attempts: int = 0
+    orphaned: Callable[[], Any] | None = None  # what to do with a result that nobody waits for any more
 
     def __post_init__(self) -> None:
         self.future = self.loop.create_future()
@@ -61,18 +62,15 @@ class Till:
     async def hold(self, ask: Admission) -> Hold:
         """Raises InsufficientBalance, RateLimited or StorageDown; a caller that is cancelled meanwhile leaves no hold behind."""
         operation = self._submit(ask.customer, ask.request_id, lambda books: books.hold(ask), new=True)
+        operation.orphaned = lambda: self.give_back(ask.customer, ask.request_id)
         try:
             return await operation.future
         except StorageDown:  # perhaps it was written and only the answer got lost
-            self.give_back(ask.customer, ask.request_id)
+            operation.orphaned()
             raise
         except asyncio.CancelledError:
-            give_back = lambda done: self.give_back(ask.customer, ask.request_id)  # noqa: E731
-            if operation.future.cancelled():
-                operation.future = operation.loop.create_future()
-                operation.future.add_done_callback(give_back)
-            else:
-                give_back(None)
+            if not operation.future.cancelled():  # the hold came and nobody took it; otherwise it is yet to come
+                operation.orphaned()
             raise
 
     async def extend(
@@ -175,7 +173,10 @@ class Till:
                 log.exception("%s could not be booked", batch[0].request_id)
             _resolve([(batch[0], error)])
         else:
-            _resolve(results)
+            for operation in _resolve(results):  # their loop has closed: a hold that came too late goes back at once
+                if operation.orphaned is not None:
+                    release = lambda books, held=operation.request_id: books.release(held)  # noqa: E731
+                    self._book([_Operation(operation.customer, operation.request_id, True, release, True, operation.loop)])
 
     def _commit(self, batch: list[_Operation]) -> list[tuple[_Operation, Any]]:
         customers = [operation.customer for operation in batch]
@@ -209,21 +210,25 @@ class Till:
             self._queue.put(operation)
 
 
-def _resolve(results: list[tuple[_Operation, Any]]) -> None:
-    """Hands results to their waiters, one wake-up per event loop."""
+def _resolve(results: list[tuple[_Operation, Any]]) -> list[_Operation]:
+    """Hands results to their waiters, one wake-up per event loop; returns those whose loop is closed."""
+    stranded: list[_Operation] = []
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Operation, Any]]] = {}
     for operation, result in results:
         by_loop.setdefault(operation.loop, []).append((operation, result))
     for loop, own in by_loop.items():
         try:
             loop.call_soon_threadsafe(_deliver, own)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            pass
+        except RuntimeError:  # the loop is closed
+            stranded += [operation for operation, _ in own]
+    return stranded
 
 
 def _deliver(results: list[tuple[_Operation, Any]]) -> None:
     for operation, result in results:
-        if operation.future.done():
+        if operation.future.done():  # cancelled
+            if operation.orphaned is not None and not isinstance(result, InsufficientBalance):
+                operation.orphaned()
             continue
         if isinstance(result, BaseException):
             operation.future.set_exception(result)

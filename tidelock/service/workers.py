@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from tidelock.service.db import Database, StorageDown
+from tidelock.service.db import Database, StorageDown, Transaction
 
 
 class Worker:
@@ -25,14 +25,18 @@ class Worker:
         self._db, self._monotonic = db, monotonic
         self._seen: dict[str, tuple[int, float]] = {}  # worker -> (beats, since when it has stood there)
         with db.transaction() as tx:
-            row = (self.id, _machine(), _process(os.getpid()), time.time())
-            tx("INSERT INTO workers (id, machine, process, beats, created) VALUES (?, ?, ?, 0, ?)", row)
+            self._enter(tx)
+
+    def _enter(self, tx: Transaction) -> None:
+        row = (self.id, _machine(), _process(os.getpid()), time.time())
+        tx("INSERT INTO workers (id, machine, process, beats, created) VALUES (?, ?, ?, 0, ?)", row)
 
     def beat(self) -> None:
         """Says that we live. Raises StorageDown."""
         try:
             with self._db.transaction() as tx:
-                tx("UPDATE workers SET beats = beats + 1 WHERE id = ?", (self.id,))
+                if tx("UPDATE workers SET beats = beats + 1 WHERE id = ?", (self.id,)).rowcount == 0:
+                    self._enter(tx)  # we were away for so long that somebody took us for dead
         except StorageDown:
             self._seen.clear()
             raise

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
+# Names a system message may have: what such a message steers (see `directives`).
+DIRECTIVES = ("thinking-effort", "tool-choice", "response-format")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class ToolCall:
 class Message:
     """One message.
 
-    system: `content`; the first one may carry `tools` (the tool set of the conversation).
+    system: `content`; one may carry `tools` (the first: the tool set of the conversation; a later one adds to it) or
+    be named after one of `DIRECTIVES`.
     user: `content`.
     assistant: `reasoning` ("" = thought nothing), `content`, `tool_calls`.
     tool: `content` = the result, `tool_call_id`, `name` of the tool.

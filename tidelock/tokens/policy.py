@@ -7,8 +7,8 @@ endpoint (`agent.remote`). The agent, the environments and the service cannot te
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class SamplingParams:
     tenant: str = ""  # whose request it is: waiting tenants are served in turn
     priority: int = 0  # lower is more urgent; turns are taken within one priority
     deadline_s: float | None = None  # from arrival; a request that is not done by then ends with "deadline"
+    routed_from: int | None = None  # report the experts of the tokens from this position on; nothing after it is reused
 
 
 # The ids that cut-offs and a constraint left: None = all; else the ids, ascending, or, where that is smaller, a bit mask
@@ -89,6 +90,9 @@ class Chunk:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()  # per token (id, logprob), likeliest first
     kept: tuple[Kept, ...] = ()  # per token what cut-offs and constraint left; empty = nothing was ever cut
     stop: str | None = None  # on the last chunk: the stop string that was found
+    # on the last chunk, where asked for: experts per token from `routed_from` on and per layer (dense ones 0), in the
+    # router's order, uint8 or uint16 [prompt + sampled - 1 - routed_from, layers, k]; the last token was never run
+    routed_experts: Any = field(default=None, compare=False)
 
 
 def drawn_from(chunks: Sequence[Chunk]) -> tuple[tuple[float, ...], tuple[Kept, ...]]:

@@ -12,20 +12,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from . import lark
-from .errors import UserError
-from .message import Message, ToolCall, ToolSpec
+from .errors import NotAnExtension, UserError
+from .message import DIRECTIVES, Message, ToolCall, ToolSpec
 from .policy import Constraint
-from .tokenizer import BPETokenizer, ByteTokenizer
+from .tokenizer import Vocabulary
 from .turn import Delta, TurnParser, call_id, make_calls
 
-__all__ = ["Delta", "Template", "TurnParser", "canonical", "count_calls", "get_template"]
+__all__ = ["Delta", "Template", "TurnParser", "canonical", "count_calls", "declared_tools", "get_template"]
 
 
 class Template:
     """Base of the formats. `stop_ids` end an assistant turn and belong to it.
 
-    prefix_stable: the ids of a longer conversation start with the ids of the shorter one. hash: short and stable, over
-    the format, its special ids and the tokenizer; equal hashes mean equal ids for equal messages.
+    prefix_stable: the ids of a longer conversation start with the ids of the shorter one. Where it is False, `extend`
+    raises NotAnExtension as soon as they would not. hash: short and stable, over the format, its special ids and the
+    tokenizer; equal hashes mean equal ids for equal messages.
     """
 
     name: str
@@ -33,24 +34,41 @@ class Template:
     prefix_stable: bool
     stop_ids: tuple[int, ...]
 
-    def __init__(self, tokenizer: BPETokenizer | ByteTokenizer) -> None:
+    def __init__(self, tokenizer: Vocabulary) -> None:
         self.tokenizer = tokenizer
         identity = f"{self.name}/{self.version}/{tokenizer.base}/{tokenizer.identity}"
         self.hash = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
 
     def render(self, messages: Sequence[Message], generation_prompt: bool = False) -> list[int]:
-        """Ids of a canonical conversation (see `canonical`)."""
-        return self.extend([], [], messages, generation_prompt)
+        """Ids of a canonical conversation (see `canonical`), as a model that is to go on with it is shown it."""
+        return self._append([], [], self._shown(messages), generation_prompt)
 
     def extend(
         self, ids: Sequence[int], messages: Sequence[Message], new: Sequence[Message], generation_prompt: bool = False
     ) -> list[int]:
-        """`ids`, which stand for `messages`, followed by the rendering of `new`."""
+        """`ids`, which stand for `messages`, followed by the rendering of `new`.
+
+        Raises NotAnExtension when a model would be shown `messages` as other ids once `new` follow them.
+        """
+        if self.prefix_stable:
+            return self._append(ids, messages, new, generation_prompt)
+        whole = self.render([*messages, *new], generation_prompt)
+        if whole[: len(ids)] != list(ids):
+            raise NotAnExtension(
+                f"the {self.name} template shows a model no reasoning from before the latest answer, so these ids cannot "
+                "be continued: render the conversation anew, or take a template that keeps its reasoning"
+            )
+        return whole
+
+    def _append(
+        self, ids: Sequence[int], messages: Sequence[Message], new: Sequence[Message], generation_prompt: bool
+    ) -> list[int]:
         out, before = list(ids), list(messages)
+        if not before and (new or generation_prompt):
+            out += self._opening(new)
         for message in new:
             if message.role == "assistant":
-                out += self.generation_prompt()
-                out += self.sampled(message) if message.verbatim is None else message.verbatim
+                out += self.generation_prompt() + self.turn(message)
             else:
                 out += self._input(message, before)
             before.append(message)
@@ -58,16 +76,29 @@ class Template:
             out += self.generation_prompt()
         return out
 
+    def _opening(self, messages: Sequence[Message]) -> list[int]:
+        """What comes before the first message."""
+        return []
+
+    def _shown(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The messages without what the format leaves out of a prompt."""
+        return messages
+
     def generation_prompt(self) -> list[int]:
         """What comes before the first sampled id of an assistant turn."""
         raise NotImplementedError
+
+    def turn(self, message: Message) -> list[int]:
+        """The ids that were sampled for an assistant message: what follows the generation prompt."""
+        return self.sampled(message) if message.verbatim is None else list(message.verbatim)
 
     def sampled(self, message: Message) -> list[int]:
         """The ids a model would sample to say this assistant message, from its text, stop id included."""
         raise NotImplementedError
 
-    def parser(self, calls_before: int = 0) -> TurnParser:
-        """Reads one sampled turn. `calls_before`: tool calls made earlier in the conversation, which number the new."""
+    def parser(self, calls_before: int = 0, tools: Sequence[ToolSpec] = ()) -> TurnParser:
+        """Reads one sampled turn. `calls_before`: tool calls made earlier in the conversation, which number the new.
+        `tools`: those declared, by which a call that says no name may still be understood."""
         raise NotImplementedError
 
     def text_reader(self, prompt_ids: Sequence[int]) -> Callable[[int], bytes | None]:
@@ -100,11 +131,11 @@ class Template:
             raise UserError(f"no tool is called {choice!r}")
         if choice == "required" and not tools:
             raise UserError("a call is required, but there are no tools")
-        answering, calling = self._turn("content"), self._turn("text", "call" if named else "call+")
-        if named or choice == "required":
-            start, callable_ = calling, named or tools
+        answering = self._turn("content")
+        if named or choice == "required":  # a call and no words: a model that would rather talk could talk for ever
+            start, callable_ = self._turn('""', "call" if named else "call+"), named or tools
         elif choice == "auto" and tools:
-            start, callable_ = f"{answering} | {calling}", tools
+            start, callable_ = f"{answering} | {self._turn('text', 'call+')}", tools
         else:
             start, callable_ = answering, ()
         thought = lark.TEXT if thinking else '""'
@@ -148,18 +179,31 @@ class Template:
         return UserError(f"these ids do not start with a message of the {self.name} template; check the tokenizer")
 
 
-def get_template(name: str, tokenizer: BPETokenizer | ByteTokenizer) -> Template:
-    from .chatml import ChatML
-    from .xtml import XTML
+def get_template(name: str, tokenizer: Vocabulary, thinking: bool | None = None) -> Template:
+    """A format by its own name or by that of a model that speaks it.
 
-    formats = {t.name: t for t in (XTML, ChatML)}
+    `thinking`: whether turns begin with reasoning; None takes the format's usual mode. Raises UserError for a name there
+    is none of, a mode the format has not, a tokenizer without its special tokens.
+    """
+    from . import chatml, xtml
+
+    formats = {**xtml.FORMATS, **chatml.FORMATS}
     if name not in formats:
         raise UserError(f"unknown template {name!r}; choose one of {', '.join(sorted(formats))}")
-    return formats[name](tokenizer)
+    modes = formats[name]
+    if thinking is None:
+        thinking = next(iter(modes))
+    if thinking not in modes:
+        raise UserError(f"the {name} template has no mode {'with' if thinking else 'without'} thinking")
+    return modes[thinking](tokenizer)
 
 
 def count_calls(messages: Sequence[Message]) -> int:
     return sum(len(m.tool_calls) for m in messages)
+
+
+def declared_tools(messages: Sequence[Message]) -> tuple[ToolSpec, ...]:
+    return tuple(tool for m in messages for tool in m.tools)
 
 
 def last_calls(messages: Sequence[Message]) -> tuple[ToolCall, ...]:
@@ -191,8 +235,8 @@ def result_number(position: int, before: Sequence[Message]) -> int:
 def canonical(messages: Sequence[Message]) -> list[Message]:
     """The same conversation in the one form that rendering and parsing agree on, whatever form a client used.
 
-    Call ids follow from position. Each role keeps the fields it has, a name that only repeats the role is dropped, and
-    a declaration of tools without text joins the system text after it.
+    Call ids follow from position, and results stand in the order of their calls. Each role keeps the fields it has, a
+    name that only repeats the role is dropped, and a declaration of tools without text joins the system text after it.
     """
     out: list[Message] = []
     for i, m in enumerate(messages):
@@ -206,19 +250,35 @@ def canonical(messages: Sequence[Message]) -> list[Message]:
             out.append(Message("tool", m.content, tool_call_id=call_id(name, number), name=name))
         elif m.role == "user":
             out.append(Message("user", m.content, name=None if m.name in ("", "user") else m.name))
+        elif m.name in DIRECTIVES and not m.tools:
+            out.append(Message("system", m.content, name=m.name))
         elif out and out[-1].role == "system" and out[-1].tools and not out[-1].content and not m.tools:
             out[-1] = replace(out[-1], content=m.content)
         else:
             out.append(Message("system", m.content, tools=m.tools))
+    return in_call_order(out)
+
+
+def in_call_order(messages: Sequence[Message]) -> list[Message]:
+    """The results of parallel calls in the order of the calls. What answers no call by its id stays put."""
+    out: list[Message] = []
+    for message in messages:
+        at = len(out)
+        if message.role == "tool":
+            ids = [call.id for call in last_calls(out)]
+            later = ids[ids.index(message.tool_call_id) + 1 :] if message.tool_call_id in ids else []
+            while at and out[at - 1].role == "tool" and out[at - 1].tool_call_id in later:
+                at -= 1
+        out.insert(at, message)
     return out
 
 
-def system_parts(message: Message) -> Iterator[tuple[str, str]]:
-    """A system message as formats spell it: ("tools", declaration), then ("text", content) unless only tools."""
+def system_parts(message: Message, sort_keys: bool = True) -> Iterator[tuple[str, str]]:
+    """A system message as formats spell it: ("tools", declaration), then (its name or "text", content) unless only tools."""
     if message.tools:
-        yield "tools", tools_json(message.tools)
+        yield "tools", tools_json(message.tools, sort_keys)
     if message.content or not message.tools:
-        yield "text", message.content
+        yield message.name if message.name in DIRECTIVES else "text", message.content
 
 
 def add_system_text(messages: list[Message], text: str) -> None:
@@ -229,9 +289,9 @@ def add_system_text(messages: list[Message], text: str) -> None:
         messages.append(Message("system", text))
 
 
-def tools_json(tools: Sequence[ToolSpec]) -> str:
-    """The declaration as templates embed it: keys sorted, compact."""
-    return json.dumps([t.openai() for t in tools], sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+def tools_json(tools: Sequence[ToolSpec], sort_keys: bool = True) -> str:
+    """The declaration as templates embed it: compact."""
+    return json.dumps([t.openai() for t in tools], sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=False)
 
 
 def tools_from_json(text: str) -> tuple[ToolSpec, ...] | None:

@@ -1,13 +1,15 @@
 """Byte-level BPE over a well-kept library, with special tokens kept out of its reach.
 
 The library only ever sees plain text. Special tokens are ids appended behind its vocabulary by our wrapper, so no text
-a user can type encodes to one. `ByteTokenizer` is the same interface without training: one id per byte.
+a user can type encodes to one. `ByteTokenizer` is the same interface without training: one id per byte. The published
+Kimi models' tokenizer is in `kimi`; `load_tokenizer` takes whichever a directory holds.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from .errors import UserError
 
+JSON_FILE = "tokenizer.json"
 CACHED_CHARS = 2048  # a tool declaration fits; longer texts are documents, seldom seen twice, and would fill the memory
 SPECIALS = (
     "<|eod|>",  # end of a document
@@ -32,15 +35,32 @@ SPECIALS = (
 PIECES = r'[a-z]+(?: [a-z]+="[^"<>]*")+| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+'
 
 
-class _Specials:
-    """Ids for the special tokens, counted from the end of a base vocabulary."""
+class Vocabulary:
+    """Base of the tokenizers: ids of text up to `base`, then the special tokens.
 
-    def __init__(self, base: int) -> None:
+    document_end: the id that ends a document in pretraining text.
+    """
+
+    identity: str  # equal for tokenizers that give equal ids for equal texts
+    document_end: int
+
+    def __init__(self, base: int, specials: Sequence[str]) -> None:
         self.base = base
-        self._special = {name: base + i for i, name in enumerate(SPECIALS)}
-        self.vocab_size = base + len(SPECIALS)
+        self.specials = tuple(specials)
+        self.vocab_size = base + len(self.specials)
+        self._special = {name: base + i for i, name in enumerate(self.specials)}
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; never a special id, whatever the text says. Lone surrogates become U+FFFD."""
+        raise NotImplementedError
+
+    def save(self, directory: str | Path) -> None:
+        raise NotImplementedError
 
     def special(self, name: str) -> int:
+        """Raises UserError when there is no such token."""
+        if name not in self._special:
+            raise UserError(f"this tokenizer has no special token {name!r}; take the template that belongs to it")
         return self._special[name]
 
     def is_special(self, token: int) -> bool:
@@ -57,18 +77,22 @@ class _Specials:
         if token >= self.vocab_size or token < 0:
             raise ValueError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
         if token >= self.base:
-            return SPECIALS[token - self.base].encode()
+            return self.specials[token - self.base].encode()
         return self._base_bytes(token)
 
+    def _base_bytes(self, token: int) -> bytes:
+        raise NotImplementedError
 
-class BPETokenizer(_Specials):
+
+class BPETokenizer(Vocabulary):
     """Byte-level BPE (the `tokenizers` library). Any text round-trips: decode(encode(s)) == s."""
 
     def __init__(self, library: Tokenizer) -> None:
-        super().__init__(library.get_vocab_size())
+        super().__init__(library.get_vocab_size(), SPECIALS)
+        self.document_end = self.special("<|eod|>")
         self._library = library
         # GPT-2's printable stand-ins for bytes, undone once for the whole vocabulary.
-        stand_in = {c: b for b, c in _byte_alphabet().items()}
+        stand_in = {c: b for b, c in byte_alphabet().items()}
         self._bytes = [bytes(stand_in[c] for c in library.id_to_token(i)) for i in range(self.base)]
         self.identity = hashlib.blake2b(library.to_str().encode(), digest_size=8).hexdigest()
         self._encode_cached = functools.lru_cache(maxsize=16384)(self._encode)
@@ -96,7 +120,6 @@ class BPETokenizer(_Specials):
         return BPETokenizer(library)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; never a special id, whatever the text says. Lone surrogates become U+FFFD."""
         return list(self._encode_cached(text) if len(text) <= CACHED_CHARS else self._encode(text))
 
     def _encode(self, text: str) -> list[int]:
@@ -113,27 +136,31 @@ class BPETokenizer(_Specials):
         directory.mkdir(parents=True, exist_ok=True)
         scratch = directory / ".tokenizer.json.tmp"
         self._library.save(str(scratch))
-        scratch.replace(directory / "tokenizer.json")
+        scratch.replace(directory / JSON_FILE)
 
     @staticmethod
     def load(directory: str | Path) -> BPETokenizer:
         """Raises UserError when there is no tokenizer or it cannot be read."""
-        file = Path(directory) / "tokenizer.json"
+        file = Path(directory) / JSON_FILE
         if not file.exists():
             raise UserError(f"no tokenizer: {file} does not exist")
         try:
-            return BPETokenizer(Tokenizer.from_file(str(file)))
+            data = json.loads(file.read_text())
+            if [added["content"] for added in data.get("added_tokens") or []] == list(SPECIALS):
+                data["added_tokens"] = []  # an export of ours names them to the library; text must not spell them here
+            return BPETokenizer(Tokenizer.from_str(json.dumps(data)))
         except Exception as e:  # the library raises bare Exception
             raise UserError(f"corrupt tokenizer: {file} ({e})") from None
 
 
-class ByteTokenizer(_Specials):
+class ByteTokenizer(Vocabulary):
     """One id per byte. For endpoints that speak text, where ids are only our own bookkeeping."""
 
     identity = "bytes"
 
     def __init__(self) -> None:
-        super().__init__(256)
+        super().__init__(256, SPECIALS)
+        self.document_end = self.special("<|eod|>")
 
     def encode(self, text: str) -> list[int]:
         return list(_well_formed(text).encode())
@@ -142,11 +169,26 @@ class ByteTokenizer(_Specials):
         return bytes([token])
 
 
+def load_tokenizer(directory: str | Path) -> Vocabulary:
+    """Whichever tokenizer lies in `directory`: a `tiktoken.model` (Kimi) before a `tokenizer.json` (ours).
+
+    Raises UserError when there is none or it cannot be read.
+    """
+    from .kimi import MODEL_FILE, KimiTokenizer
+
+    directory = Path(directory)
+    if (directory / MODEL_FILE).exists():
+        return KimiTokenizer.load(directory)
+    if (directory / JSON_FILE).exists():
+        return BPETokenizer.load(directory)
+    raise UserError(f"no tokenizer: {directory} holds neither {MODEL_FILE} nor {JSON_FILE}")
+
+
 def _well_formed(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _byte_alphabet() -> dict[int, str]:
+def byte_alphabet() -> dict[int, str]:
     """The printable character that byte-level BPE writes for each byte (GPT-2)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in plain]

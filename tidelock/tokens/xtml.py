@@ -3,25 +3,29 @@
     <|open|>message role="user"<|sep|>...<|close|>message<|sep|><|end_of_msg|>
 
 An assistant message has the channels think, response and (with calls) tools; the think channel is always there, even
-empty, and never dropped later, so a longer conversation starts with the exact ids of the shorter one. Arguments are
-typed: strings raw, everything else JSON. Only markers are special tokens; text that spells a marker stays text.
+empty, and never dropped later, so a longer conversation starts with the exact ids of the shorter one. In instruct mode
+there is no think channel at all. Arguments are typed: strings raw, everything else JSON. Only markers are special tokens;
+text that spells a marker stays text.
 
-Format: K3 report, App. F (facts in the model reference).
+Format: K3 report, App. F (facts in the model reference, section 6.7). Of a declaration in the middle of a conversation
+the reference quotes the first two lines; the third and the message's type are ours.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from . import jsontext, lark
-from .message import Message, ToolSpec
+from .message import DIRECTIVES, Message, ToolSpec
 from .template import (
     Template,
     add_system_text,
     call_position,
     count_calls,
+    in_call_order,
     result_number,
     system_parts,
     tools_from_json,
@@ -32,6 +36,10 @@ HEADER = re.compile(r'(\w+)((?: \w+="[^"]*")*)')
 ATTRIBUTE = re.compile(r' (\w+)="([^"]*)"')
 ROLES = ("system", "user", "assistant", "tool")
 DECLARE = "# Tools\nHere are the available tools, described in JSONSchema.\n\n```json\n"
+DECLARE_LATER = (
+    "## New Tools Available\nThe system dynamically extends the toolset via lazy-loading.\n"
+    "From here on these tools can be called too, described in JSONSchema.\n\n```json\n"
+)
 DECLARE_END = "\n```"
 TYPES = {
     str: "string", bool: "boolean", int: "number", float: "number", type(None): "null", dict: "object", list: "array",
@@ -84,16 +92,17 @@ def _tag_and_attributes(header: str) -> tuple[str, dict[str, str]]:
 
 
 class XTML(Template):
-    name = "xtml"
     prefix_stable = True
 
-    def __init__(self, tokenizer) -> None:
+    def __init__(self, tokenizer, thinking: bool = True) -> None:
+        self.name, self.thinking = "xtml" if thinking else "xtml-instruct", thinking
         super().__init__(tokenizer)
         names = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
         self.OPEN, self.CLOSE, self.SEP, self.END = (tokenizer.special(n) for n in names)
         self.stop_ids = (self.END,)
-        self._think = self._open("think")
-        self._prompt = self._open("message", role="assistant") + self._think
+        self.start = "think" if thinking else "response"
+        self._opened = self._open(self.start)
+        self._prompt = self._open("message", role="assistant") + self._opened
 
     def _open(self, tag: str, **attributes: object) -> list[int]:
         return [self.OPEN, *self.tokenizer.encode(_header(tag, **attributes)), self.SEP]
@@ -105,13 +114,16 @@ class XTML(Template):
         body = self.tokenizer.encode(text)
         return [*self._open("message", **attributes), *body, *self._close("message"), self.END]
 
+    def _shown(self, messages: Sequence[Message]) -> list[Message]:
+        return in_call_order(messages)
+
     def generation_prompt(self) -> list[int]:
         return list(self._prompt)
 
     def sampled(self, message: Message) -> list[int]:
         encode = self.tokenizer.encode
-        out = [*encode(message.reasoning), *self._close("think")]
-        out += [*self._open("response"), *encode(message.content), *self._close("response")]
+        out = [*encode(message.reasoning), *self._close("think"), *self._open("response")] if self.thinking else []
+        out += [*encode(message.content), *self._close("response")]
         if message.tool_calls:
             out += self._open("tools")
             for index, call in enumerate(message.tool_calls, 1):
@@ -134,16 +146,18 @@ class XTML(Template):
         out: list[int] = []
         for kind, text in system_parts(message):
             if kind == "tools":
-                out += self._message(DECLARE + text + DECLARE_END, role="system", type="tool-declare")
+                words = DECLARE_LATER if before else DECLARE
+                out += self._message(words + text + DECLARE_END, role="system", type="tool-declare")
             else:
-                out += self._message(text, role="system")
+                out += self._message(text, role="system", **({} if kind == "text" else {"type": kind}))
         return out
 
     def _turn(self, content: str, calls: str | None = None) -> str:
         opened, closed = self._mark_open, self._mark_close
         called = f"{opened('tools')} {calls} {closed('tools')} " if calls else ""
         end = f"{closed('message')} {lark.special(self.END)}"
-        return f"thought {closed('think')} {opened('response')} {content} {closed('response')} {called}{end}"
+        reasoning = f"thought {closed('think')} {opened('response')} " if self.thinking else ""
+        return f"{reasoning}{content} {closed('response')} {called}{end}"
 
     def _mark_open(self, header: str) -> str:
         return f"{lark.special(self.OPEN)} {lark.literal(header)} {lark.special(self.SEP)}"
@@ -185,7 +199,7 @@ class XTML(Template):
             ways.append(f"{lark.special(self.OPEN)} {opening} {lark.special(self.SEP)} {value} {self._mark_close('argument')}")
         return [f"{rule}: {lark.any_of(ways)}", *rules]
 
-    def parser(self, calls_before: int = 0) -> XTMLParser:
+    def parser(self, calls_before: int = 0, tools: Sequence[ToolSpec] = ()) -> XTMLParser:
         return XTMLParser(self, calls_before)
 
     def parse(self, ids: Sequence[int]) -> list[Message]:
@@ -194,7 +208,8 @@ class XTML(Template):
             role, text = header["role"], self.tokenizer.decode(self._plain(body))
             if role == "assistant":
                 parser = self.parser(count_calls(messages))
-                parser.feed(body[len(self._think) :] if body[: len(self._think)] == self._think else body)
+                opened = len(self._opened)
+                parser.feed(body[opened:] if body[:opened] == self._opened else body)
                 messages.append(parser.finish())
             elif role == "tool":
                 name, index = header.get("tool", "unknown"), header.get("index", "")
@@ -203,10 +218,13 @@ class XTML(Template):
                 messages.append(Message("tool", text, tool_call_id=identifier, name=name))
             elif role == "user":
                 messages.append(Message("user", text, name=header.get("name")))
+            elif header.get("type") in DIRECTIVES:
+                messages.append(Message("system", text, name=header["type"]))
             else:
                 tools = None
                 if header.get("type") == "tool-declare":
-                    tools = tools_from_json(text.removeprefix(DECLARE).removesuffix(DECLARE_END))
+                    words = DECLARE_LATER if messages else DECLARE
+                    tools = tools_from_json(text.removeprefix(words).removesuffix(DECLARE_END))
                 if tools:
                     messages.append(Message("system", tools=tools))
                 else:
@@ -241,7 +259,7 @@ class XTMLParser(TurnParser):
     sinks = {"think": "reasoning", "response": "content", "argument": "value"}
 
     def __init__(self, template: XTML, calls_before: int) -> None:
-        super().__init__(template, TABLE, "think", calls_before)
+        super().__init__(template, TABLE, template.start, calls_before)
         self.marks = template
         self.entering = {"call": self._begin_call, "argument": self._begin_argument}
         self.leaving = {"call": self._end_call, "argument": self._end_argument}
@@ -294,3 +312,6 @@ class XTMLParser(TurnParser):
         self._on_call("tool_arguments", '"' if self._streams_value else jsontext.dump(value))
         self.calls[-1][1][self.key] = value
         self._streams_value = False
+
+
+FORMATS = {name: {True: XTML, False: partial(XTML, thinking=False)} for name in ("xtml", "k3")}

@@ -80,12 +80,13 @@ def _expert_format(quantization: dict[str, Any]) -> str | None:
     if quantization.get("quant_method") == "fp8":
         _require(quantization, weight_block_size=([128, 128],), fmt="e4m3")
         return None
-    kind = quantization.get("format")
+    groups = (quantization.get("config_groups") or {}).values()
+    kinds = {quantization.get("format"), *(g.get("format") for g in groups)}
     for ours, theirs in quant.FORMATS.items():
-        if kind == theirs:
+        if theirs in kinds:
             return ours
-    raise UserError(f"config.json: quantization_config of method {quantization.get('quant_method')!r} and format {kind!r} is not "
-                    f"supported; use fp8 or {', '.join(quant.FORMATS.values())}")
+    raise UserError(f"config.json: quantization_config of method {quantization.get('quant_method')!r} and format "
+                    f"{quantization.get('format')!r} is not supported; use fp8 or {', '.join(quant.FORMATS.values())}")
 
 
 def _deepseek(data: dict[str, Any], name: str) -> ModelConfig:

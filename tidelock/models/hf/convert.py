@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,13 +17,15 @@ from .. import quant
 from ..checkpoint import atomic_directory
 from ..config import ModelConfig
 from ..lm import TransformerLM
+from .companions import copy_files, write_companions
 from .config import from_hf, layout_of, to_hf
+from .gguf import write_gguf
+from .gguf_vocab import read_vocabulary
 from .names import IGNORED, ISLANDS, Part, parts
 from .shards import Planned, Shards, write_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_BYTES = 5 << 30
-COMPANIONS = ("tokenizer*", "tiktoken.model", "special_tokens_map.json", "generation_config.json", "chat_template*")
 FP8_BLOCK = 128  # DeepSeek-V3's block of one scale
 
 
@@ -55,16 +56,25 @@ def save_hf(
 def convert(
     source: str | Path, target: str | Path, to: str = "hf", dtype: str = "float32", quantize: str | None = None,
     max_shard_bytes: int = SHARD_BYTES, on_tensor: Callable[[int, int], None] = lambda done, total: None,
+    tokenizer: str | Path | None = None,
 ) -> Path:  # fmt: skip
     """Rewrite the checkpoint directory `source` (ours or Hugging Face) as `target` in the layout `to` ("hf" |
-    "tidelock"), holding no more than one of our tensors at a time. `dtype` and `quantize` as in `save_hf`.
-    `on_tensor(done, total)` counts published tensors."""
+    "tidelock": a directory, "gguf": a file), holding one expert or one other tensor at a time ("gguf": the experts of one
+    layer). `dtype` and `quantize` as in `save_hf`. `on_tensor(done, total)` counts written tensors; `tokenizer` is the
+    directory of the tokenizer's files, by default `source` itself or the `tokenizer` of the run directory it lies in."""
     source, target = Path(source), Path(target)
     ours = "model" in _read_json(source / "config.json")
     if ours and to == "tidelock":
         raise UserError(f"{source} is a Tidelock checkpoint already")
     config = read_any_config(source)
     meta, listed = _meta_state(config), list(parts(config))
+    tokens = Path(tokenizer) if tokenizer else find_tokenizer(source)
+
+    def beside(scratch: Path) -> None:
+        if to == "hf":
+            write_companions(scratch, source, tokens, config.name, layout_of(config))
+        else:
+            copy_files(source, scratch)
 
     def counted(tensors: Iterator[Tensor]) -> Iterator[Tensor]:
         for i, t in enumerate(tensors, 1):
@@ -72,16 +82,17 @@ def convert(
             on_tensor(i, len(listed))
 
     if to == "hf":
-        tensors = _views(Shards(source), listed, source) if ours else HFSource(source).each(meta, listed)
-        done = _write_hf(target, config, listed, counted(tensors), meta, dtype, quantize, max_shard_bytes)
+        tensors = _views(Shards(source), listed, meta, source) if ours else HFSource(source).each(meta, listed)
+        done = _write_hf(target, config, listed, counted(tensors), meta, dtype, quantize, max_shard_bytes, beside)
     elif to == "tidelock":
-        done = _write_ours(target, HFSource(source), meta, on_tensor, len(listed))
+        done = _write_ours(target, HFSource(source), meta, on_tensor, len(listed), beside)
+    elif to == "gguf":
+        if quantize:
+            raise UserError("a GGUF file is packed by llama.cpp's own llama-quantize; convert it plain first")
+        read = _plain_reader(source, meta) if ours else HFSource(source).reader(meta)
+        return write_gguf(target, config, read, read_vocabulary(tokens, config.vocab_size), dtype, on_tensor)
     else:
-        raise UserError(f"unknown layout {to!r}; use hf or tidelock")
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copy(file, done / file.name)
+        raise UserError(f"unknown layout {to!r}; use hf, tidelock or gguf")
     return done
 
 
@@ -131,6 +142,17 @@ class HFSource:
         for part in group:
             view = part.view(into)
             view.copy_(self.fetch(part, view.shape))
+
+    def reader(self, meta: dict[str, Tensor]) -> Callable[[str], Tensor]:
+        """Our tensors by name."""
+        groups = dict(self.groups())
+
+        def read(native: str) -> Tensor:
+            t = torch.empty(meta[native].shape)
+            self.assemble(groups[native], t)
+            return t
+
+        return read
 
     def each(self, meta: dict[str, Tensor], listed: list[Part]) -> Iterator[Tensor]:
         """The published tensors one by one, in the order of `listed`."""
@@ -182,16 +204,45 @@ def fp8_blocks(w: Tensor, scale: Tensor) -> Tensor:
     return w.float() * scale.float()[rows][:, columns]
 
 
-def _views(shards: Shards, listed: list[Part], source: Path) -> Iterator[Tensor]:
-    for native, group in itertools.groupby(listed, key=lambda p: p.native):
-        if native not in shards:
-            raise UserError(f"corrupt checkpoint: {source / 'model.safetensors'} lacks tensor {native!r}")
-        whole = shards.read(native)
+def find_tokenizer(checkpoint: Path) -> Path | None:
+    """Where a checkpoint's tokenizer lies: beside its weights, or in the run directory that made it."""
+    for directory in (checkpoint, checkpoint.resolve().parent.parent / "tokenizer"):
+        if any((directory / name).exists() for name in ("tokenizer.json", "tiktoken.model")):
+            return directory
+    return None
+
+
+def _plain_reader(source: Path, meta: dict[str, Tensor]) -> Callable[[str], Tensor]:
+    shards = Shards(source)
+
+    def read(native: str) -> Tensor:
+        _check(shards, native, meta, source)
+        return shards.read(native)
+
+    return read
+
+
+def _check(shards: Shards, native: str, meta: dict[str, Tensor], source: Path) -> None:
+    if native not in shards:
+        raise UserError(f"corrupt checkpoint: {source / 'model.safetensors'} lacks tensor {native!r}")
+    if (entry := shards.entries[native]).shape != meta[native].shape:
+        raise UserError(f"corrupt checkpoint: {entry.file}: {native!r} is {list(entry.shape)}, "
+                        f"the config asks for {list(meta[native].shape)}")
+
+
+def _views(shards: Shards, listed: list[Part], meta: dict[str, Tensor], source: Path) -> Iterator[Tensor]:
+    for (native, expert), group in itertools.groupby(listed, key=lambda p: (p.native, p.expert)):
+        _check(shards, native, meta, source)
+        ours = shards.read(native, expert)
         for part in group:
-            yield part.view(whole)
+            yield part.of(ours)
 
 
-def _write_hf(path, config, listed, tensors, state, dtype, quantize, max_shard_bytes) -> Path:
+def _nothing(scratch: Path) -> None:
+    pass
+
+
+def _write_hf(path, config, listed, tensors, state, dtype, quantize, max_shard_bytes, beside=_nothing) -> Path:
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     data, quantize = to_hf(config, dtype), quantize or config.expert_format
@@ -214,24 +265,28 @@ def _write_hf(path, config, listed, tensors, state, dtype, quantize, max_shard_b
     with atomic_directory(path) as scratch:
         write_shards(scratch, plan, flat, max_shard_bytes)
         (scratch / "config.json").write_text(json.dumps(data, indent=1))
+        beside(scratch)
     return path
 
 
-def _write_ours(path: Path, source: HFSource, meta: dict[str, Tensor], on_tensor, total: int) -> Path:
+def _write_ours(path: Path, source: HFSource, meta: dict[str, Tensor], on_tensor, total: int, beside=_nothing) -> Path:
     groups, done = list(source.groups()), itertools.count(1)
     plan = [Planned(native, torch.float32, tuple(meta[native].shape)) for native, _ in groups]
 
-    def assembled() -> Iterator[Tensor]:
-        for native, group in groups:
-            t = torch.empty(meta[native].shape)
-            source.assemble(group, t)
-            yield t
-            for _ in group:
+    def pieces(native: str, group: list[Part]) -> Iterator[Tensor]:
+        """The tensor, or one expert after the other."""
+        for expert, some in itertools.groupby(group, key=lambda p: p.expert):
+            t = torch.empty(meta[native].shape if expert is None else meta[native].shape[1:])
+            for part in some:
+                view = part.of(t)
+                view.copy_(source.fetch(part, view.shape))
                 on_tensor(next(done), total)
+            yield t
 
     with atomic_directory(path) as scratch:
-        write_shards(scratch, plan, assembled(), 1 << 62)
+        write_shards(scratch, plan, (pieces(*group) for group in groups), 1 << 62)
         (scratch / "config.json").write_text(json.dumps({"model": source.config.to_dict(), "extra": {}}, indent=1))
+        beside(scratch)
     return path
 
 

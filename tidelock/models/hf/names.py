@@ -20,13 +20,21 @@ ISLANDS = ("A_log", "dt_bias", "e_score_correction_bias", "conv1d.weight", "o_no
 
 @dataclass(frozen=True)
 class Part:
-    """The published tensor `name` is `view(native)`. `routed`: a routed expert's matrix, which may be quantised."""
+    """The published tensor `name` is `view(native)`; with an `expert`, `of(native[expert])`, so that no more than one
+    expert of a layer need be at hand. Experts may be quantised."""
 
     name: str
     native: str
-    view: Callable[[Tensor], Tensor]
-    routed: bool = False
+    of: Callable[[Tensor], Tensor]
+    expert: int | None = None
     pad_to: int = 0  # stored with zeros up to this length
+
+    @property
+    def routed(self) -> bool:
+        return self.expert is not None
+
+    def view(self, native: Tensor) -> Tensor:
+        return self.of(native if self.expert is None else native[self.expert])
 
 
 def same(t: Tensor) -> Tensor:
@@ -97,10 +105,10 @@ def _moe(c: ModelConfig, theirs: str, ours: str, layout: str) -> Iterator[Part]:
     width = c.moe_intermediate_size
     for e in range(c.n_routed_experts):  # ours are [E, in, out], gate beside up; theirs [out, in] each
         expert = f"{theirs}experts.{e}."
-        yield Part(f"{expert}{gate}.weight", f"{ours}w_in", lambda t, e=e: t[e, :, :width].t(), routed=True)
-        yield Part(f"{expert}{up}.weight", f"{ours}w_in", lambda t, e=e: t[e, :, width:].t(), routed=True)
+        yield Part(f"{expert}{gate}.weight", f"{ours}w_in", lambda t: t[:, :width].t(), e)
+        yield Part(f"{expert}{up}.weight", f"{ours}w_in", lambda t: t[:, width:].t(), e)
     for e in range(c.n_routed_experts):
-        yield Part(f"{theirs}experts.{e}.{down}.weight", f"{ours}w_out", lambda t, e=e: t[e].t(), routed=True)
+        yield Part(f"{theirs}experts.{e}.{down}.weight", f"{ours}w_out", lambda t: t.t(), e)
     yield Part(f"{theirs}gate.weight", f"{ours}gate.weight", same)
     yield Part(f"{theirs}gate.e_score_correction_bias", f"{ours}e_score_correction_bias", same)
     names = ("gate_proj", "up_proj", "down_proj")

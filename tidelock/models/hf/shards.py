@@ -63,16 +63,19 @@ class Shards:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, row: int | None = None) -> Tensor:
+        """The tensor, or one row of its first dimension."""
         e = self.entries[name]
-        buffer = bytearray(e.end - e.begin)
+        shape = e.shape if row is None else e.shape[1:]
+        size = (e.end - e.begin) // (1 if row is None else e.shape[0])
+        buffer = bytearray(size)
         with open(e.file, "rb") as f:
-            f.seek(e.begin)
+            f.seek(e.begin + size * (row or 0))
             if f.readinto(buffer) != len(buffer):
                 raise UserError(f"corrupt checkpoint: {e.file} is truncated within tensor {name!r}")
         if not buffer:
-            return torch.empty(e.shape, dtype=e.dtype)
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(e.dtype).view(e.shape)
+            return torch.empty(shape, dtype=e.dtype)
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(e.dtype).view(shape)
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -119,9 +122,9 @@ class Planned:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_shards(directory: Path, plan: list[Planned], tensors: Iterable[Tensor], max_bytes: int) -> list[str]:
+def write_shards(directory: Path, plan: list[Planned], tensors: Iterable[Tensor | Iterator[Tensor]], max_bytes: int) -> list[str]:
     """Write `tensors`, which come in the order of `plan`, into files of at most `max_bytes` (one tensor may exceed it).
-    The caller sees to it that they reach the disk (`atomic_directory`).
+    A tensor may also come as an iterator over its rows. The caller sees to it that they reach the disk (`atomic_directory`).
 
     More than one file gets an index. Returns the file names.
     """
@@ -144,7 +147,7 @@ def write_shards(directory: Path, plan: list[Planned], tensors: Iterable[Tensor]
     return names
 
 
-def _write_file(file: Path, group: list[Planned], stream: Iterator[Tensor]) -> None:
+def _write_file(file: Path, group: list[Planned], stream: Iterator[Tensor | Iterator[Tensor]]) -> None:
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for p in group:
         header[p.name] = {"dtype": NAMES[p.dtype], "shape": list(p.shape), "data_offsets": [at, at + p.nbytes]}
@@ -154,6 +157,9 @@ def _write_file(file: Path, group: list[Planned], stream: Iterator[Tensor]) -> N
     with open(file, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for p in group:
-            t = next(stream).detach().to("cpu", p.dtype).contiguous()
-            assert tuple(t.shape) == p.shape, (p, t.shape)
-            f.write(memoryview(t.flatten().view(torch.uint8).numpy()) if t.numel() else b"")
+            whole, written = next(stream), 0
+            for t in (whole,) if isinstance(whole, Tensor) else whole:
+                t = t.detach().to("cpu", p.dtype).contiguous()
+                f.write(memoryview(t.flatten().view(torch.uint8).numpy()) if t.numel() else b"")
+                written += t.nbytes
+            assert written == p.nbytes, (p, written)

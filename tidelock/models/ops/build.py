@@ -1,4 +1,4 @@
-"""Compiles `kernels.c` on first use and loads it with ctypes.
+"""Compiles the C files of `c/` on first use and loads them with ctypes, as one library.
 
 The library is cached per source, compiler flags and CPU. Where there is no C compiler the plain PyTorch path of
 `reference` serves instead; `TIDELOCK_NATIVE=0` asks for that path explicitly.
@@ -14,13 +14,16 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch  # noqa: F401  loads the OpenMP runtime whose symbols the kernels use
 
-SOURCE = Path(__file__).with_name("kernels.c")
-# No -ffast-math: reassociation would make a row's result depend on where the vector loop happened to end.
-FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-std=gnu11", "-fPIC"]
+SOURCES = sorted(Path(__file__).with_name("c").glob("*.c"))
+HEADERS = sorted(Path(__file__).with_name("c").glob("*.h"))
+# No -ffast-math: reassociation would make a row's result depend on where the vector loop happened to end. No contraction
+# either: the sources say where a product is fused.
+FLAGS = ["-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fopenmp", "-std=gnu11", "-fPIC"]
 
 
 def _cpu_model() -> str:
@@ -37,18 +40,24 @@ def _cache_dir() -> Path:
 
 
 def _compile(compiler: str) -> Path:
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), *FLAGS, compiler, _cpu_model()]).encode()).hexdigest()[:16]
+    sources = [f.read_text() for f in (*HEADERS, *SOURCES)]
+    key = hashlib.sha256("\0".join([*sources, *FLAGS, compiler, _cpu_model()]).encode()).hexdigest()[:16]
     library = _cache_dir() / f"kernels-{key}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        obj, lib = Path(scratch) / "k.o", Path(scratch) / "k.so"
-        subprocess.run([compiler, *FLAGS, "-c", str(SOURCE), "-o", str(obj)], check=True, capture_output=True)
+        objects, lib = [str(Path(scratch) / f"{f.stem}.o") for f in SOURCES], Path(scratch) / "k.so"
+        with ThreadPoolExecutor() as pool:  # waits for compilers, one a file
+            list(pool.map(_command, ([compiler, *FLAGS, "-c", str(f), "-o", o] for f, o in zip(SOURCES, objects))))
         # Linked without -fopenmp on purpose: a second OpenMP runtime would bring a second pool of threads.
-        subprocess.run([compiler, "-shared", str(obj), "-o", str(lib), "-lm"], check=True, capture_output=True)
+        _command([compiler, "-shared", *objects, "-o", str(lib), "-lm"])
         os.replace(lib, library)
     return library
+
+
+def _command(words: list[str]) -> None:
+    subprocess.run(words, check=True, capture_output=True)
 
 
 @functools.cache

@@ -7,16 +7,18 @@ two against each other. Tensors are fp32 and contiguous; `seq` is a `Batch` (pac
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import latent
 from .build import library
 
-_BLOCKS = 16  # BLOCKS in kernels.c
-_MARK = 32  # MARK in kernels.c
+_BLOCKS = 16  # BLOCKS in c/common.h
+_MARK = 32  # MARK in c/kda.c
 _F, _L = ctypes.c_float, ctypes.c_long
 
 
@@ -120,7 +122,8 @@ class _RMSNorm(Function):
     @staticmethod
     def forward(ctx, x, w, eps, gate):
         y, rstd = torch.empty_like(x), x.new_empty(x.numel() // x.shape[-1])
-        library().tl_rmsnorm(_L(rstd.numel()), _L(x.shape[-1]), _p(x), _p(w), _p(gate), _F(eps), _p(y), _p(rstd))
+        d = x.shape[-1]
+        library().tl_rmsnorm(_L(rstd.numel()), _L(d), _p(x), _L(d), _p(w), _p(gate), _F(eps), _p(y), _L(d), _p(rstd))
         if ctx is not None:
             ctx.save_for_backward(x, w, gate, rstd)
         return y
@@ -361,6 +364,12 @@ class _MLA(Function):
         library().tl_mla_bwd(_L(seq.n), _p(seq.cu), _L(h), _L(d), _L(rank), _p(q), _p(rows), _p(out),
                              _p(dout.contiguous()), _p(dq), _p(drows))
         return dq, drows, None, None, None
+
+
+latent_rows = functools.partial(latent.latent_rows, rms_norm)
+absorb = functools.partial(latent.absorb, head_linear)
+expand = functools.partial(latent.expand, head_linear)
+write_pages = latent.write_pages
 
 
 def mla(q: Tensor, rows: Tensor, rank: int, seq, pages: Tensor | None) -> tuple[Tensor, Tensor | None]:

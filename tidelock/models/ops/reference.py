@@ -7,13 +7,14 @@ Attention Residuals, and of KDA the convolution, decay, recurrence and output no
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import delta
+from . import delta, latent
 
 
 def wide(x: Tensor) -> Tensor:
@@ -127,6 +128,12 @@ def kda(qkv: Tensor, g: Tensor, beta: Tensor, seq, states: Tensor | None) -> Ten
         if states is not None:
             states[seq.slots[s]] = state.to(states.dtype)
     return torch.cat(out).to(qkv.dtype)
+
+
+latent_rows = functools.partial(latent.latent_rows, rms_norm)
+absorb = functools.partial(latent.absorb, head_linear)
+expand = functools.partial(latent.expand, head_linear)
+write_pages = latent.write_pages
 
 
 def mla(q: Tensor, rows: Tensor, rank: int, seq, pages: Tensor | None) -> tuple[Tensor, Tensor | None]:

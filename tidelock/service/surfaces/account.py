@@ -25,7 +25,10 @@ from tidelock.service.windows import FIVE_HOURS, WEEK
 
 WIDTHS = {"1m": 60, "1h": 3600, "1d": 86400}
 DEFAULT_BUCKETS, MOST_BUCKETS = {"1m": 60, "1h": 24, "1d": 7}, 1440
-GROUPS = {"model": "model", "api_key_id": "key_id"}
+GROUPS = {"model": "model", "api_key_id": "key_id", "batch": "mode"}
+SUMMED = (
+    "prompt_tokens", "cached_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "completion_tokens", "nano_usd",
+)  # fmt: skip
 # Kinds of usage that admin clients ask for and this service does not have: their pages are true, and empty.
 UNUSED = (
     "audio_speeches", "audio_transcriptions", "code_interpreter_sessions", "decisions", "embeddings", "file_search_calls",
@@ -39,19 +42,21 @@ _chat = msgspec.json.Decoder(ChatRequest)
 async def balance(state: ServiceState, request: Request) -> dict[str, Any]:
     """Kimi's shape; the amounts are JSON numbers in USD with every nano digit written out."""
     key = authenticate(state, request, "usage")
-    nano_usd, kinds = state.ledger.balance(key.customer), state.ledger.balances(key.customer)
-    cash = kinds.get("cash", 0) + kinds.get("receivable", 0)  # what is owed makes it negative
-
-    def usd(nano: int) -> msgspec.Raw:
-        return msgspec.Raw(format_usd(nano).encode())
-
+    pockets = state.ledger.balances(key.customer)
+    nano_usd = state.ledger.balance(key.customer)
+    voucher = pockets.get("voucher", 0) + pockets.get("plan", 0)
     data = {
-        "available_balance": usd(nano_usd),
-        "voucher_balance": usd(kinds.get("voucher", 0)),
-        "cash_balance": usd(cash),
+        "available_balance": _usd(nano_usd),
+        "voucher_balance": _usd(voucher),
+        "cash_balance": _usd(nano_usd - voucher + pockets.get("receivable", 0)),  # negative: owed
         "available_nano_usd": nano_usd,
     }
     return {"code": 0, "scode": "0x0", "status": True, "data": data}
+
+
+def _usd(nano_usd: int) -> msgspec.Raw:
+    """A JSON number that loses nothing on its way."""
+    return msgspec.Raw(format_usd(nano_usd).encode())
 
 
 async def estimate_tokens(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -112,7 +117,7 @@ async def completions_usage(state: ServiceState, request: Request) -> dict[str, 
                 "input_tokens": row["prompt_tokens"],
                 "input_cached_tokens": row["cached_tokens"],
                 "input_uncached_tokens": row["prompt_tokens"] - row["cached_tokens"],
-                "input_cache_write_tokens": 0,
+                "input_cache_write_tokens": row["cache_write_5m_tokens"] + row["cache_write_1h_tokens"],
                 "input_audio_tokens": 0,
                 "output_tokens": row["completion_tokens"],
                 "output_audio_tokens": 0,
@@ -121,7 +126,7 @@ async def completions_usage(state: ServiceState, request: Request) -> dict[str, 
                 "user_id": None,
                 "api_key_id": row["key_id"],
                 "model": row["model"],
-                "batch": None,
+                "batch": None if row["mode"] is None else "batch" in row["mode"].split("+"),
                 "service_tier": None,
             }
             for row in rows
@@ -145,7 +150,7 @@ async def costs(state: ServiceState, request: Request) -> dict[str, Any]:
         results = [
             {
                 "object": "organization.costs.result",
-                "amount": {"value": msgspec.Raw(format_usd(row["nano_usd"]).encode()), "currency": "usd"},
+                "amount": {"value": _usd(row["nano_usd"]), "currency": "usd"},
                 "line_item": row["model"],
                 "project_id": None,
                 "api_key_id": row["key_id"],
@@ -212,12 +217,12 @@ class _Page:
                 if values:
                     where += f" AND {column} IN ({', '.join('?' * len(values))})"
                     args += values
-            sums = ", ".join(f"SUM({c}) AS {c}" for c in ("prompt_tokens", "cached_tokens", "completion_tokens", "nano_usd"))
+            sums = ", ".join(f"CAST(SUM({c}) AS BIGINT) AS {c}" for c in SUMMED)
             grouped = f"GROUP BY {', '.join(columns)}" if columns else "HAVING COUNT(*) > 0"
             selected = "".join(f"{column}, " for column in columns)
             sql = f"SELECT {selected}COUNT(*) AS requests, {sums} FROM usage WHERE {where} {grouped}"
             rows = [{k: row[k] for k in row.keys()} for row in state.ledger.db.read(sql, args)]
-            out.append((start, end, [{"model": None, "key_id": None, **row} for row in rows]))
+            out.append((start, end, [{"model": None, "key_id": None, "mode": None, **row} for row in rows]))
         return out
 
     def body(self, buckets: list[dict[str, Any]]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def read(state: ServiceState, request: ChatRequest, lenient: bool) -> Ask:
     given = [_message(message, f"messages[{n}]") for n, message in enumerate(request.messages)]
     opening = given.pop() if request.messages[-1].partial else None
     tools = [ToolSpec(t.function.name, t.function.description, t.function.parameters) for t in request.tools or ()]
-    messages = conversation(given, tools)
+    messages = conversation(given, tools, kimi.effort(request))
     ask = Ask(
         model=request.model,
         messages=messages,

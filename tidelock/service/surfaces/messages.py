@@ -187,7 +187,7 @@ def _ask(
     choice, config = body.tool_choice, body.output_config or OutputConfig()
     ask = Ask(
         model=body.model,
-        messages=conversation(given, tools),
+        messages=conversation(given, tools, config.effort),
         params=params,
         max_tokens=full.max_tokens if full else None,
         stream=bool(full and full.stream),

@@ -26,7 +26,7 @@ from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.chat import check_model
 from tidelock.service.surfaces.responses_stream import Writer
-from tidelock.tokens.message import Message, ToolSpec
+from tidelock.tokens.message import DIRECTIVES, Message, ToolSpec
 from tidelock.tokens.policy import SamplingParams
 
 KIND = "response"
@@ -212,7 +212,7 @@ def _ask(
     reasoning = body.reasoning or Reasoning()
     ask = Ask(
         model=body.model or state.model,
-        messages=conversation(given, tools, "input"),
+        messages=conversation(given, tools, reasoning.effort, "input"),
         params=params,
         thinking=reasoning.effort != "none",
         effort=reasoning.effort,
@@ -237,6 +237,7 @@ def _history(state: ServiceState, key: Key, response_id: str | None, lenient: bo
         raise invalid_request(f"no previous response {response_id!r}", "previous_response_id",
                               "previous_response_not_found") from None  # fmt: skip
     messages = state.traces.messages(stored["node"])
+    messages = [m for m in messages if m.name not in DIRECTIVES]
     if messages[0].role == "system":
         messages[0] = replace(messages[0], tools=())
         if stored["response"]["instructions"] or not messages[0].content:

@@ -1,0 +1,170 @@
+"""What the server is doing, for Prometheus: a `Policy` that watches another, and the answers that leave the server.
+
+Counts are of tokens and seconds as the policy hands them over, so every surface is covered by the one wrapper. No label
+holds a customer, a key or a word of anybody's text; that is why /metrics needs no key, like /health.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tidelock.tokens.policy import Chunk, Policy, PolicyError, SamplingParams
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tokens
+SLOW = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  # of a request, or to its first token
+
+
+class Metrics:
+    """The instruments of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = r = CollectorRegistry()
+        ProcessCollector(registry=r)
+        self.requests = Gauge("tidelock_requests", "Requests now", ["state"], registry=r)
+        self.prompt_tokens = Counter("tidelock_prompt_tokens", "Prompt tokens of finished requests", registry=r)
+        self.cached_tokens = Counter("tidelock_cached_tokens", "Of those, tokens not prefilled again", registry=r)
+        self.generated_tokens = Counter("tidelock_generated_tokens", "Tokens sampled", registry=r)
+        self.finished = Counter("tidelock_requests_finished", "Requests by how they ended", ["reason"], registry=r)
+        self.errors = Counter("tidelock_policy_errors", "Requests the policy could not answer", ["status"], registry=r)
+        self.first = Histogram("tidelock_time_to_first_token_seconds", "Arrival to first token", buckets=SLOW, registry=r)
+        self.between = Histogram("tidelock_inter_token_latency_seconds", "Between tokens", buckets=FAST, registry=r)
+        self.whole = Histogram("tidelock_request_seconds", "Arrival to last token", buckets=SLOW, registry=r)
+        self.swaps = Counter("tidelock_weight_swaps", "Weight swaps", ["result"], registry=r)
+        self.version = Gauge("tidelock_weights_version", "Weights that new requests get", registry=r)
+        self.responses = Counter("tidelock_http_responses", "HTTP responses", ["route", "status"], registry=r)
+        for state in ("waiting", "running"):
+            self.requests.labels(state)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class Observed:
+    """`policy`, watched. What is beyond `Policy` (pausing, say) is passed through untouched."""
+
+    def __init__(self, policy: Policy, metrics: Metrics, version: int = -1) -> None:
+        self._policy, self._metrics = policy, metrics
+        metrics.version.set(version)
+        if dataclasses.is_dataclass(getattr(policy, "stats", None)):
+            metrics.registry.register(EngineStats(policy))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
+    ) -> AsyncIterator[Chunk]:
+        watch = _Watch(self._metrics, len(prompt_ids))
+        try:
+            async with aclosing(self._policy.generate(prompt_ids, params, request_id)) as chunks:
+                async for chunk in chunks:
+                    watch.see(chunk)
+                    yield chunk
+        except PolicyError as error:
+            self._metrics.errors.labels(str(error.status)).inc()
+            watch.reason = "error"
+            raise
+        finally:
+            watch.close()
+
+    async def count(self, prompt_ids: Sequence[int]) -> int:
+        return await self._policy.count(prompt_ids)
+
+    async def abort(self, request_id: str) -> None:
+        await self._policy.abort(request_id)
+
+    async def swap(self, checkpoint: str, version: int, *args: Any) -> None:
+        try:
+            await self._policy.swap(checkpoint, version, *args)
+        except Exception:
+            self._metrics.swaps.labels("failed").inc()
+            raise
+        self._metrics.swaps.labels("done").inc()
+        self._metrics.version.set(version)
+
+
+class _Watch:
+    """One request: waiting until its first token, then running until its end. Left early, its reason is "abandoned"."""
+
+    def __init__(self, metrics: Metrics, prompt_tokens: int) -> None:
+        self.m, self.prompt_tokens = metrics, prompt_tokens
+        self.begun = self.last = time.perf_counter()
+        self.state, self.reason = "waiting", "abandoned"
+        self.m.requests.labels("waiting").inc()
+
+    def see(self, chunk: Chunk) -> None:
+        now = time.perf_counter()
+        if chunk.ids:
+            self.m.generated_tokens.inc(len(chunk.ids))
+            if self.state == "waiting":
+                self._move("running")
+                self.m.first.observe(now - self.begun)
+            else:
+                self.m.between.observe((now - self.last) / len(chunk.ids))
+            self.last = now
+        if chunk.finish_reason is not None:
+            self.reason = chunk.finish_reason
+            self.m.prompt_tokens.inc(self.prompt_tokens)
+            self.m.cached_tokens.inc(chunk.cached_tokens)
+            self.m.whole.observe(now - self.begun)
+
+    def _move(self, state: str | None) -> None:
+        self.m.requests.labels(self.state).dec()
+        if state is not None:
+            self.state = state
+            self.m.requests.labels(state).inc()
+
+    def close(self) -> None:
+        self._move(None)
+        self.m.finished.labels(self.reason).inc()
+
+
+class EngineStats:
+    """The in-process engine's own numbers, whatever they are: one gauge per field of its `stats`, read at each scrape."""
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        for field in dataclasses.fields(self._policy.stats):
+            value = getattr(self._policy.stats, field.name)
+            if isinstance(value, int | float):
+                yield GaugeMetricFamily(f"tidelock_engine_{field.name}", f"The engine's `{field.name}`", value)
+
+
+def counting(app: ASGIApp, metrics: Metrics) -> ASGIApp:
+    """`app`, with its responses counted by route and status."""
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+
+        async def seen(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                metrics.responses.labels(route_of(scope), str(message["status"])).inc()
+            await send(message)
+
+        await app(scope, receive, seen)
+
+    return counted
+
+
+def route_of(scope: Scope) -> str:
+    """The path with its parameters by name, so that there are as many as there are routes; "other" where none matched."""
+    if scope.get("endpoint") is None:
+        return "other"
+    path = scope["path"]
+    for name, value in scope.get("path_params", {}).items():
+        before, _, after = path.rpartition(str(value))
+        path = f"{before}{{{name}}}{after}"
+    return path
