@@ -193,11 +193,28 @@ def test_an_upgrade_is_prorated_and_brings_a_fresh_allocation_at_once(shop):
     shop.now += half
     shop.plans.change("ann", "large")
     left = shop.balances()
-    assert (left["cash"], left["fees"]) == (19_000 - 2000, 1000 + 2000)  # half of 5000 - 1000
+    assert (left["cash"], left["fees"]) == (19_000 - 4500, 1000 + 4500)  # 5000 less half of 1000
     assert (left["plan"], left["breakage"]) == (50_000, 5700)
     shop.spend(20_000)  # no five-hour window here, a wider week
     assert shop.balances()["plan"] == 30_000 and shop.sold() == {"small": 0, "large": 1}
-    assert shop.plans.subscription("ann").ends == moment("2026-02-28T15:00")
+    assert shop.plans.subscription("ann").ends == anniversary(shop.now, 1)
+
+
+def test_an_upgrade_takes_off_no_more_than_the_credits_that_are_left(shop):
+    shop.plans.define(Plan("small", 1000, 6000, None, None, 2))
+    shop.plans.subscribe("ann", "small")
+    shop.spend(4500)
+    shop.plans.change("ann", "large")
+    assert shop.balances()["fees"] == 1000 + 5000 - 250 and shop.balances()["plan"] == 50_000
+
+
+def test_an_upgrade_in_the_last_hour_is_no_month_for_an_hour_s_price(shop):
+    shop.plans.subscribe("ann", "small")
+    shop.now = moment("2026-02-28T14:00")
+    shop.plans.change("ann", "large")
+    assert shop.balances()["fees"] >= 1000 + 4990
+    shop.now = moment("2026-02-28T15:00")
+    assert shop.plans.turn() == 0 and shop.balances()["plan"] == 50_000
 
 
 def test_a_downgrade_waits_for_the_period_s_end_with_its_seat_taken(shop):

@@ -1,9 +1,10 @@
 """Plans: credits for a month from anniversary to anniversary, paid from the cash balance, no more sold than there are seats.
 
 A period's credits are a pocket that ends with it, so nothing rolls over; five-hour and seven-day windows bound how fast
-they may be spent (`windows`, applied where money is held, in `books`). An upgrade counts at once and costs the difference
-for the rest of the period; a downgrade takes its seat at once and counts from the next period on. Every step is one
-transaction under the customer's lock.
+they may be spent (`windows`, applied where money is held, in `books`). An upgrade counts at once: it begins a period of its
+own and costs the new price less what is left of the old one, by time or by credits, whichever is less (by time alone, who
+upgraded in the last hour of a month would get a month's credits for an hour's price). A downgrade takes its seat at once and
+counts from the next period on. Every step is one transaction under the customer's lock.
 """
 
 from __future__ import annotations
@@ -97,6 +98,12 @@ class Plans:
         rows = self._db.read(sql, (customer,))
         return Subscription(*rows[0]) if rows else None
 
+    def allowances(self, customer: str) -> dict[tuple[str, str], Allowance]:
+        """As they are now, by pocket and span."""
+        sql = "SELECT pocket, span, limit_nano, anchor, started, ends, used_nano FROM allowances WHERE customer = ?"
+        found = [Allowance(*row).at(self._ledger.clock()) for row in self._db.read(sql, (customer,))]
+        return {(a.pocket, a.span): a for a in found}
+
     # ---- buying, changing, leaving -----------------------------------------------------------------------------
 
     def subscribe(self, customer: str, plan: str, actor: str = OPERATOR) -> Subscription:
@@ -139,9 +146,9 @@ class Plans:
             elif new.price_nano > old.price_nano:
                 moved = {**seats, old.name: -1}
                 _seats(books, customer, {**moved, new.name: moved.get(new.name, 0) + 1})
-                _pay(books, sub, prorated(new.price_nano - old.price_nano, sub.begins, sub.ends, books.now))
+                _pay(books, sub, new.price_nano - _unused(books, sub, old))
                 _end_lot(books, sub)
-                sub.plan = new.name
+                sub.plan, sub.anchor, sub.period = new.name, books.now, 0
                 _allocate(books, sub, new)
                 _windows(books, sub, new, fresh=True)
             else:
@@ -232,6 +239,12 @@ def prorated(price_nano: int, begins: float, ends: float, now: float) -> int:
     return price_nano * min(max(rest, 0), whole) // whole
 
 
+def _unused(books: Books, sub: Subscription, plan: Plan) -> int:
+    """Of the price of the present period."""
+    by_time = prorated(plan.price_nano, sub.begins, sub.ends, books.now)
+    return min(by_time, plan.price_nano * books.balance(sub.customer, ("plan", sub.lot)) // plan.credits_nano)
+
+
 def _plan(books: Books, name: str) -> Plan:
     sql = "SELECT name, price_nano, credits_nano, five_hours_nano, week_nano, seats FROM plans WHERE name = ?"
     row = books.execute(sql, (name,)).fetchone()
@@ -259,7 +272,7 @@ def _require(books: Books, customer: str) -> Subscription:
 
 
 def _store(books: Books, sub: Subscription) -> None:
-    fields = {name: getattr(sub, name) for name in COLUMNS if name not in ("id", "customer", "anchor")}
+    fields = {name: getattr(sub, name) for name in COLUMNS if name not in ("id", "customer")}
     books.execute(f"UPDATE subscriptions SET {', '.join(f'{name} = ?' for name in fields)} WHERE id = ?", (*fields.values(), sub.id))
 
 

@@ -72,11 +72,9 @@ async def usages(state: ServiceState, request: Request) -> dict[str, Any]:
     nano-USD in decimal strings, those of the wallet a million to the cent, as there."""
     key = authenticate(state, request, "usage")
     ledger, now = state.ledger, state.ledger.clock()
-    with ledger.books([key.customer]) as books:
-        allowances = {(a.pocket, a.span): a.at(now) for a in books.allowances(key.customer)}
-        extra = books.balance(key.customer, ("extra", ""))
-    sub = state.plans.subscription(key.customer)
-    credits = ledger.balances(key.customer).get("plan", 0)
+    allowances, sub = state.plans.allowances(key.customer), state.plans.subscription(key.customer)
+    pockets = ledger.balances(key.customer)
+    credits, extra = pockets.get("plan", 0), pockets.get("extra", 0)
 
     def window(span: str, seconds: float) -> dict[str, str]:
         allowance = allowances.get(("plan", span)) if sub else None
