@@ -289,6 +289,20 @@ def test_the_official_admin_client_reads_projects_users_and_keys(service):
     assert "project.created" in [e.type for e in admin.audit_logs.list()]
 
 
+def test_usage_and_costs_are_told_apart_by_project(service):
+    main = service.key("ann")
+    project = service.state.accounts.create_project("ann", "side", "operator")["id"]
+    side = service.key("ann", project=project)
+    for secret in (main, side, side):
+        service.client(secret).chat.completions.create(**ASK)
+    for path in ("usage/completions", "costs"):
+        query = f"/organization/{path}?start_time={int(time.time()) - 60}"
+        grouped = call(service, main, "GET", f"{query}&group_by=project_id").json()["data"]
+        assert {r["project_id"] for b in grouped for r in b["results"]} == {project, service.state.accounts.ensure("ann")}
+        only = [r for b in call(service, main, "GET", f"{query}&project_ids={project}").json()["data"] for r in b["results"]]
+        assert len(only) == 1 and only[0].get("num_model_requests", 2) == 2
+
+
 # ---- the audit log and the guessing of keys ----------------------------------------------------------------------
 
 

@@ -8,6 +8,8 @@ import httpx2 as httpx
 import pytest
 
 from tidelock.service.accounts import SCOPES
+from tidelock.service.ladder import Limits
+from tidelock.service.plans import Plan
 from tidelock.service.surfaces.routes import ROUTES
 
 SECRET_WORDS = "the password is swordfish"
@@ -93,6 +95,13 @@ def test_lists_usage_and_balance_are_one_s_own(service, anns):
         assert call("GET", path, bob).json()["data"] == [] and call("GET", path).json()["data"]
     usage = "/organization/usage/completions?start_time=0&limit=1440&bucket_width=1d&end_time=86400"
     assert all(b["results"] == [] for b in call("GET", usage, bob).json()["data"])
+    service.state.tiers.set_caps("ann", Limits(requests=12345), "key_of_ann")
+    service.state.plans.define(Plan("coder", 1, 1, None, None, 1))
+    service.state.plans.subscribe("ann", "coder")
+    assert call("GET", "/organization/limits").json()["caps"] and call("GET", "/organization/limits", bob).json()["caps"] == {}
+    assert call("GET", "/organization/subscription").json()["plan"] == "coder"
+    assert call("GET", "/organization/subscription", bob).status_code == 404
+    assert call("GET", "/organization/invoices", bob).json()["data"] == [] and call("GET", "/organization/invoices").json()["data"]
     assert call("GET", "/users/me/balance", bob).json()["data"]["available_nano_usd"] == 7
 
 

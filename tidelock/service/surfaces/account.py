@@ -25,7 +25,9 @@ from tidelock.service.windows import FIVE_HOURS, WEEK
 
 WIDTHS = {"1m": 60, "1h": 3600, "1d": 86400}
 DEFAULT_BUCKETS, MOST_BUCKETS = {"1m": 60, "1h": 24, "1d": 7}, 1440
-GROUPS = {"model": "model", "api_key_id": "key_id", "batch": "mode"}
+GROUPS = {"model": "model", "api_key_id": "key_id", "project_id": "project", "batch": "mode"}
+# A key stays in its project for life, so the usage of a project is that of its keys.
+USED = "(SELECT usage.*, keys.project FROM usage LEFT JOIN keys ON keys.id = usage.key_id) AS used"
 SUMMED = (
     "prompt_tokens", "cached_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "completion_tokens", "nano_usd",
 )  # fmt: skip
@@ -120,7 +122,7 @@ async def completions_usage(state: ServiceState, request: Request) -> dict[str, 
                 "output_tokens": row["completion_tokens"],
                 "output_audio_tokens": 0,
                 "num_model_requests": row["requests"],
-                "project_id": None,
+                "project_id": row["project"],
                 "user_id": None,
                 "api_key_id": row["key_id"],
                 "model": row["model"],
@@ -150,7 +152,7 @@ async def costs(state: ServiceState, request: Request) -> dict[str, Any]:
                 "object": "organization.costs.result",
                 "amount": {"value": _usd(row["nano_usd"]), "currency": "usd"},
                 "line_item": row["model"],
-                "project_id": None,
+                "project_id": row["project"],
                 "api_key_id": row["key_id"],
                 "quantity": None,
             }
@@ -207,7 +209,7 @@ class _Page:
         asked = request.query_params.getlist("group_by") + request.query_params.getlist("group_by[]")
         columns = [column for name, column in GROUPS.items() if name in asked or (name == "model" and "line_item" in asked)]
         wanted = {c: request.query_params.getlist(n) + request.query_params.getlist(n + "[]")
-                  for n, c in (("models", "model"), ("api_key_ids", "key_id"))}  # fmt: skip
+                  for n, c in (("models", "model"), ("api_key_ids", "key_id"), ("project_ids", "project"))}  # fmt: skip
         out = []
         for start, end in self.spans:
             where, args = "customer = ? AND created >= ? AND created < ?", [customer, start, end]
@@ -218,9 +220,9 @@ class _Page:
             sums = ", ".join(f"CAST(SUM({c}) AS BIGINT) AS {c}" for c in SUMMED)
             grouped = f"GROUP BY {', '.join(columns)}" if columns else "HAVING COUNT(*) > 0"
             selected = "".join(f"{column}, " for column in columns)
-            sql = f"SELECT {selected}COUNT(*) AS requests, {sums} FROM usage WHERE {where} {grouped}"
+            sql = f"SELECT {selected}COUNT(*) AS requests, {sums} FROM {USED} WHERE {where} {grouped}"
             rows = [{k: row[k] for k in row.keys()} for row in state.ledger.db.read(sql, args)]
-            out.append((start, end, [{"model": None, "key_id": None, "mode": None, **row} for row in rows]))
+            out.append((start, end, [{"model": None, "key_id": None, "project": None, "mode": None, **row} for row in rows]))
         return out
 
     def body(self, buckets: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""What a customer reads of invoices and plan, and where the payment provider's events arrive."""
+"""What a customer reads of invoices, plan and limits, and where the payment provider's events arrive."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -31,6 +32,25 @@ async def listed(state: ServiceState, request: Request) -> dict[str, Any]:
 async def retrieve(state: ServiceState, request: Request) -> dict[str, Any]:
     key = authenticate(state, request, "billing")
     return _shown(invoices.one(state.ledger.db, key.customer, request.path_params["id"]))
+
+
+async def limits(state: ServiceState, request: Request) -> dict[str, Any]:
+    """`GET /v1/organization/limits`: the tier, what it gives, and the caps of projects and keys."""
+    key = authenticate(state, request, "usage")
+    tier, recharged, given = state.tiers.standing(key.customer)
+    caps = {scope: asdict(cap) for scope, (_, cap) in state.tiers.caps(key.customer).items() if scope}
+    return {"object": "organization.limits", "tier": tier, "recharged": format_usd(recharged), "limits": asdict(given), "caps": caps}
+
+
+async def subscription(state: ServiceState, request: Request) -> dict[str, Any]:
+    """`GET /v1/organization/subscription`: the plan, until when it runs, and what comes then. 404 without one."""
+    key = authenticate(state, request, "billing")
+    sub = state.plans.subscription(key.customer)
+    if sub is None:
+        raise errors.not_found("there is no subscription")
+    then = None if sub.cancelled else sub.next_plan or sub.plan
+    return {"object": "organization.subscription", "id": sub.id, "plan": sub.plan, "current_period_start": int(sub.begins),
+            "current_period_end": int(sub.ends), "next_plan": then}  # fmt: skip
 
 
 async def webhook(state: ServiceState, request: Request) -> dict[str, Any]:

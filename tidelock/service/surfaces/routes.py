@@ -89,6 +89,8 @@ ROUTES = [
     Route("GET", "/v1/organization/users/{id}", organization.member, shapes.Member),
     Route("POST", "/v1/organization/users/{id}", organization.update_member, shapes.Member, organization.RoleRequest),
     Route("DELETE", "/v1/organization/users/{id}", organization.remove_member, shapes.Deleted),
+    Route("GET", "/v1/organization/limits", billing.limits, shapes.OrganizationLimits),
+    Route("GET", "/v1/organization/subscription", billing.subscription, shapes.Subscription),
     Route("GET", "/v1/organization/invoices", billing.listed, shapes.Listing),
     Route("GET", "/v1/organization/invoices/{id}", billing.retrieve, shapes.Invoice),
     Route("GET", "/v1/organization/audit_logs", organization.audit_logs, shapes.Listing, query=LISTED),

@@ -257,3 +257,20 @@ class Invoice(msgspec.Struct):
     tax: str
     total: str
     lines: list[dict[str, Any]]
+
+
+class OrganizationLimits(msgspec.Struct):
+    object: Literal["organization.limits"]
+    tier: int | None
+    recharged: str
+    limits: dict[str, int | None]
+    caps: dict[str, dict[str, int | None]]
+
+
+class Subscription(msgspec.Struct):
+    object: Literal["organization.subscription"]
+    id: str
+    plan: str
+    current_period_start: int
+    current_period_end: int
+    next_plan: str | None
