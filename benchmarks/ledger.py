@@ -19,19 +19,22 @@ from pathlib import Path
 
 from tidelock.service.books import Admission, Metered
 from tidelock.service.db import Database
+from tidelock.service.ladder import Ladder, Limits
 from tidelock.service.ledger import Ledger
 from tidelock.service.local_postgres import LocalPostgres, local_postgres, missing
 from tidelock.service.prices import Counts, Price, PriceBook
 from tidelock.service.till import Till
 
 PRICE = Price(input_nano=300, cached_input_nano=30, output_nano=1500)
+WIDE = Ladder("wide", ((0, Limits(10**6, 10**9, 10**10, 10**11)),))  # everything is counted, nobody is refused
 ROUNDS = 3
 
 
 class Bench:
-    def __init__(self, target: str, customers: int) -> None:
+    def __init__(self, target: str, customers: int, limited: bool = False) -> None:
         self.db = Database(target)
-        self.name, self.customers, self.n = self.db.name, customers, 0
+        self.name, self.customers, self.n = self.db.name + " + limits" * limited, customers, 0
+        self.ladder = WIDE if limited else None
         PriceBook("v1", {"m": PRICE}).register(self.db)
         ledger = Ledger(self.db)
         for c in range(customers):
@@ -48,7 +51,8 @@ class Bench:
             async with gate:
                 begun = time.perf_counter()
                 customer = f"c{n % self.customers}"
-                hold = await till.hold(Admission(f"r{n}", customer, "key", "m", PRICE, "v1", 200, 100, 60))
+                ask = Admission(f"r{n}", customer, "key", "m", PRICE, "v1", 200, 100, 60, ladder=self.ladder, reserve=300)
+                hold = await till.hold(ask)
                 await till.settle(hold, Metered(Counts(200, 50, completion=60), "stop"))
                 took.append(time.perf_counter() - begun)
 
@@ -65,17 +69,17 @@ class Bench:
 
 
 def speed(args: argparse.Namespace, postgres: LocalPostgres | None, directory: Path) -> None:
-    print(f"{'database':10} {'customers':>9} {'at once':>8} {'requests/s':>11} {'cpu µs':>7} {'per commit':>11} {'p99 ms':>7}")
+    print(f"{'database':17} {'customers':>9} {'at once':>8} {'requests/s':>11} {'cpu µs':>7} {'per commit':>11} {'p99 ms':>7}")
     for customers in (100, 1):
-        benches = [Bench(str(directory / f"{customers}.sqlite"), customers)]
+        benches = [Bench(str(directory / f"{customers}-{limited}.sqlite"), customers, limited) for limited in (False, True)]
         if postgres:
-            benches.append(Bench(postgres.database(), customers))
+            benches += [Bench(postgres.database(), customers, limited) for limited in (False, True)]
         for at_once in (1, 16, args.at_once):
             requests = args.requests if at_once > 1 else args.requests // 8
             rounds = [[bench.round(requests, at_once) for bench in benches] for _ in range(ROUNDS)]
             for bench, *measured in zip(benches, *rounds, strict=True):
                 rate, cpu, group, p99 = (statistics.median(column) for column in zip(*measured, strict=True))
-                print(f"{bench.name:10} {customers:9} {at_once:8} {rate:11.0f} {cpu:7.0f} {group:11.1f} {p99:7.1f}")
+                print(f"{bench.name:17} {customers:9} {at_once:8} {rate:11.0f} {cpu:7.0f} {group:11.1f} {p99:7.1f}")
         for bench in benches:
             assert Ledger(bench.db).audit().sound
             bench.db.close()

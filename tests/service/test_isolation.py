@@ -7,6 +7,9 @@ import logging
 import httpx2 as httpx
 import pytest
 
+from tidelock.service.accounts import SCOPES
+from tidelock.service.ladder import Limits
+from tidelock.service.plans import Plan
 from tidelock.service.surfaces.routes import ROUTES
 
 SECRET_WORDS = "the password is swordfish"
@@ -27,27 +30,37 @@ def anns(service):
     file = call("POST", "/files", files={"file": b"{}"}, data={"purpose": "batch"}).json()
     body = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
     batch = call("POST", "/batches", json=body).json()
-    ids = {"/v1/chat/completions": chat["id"], "/v1/responses": response["id"], "/v1/files": file["id"], "/v1/batches": batch["id"]}
+    boss = service.state.keys.create("ann", scopes=SCOPES)[1]
+    project = call("POST", "/organization/projects", boss, json={"name": "p"}).json()
+    member = call("POST", "/organization/users", boss, json={"email": "a@b.c", "role": "owner"}).json()
+    key = call("POST", f"/organization/projects/{project['id']}/api_keys", boss, json={}).json()
+    ids = {"/v1/organization/projects": project["id"], "/v1/organization/users": member["id"], "key": key["id"], "boss": boss}
+    service.state.payments.manual("ann", 5, "first")
+    ids["/v1/organization/invoices"] = call("GET", "/organization/invoices").json()["data"][0]["id"]
+    ids |= {"/v1/chat/completions": chat["id"], "/v1/responses": response["id"], "/v1/files": file["id"], "/v1/batches": batch["id"]}
     return call, ids, chat["trace"]["node"]
 
 
 OWNED = [route for route in ROUTES if "{id}" in route.path]
-BODIES = {"/v1/chat/completions/{id}": {"metadata": {}}}
+BODIES = {
+    "/v1/chat/completions/{id}": {"metadata": {}}, "/v1/organization/projects/{id}": {"name": "mine"},
+    "/v1/organization/projects/{id}/api_keys": {}, "/v1/organization/users/{id}": {"role": "viewer"},
+}  # fmt: skip
 
 
 def test_the_table_has_every_endpoint_with_an_id(anns):
     call, ids, _ = anns
-    assert {route.path.partition("/{id}")[0] for route in OWNED} == set(ids) and len(OWNED) == 13
+    assert {route.path.partition("/{id}")[0] for route in OWNED} | {"key", "boss"} == set(ids) and len(OWNED) == 24
 
 
 def test_a_foreign_id_is_404_everywhere_and_reads_the_same_as_no_id(service, anns):
     call, ids, _ = anns
-    bob = service.key("bob")
+    bob = service.key("bob", scopes=SCOPES)
     for route in OWNED:
         root = route.path.partition("/{id}")[0]
         answers = []
         for object_id in (ids[root], "never_existed"):
-            path = route.path.removeprefix("/v1").replace("{id}", object_id)
+            path = route.path.removeprefix("/v1").replace("{id}", object_id).replace("{key}", ids["key"])
             answer = call(route.method, path, bob, json=BODIES.get(route.path))
             assert answer.status_code == 404, (route.method, path, answer.text)
             answers.append(answer.text.replace(object_id, "ID"))
@@ -56,7 +69,8 @@ def test_a_foreign_id_is_404_everywhere_and_reads_the_same_as_no_id(service, ann
     for route in OWNED:  # and it is all still there for its owner
         if route.method == "GET":
             root = route.path.partition("/{id}")[0]
-            assert call("GET", route.path.removeprefix("/v1").replace("{id}", ids[root])).status_code == 200
+            path = route.path.removeprefix("/v1").replace("{id}", ids[root]).replace("{key}", ids["key"])
+            assert call("GET", path, ids["boss"]).status_code == 200
 
 
 def test_foreign_ids_inside_bodies_and_queries_lead_nowhere(service, anns):
@@ -69,7 +83,7 @@ def test_foreign_ids_inside_bodies_and_queries_lead_nowhere(service, anns):
     assert call("POST", "/responses/input_tokens", bob, json=continued).status_code == 400
     feedback = {"node": node, "success": True, "reward": 1, "source": "bob"}
     assert call("POST", "/feedback", bob, json=feedback).status_code == 404
-    for root in ids:
+    for root in [path for path in ids if path.startswith("/v1") and "organization" not in path]:
         listed = call("GET", f"{root.removeprefix('/v1')}?after={ids[root]}", bob)
         assert listed.status_code in (200, 405) and listed.json().get("data", []) == []
 
@@ -81,12 +95,37 @@ def test_lists_usage_and_balance_are_one_s_own(service, anns):
         assert call("GET", path, bob).json()["data"] == [] and call("GET", path).json()["data"]
     usage = "/organization/usage/completions?start_time=0&limit=1440&bucket_width=1d&end_time=86400"
     assert all(b["results"] == [] for b in call("GET", usage, bob).json()["data"])
+    service.state.tiers.set_caps("ann", Limits(requests=12345), "key_of_ann")
+    service.state.plans.define(Plan("coder", 1, 1, None, None, 1))
+    service.state.plans.subscribe("ann", "coder")
+    assert call("GET", "/organization/limits").json()["caps"] and call("GET", "/organization/limits", bob).json()["caps"] == {}
+    assert call("GET", "/organization/subscription").json()["plan"] == "coder"
+    assert call("GET", "/organization/subscription", bob).status_code == 404
+    assert call("GET", "/organization/invoices", bob).json()["data"] == [] and call("GET", "/organization/invoices").json()["data"]
     assert call("GET", "/users/me/balance", bob).json()["data"]["available_nano_usd"] == 7
+
+
+def test_a_key_of_one_project_is_not_found_under_another(service, anns):
+    call, ids, _ = anns
+    other = call("POST", "/organization/projects", ids["boss"], json={"name": "other"}).json()["id"]
+    for method in ("GET", "DELETE"):
+        assert call(method, f"/organization/projects/{other}/api_keys/{ids['key']}", ids["boss"]).status_code == 404
+
+
+def test_a_stranger_s_project_and_member_cannot_be_put_on_a_key(service, anns):
+    call, ids, _ = anns
+    bob = service.key("bob", scopes=SCOPES)
+    own = call("GET", "/organization/projects", bob).json()["data"][0]["id"]
+    body = {"member": ids["/v1/organization/users"]}
+    assert call("POST", f"/organization/projects/{own}/api_keys", bob, json=body).status_code == 404
+    assert call("GET", "/organization/audit_logs", bob).json()["data"] and all(
+        ids["/v1/organization/users"] != line["target"] for line in call("GET", "/organization/audit_logs", bob).json()["data"]
+    )
 
 
 def test_every_endpoint_wants_a_key(service):
     for route in ROUTES:
-        path = route.path.replace("{id}", "x").replace("{model}", "tide")
+        path = route.path.replace("{id}", "x").replace("{model}", "tide").replace("{key}", "x")
         answer = httpx.request(route.method, service.running.base_url.removesuffix("/v1") + path)
         assert answer.status_code == 401, (route.method, path, answer.text)
 

@@ -21,6 +21,7 @@ from tidelock.service.auth import authenticate
 from tidelock.service.http import Handler, Json, unknown_route
 from tidelock.service.metrics import CONTENT_TYPE, counting
 from tidelock.service.state import ServiceState
+from tidelock.service.surfaces import billing
 from tidelock.service.surfaces.routes import routes
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.trace import Outcome
@@ -63,6 +64,7 @@ def create_app(state: ServiceState) -> ASGIApp:
             *routes(state),
             post("/v1/feedback", feedback),
             post("/admin/weights", swap_weights),
+            post("/webhooks/payments", billing.webhook),
             get("/health", health),
             get("/openapi.json", published),
             *tokens_api.routes(state, get, post),

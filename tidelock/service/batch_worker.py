@@ -78,7 +78,7 @@ async def _keep(state: ServiceState, batch_id: str) -> None:
 class _Batch:
     def __init__(self, state: ServiceState, batch_id: str, customer: str, key_id: str) -> None:
         self.state, self.id, self.customer = state, batch_id, customer
-        self.key = next((key for key in state.keys.list() if key.id == key_id), None)
+        self.key_id = key_id
 
     async def run(self) -> None:
         doc = self._doc()
@@ -186,8 +186,8 @@ class _Batch:
         return stored[0]
 
     async def _turn(self, endpoint: str, body: bytes, request_id: str) -> tuple[Any, Turn]:
-        state, key = self.state, self.key
-        if key is None or key.revoked is not None:
+        state, key = self.state, self.state.keys.live(self.key_id)
+        if key is None or "model" not in key.scopes:
             raise ApiError(401, "invalid_authentication_error", "the key that made this batch is revoked")
         translation = SURFACES[endpoint](state, key, None, body)
         translation.request.store = False  # the batch's own file keeps it

@@ -15,12 +15,17 @@ from typing import Any
 
 from tidelock.service.chain import link
 from tidelock.service.db import Transaction
+from tidelock.service.ladder import Ladder
+from tidelock.service.limiter import Limiter, Standing
 from tidelock.service.prices import Counts, Price, PriceBook, stored_book
+from tidelock.service.windows import Allowance, left
 from tidelock.tokens.errors import UserError
 
 BURN_ORDER = ("voucher", "plan", "extra", "cash")  # within a kind: what expires first, first
+WINDOWED = ("plan", "extra")  # pockets that may be bounded by windows of time
 CREDIT = ("voucher", "plan")  # not money that was paid for this usage
 HELD, REVENUE, OUTSIDE, RECEIVABLE = ("held", ""), ("revenue", ""), ("outside", ""), ("receivable", "")
+REFUNDS = ("refunds", "")
 
 AccountName = tuple[str, str]  # kind, lot
 Entry = tuple[AccountName, int]
@@ -47,6 +52,9 @@ class Admission:
     least_tokens: int = 1  # of answer, or it is not worth beginning
     tools: Mapping[str, int] = field(default_factory=dict)
     burn: tuple[str, ...] = BURN_ORDER  # which pockets may pay, in order
+    project: str = ""
+    ladder: Ladder | None = None  # whose limits count; None: none do
+    reserve: int = 0  # tokens, prompt and answer, that count against them
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Hold:
     nano_usd: int
     mode: str = ""
     burn: tuple[str, ...] = BURN_ORDER
+    standing: Standing = Standing()  # of the limits, right after this was admitted
 
 
 @dataclass(frozen=True)
@@ -90,10 +99,12 @@ class _Book:
     wanted: bool = False  # gets one even without a transaction
     moved: bool = False
     accounts: dict[AccountName, _Account] = field(default_factory=dict)
+    allowances: list[Allowance] | None = None  # read when they are needed
 
 
 HOLD_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "mode", "prompt_tokens", "max_tokens", "tools",
-                "nano_usd", "parts", "steps", "progress", "worker", "state", "created", "expires")  # fmt: skip
+                "nano_usd", "parts", "steps", "progress", "worker", "state", "created", "expires", "project",
+                "reserved")  # fmt: skip
 HOLD_CHANGES = ("max_tokens", "tools", "nano_usd", "parts", "steps", "progress", "state", "expires")
 USAGE_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "mode", "prompt_tokens", "cached_tokens",
                  "cache_write_5m_tokens", "cache_write_1h_tokens", "completion_tokens", "tools", "nano_usd", "credit_nano",
@@ -117,6 +128,7 @@ class Books:
         self._usage: list[tuple] = []
         self._prices: dict[str, PriceBook] = {}
         self._booked: set[tuple[str, str]] = set()
+        self._limiter = Limiter(tx, sorted(self._books), self.now)
 
     # ---- reading, under the lock -------------------------------------------------------------------------------
 
@@ -168,7 +180,40 @@ class Books:
             for name, account in self._books[customer].accounts.items()
             if name[0] in burn and account.balance > 0 and (account.expires is None or account.expires > self.now)
         ]
-        return [(name, balance) for _, _, name, balance in sorted(found)]
+        pockets = []
+        free: dict[str, int | None] = {}
+        for _, _, name, balance in sorted(found):
+            if name[0] in WINDOWED:  # all its lots share what its windows leave
+                left_nano = free.setdefault(name[0], left(self.allowances(customer), name[0], self.now))
+                if left_nano is not None:
+                    balance = min(balance, left_nano)
+                    free[name[0]] = left_nano - balance
+            if balance:
+                pockets.append((name, balance))
+        return pockets
+
+    def allowances(self, customer: str) -> list[Allowance]:
+        """What may be spent of which pocket within which window."""
+        book = self._books[customer]
+        if book.allowances is None:
+            sql = "SELECT pocket, span, limit_nano, anchor, started, ends, used_nano FROM allowances WHERE customer = ?"
+            book.allowances = [Allowance(*row) for row in self._tx(sql, (customer,)).fetchall()]
+        return book.allowances
+
+    def set_allowance(self, customer: str, allowance: Allowance | None, pocket: str, span: str) -> None:
+        """Instead of the one there may be; None: none."""
+        kept = [a for a in self.allowances(customer) if (a.pocket, a.span) != (pocket, span)]
+        self._tx("DELETE FROM allowances WHERE customer = ? AND pocket = ? AND span = ?", (customer, pocket, span))
+        if allowance is not None:
+            self._tx("INSERT INTO allowances (customer, pocket, span, limit_nano, anchor, started, ends, used_nano) "
+                     "VALUES (?, ?, ?, ?, ?, 0, 0, 0)", (customer, pocket, span, allowance.limit_nano, allowance.anchor))  # fmt: skip
+            kept.append(allowance)
+        self._books[customer].allowances = kept
+
+    def end_pocket(self, customer: str, name: AccountName) -> None:
+        """It expires now."""
+        self._account(customer, name).expires = self.now
+        self._tx("UPDATE accounts SET expires = ? WHERE customer = ? AND kind = ? AND lot = ?", (self.now, customer, *name))
 
     def exists(self, customer: str) -> bool:
         book = self._books[customer]
@@ -214,13 +259,21 @@ class Books:
     # ---- one request's life ------------------------------------------------------------------------------------
 
     def hold(self, ask: Admission) -> Hold:
-        """Raises InsufficientBalance if the pockets do not cover the prompt, the tools and `least_tokens`."""
+        """Raises InsufficientBalance if the pockets do not cover the prompt, the tools and `least_tokens`, RateLimited if a
+        limit is reached."""
         if ask.request_id in self._holds:
             raise AssertionError(f"request {ask.request_id} already has a hold")
         pockets = self.pockets(ask.customer, ask.burn)
         affordable = ask.price.tokens_within(sum(nano for _, nano in pockets), ask.prompt_tokens, ask.tools)
         if affordable < ask.least_tokens:
             raise InsufficientBalance(ask.customer)
+        reserved, standing = "", Standing()
+        if ask.ladder is not None:
+            recharged = -self.balance(ask.customer, OUTSIDE) - self.balance(ask.customer, REFUNDS)
+            reserved, standing = self._limiter.admit(
+                ask.customer, ask.project, ask.key_id, ask.ladder, recharged, ask.reserve
+            )
+        self._limiter.opened(ask.customer, ask.project, ask.key_id)
         tokens = min(ask.max_tokens, affordable)
         nano_usd = ask.price.ceiling_nano(ask.prompt_tokens, tokens, ask.tools)
         parts = take(pockets, nano_usd)
@@ -229,13 +282,13 @@ class Books:
             "price_version": ask.price_version, "mode": ask.mode, "prompt_tokens": ask.prompt_tokens,
             "max_tokens": tokens, "tools": _json(ask.tools), "nano_usd": nano_usd, "parts": _parts_json(parts), "steps": 1,
             "progress": 0, "worker": self._worker, "state": "open", "created": self.now,
-            "expires": self.now + ask.lifetime_s,
+            "expires": self.now + ask.lifetime_s, "project": ask.project, "reserved": reserved,
         }  # fmt: skip
         self._new_holds.add(ask.request_id)
         self._set_aside(ask.customer, "hold", ask.request_id, parts)
         return Hold(
             ask.request_id, ask.customer, ask.key_id, ask.model, ask.price, ask.price_version, ask.prompt_tokens, tokens,
-            nano_usd, ask.mode, ask.burn,
+            nano_usd, ask.mode, ask.burn, standing,
         )  # fmt: skip
 
     def extend(
@@ -301,9 +354,9 @@ class Books:
         hold = self._holds.get(request_id)
         if hold is None or hold["state"] != "open":
             return False
-        hold["state"] = "released"
-        self._changed_holds.add(request_id)
+        self._close(hold, "released", 0)
         back = [(name, nano) for name, nano in _parts(hold)]
+        self._give_back(hold, back)
         self.post(hold["customer"], "release", request_id, [(HELD, -hold["nano_usd"]), *back])
         return True
 
@@ -315,21 +368,38 @@ class Books:
             left -= spent
             credit += spent if name[0] in CREDIT else 0
             back.append((name, nano - spent))
+        self._give_back(hold, back)
         row = (
             hold["request_id"], hold["customer"], hold["key_id"], hold["model"], hold["price_version"], hold["mode"],
             used.prompt, used.cached, used.cache_write_5m, used.cache_write_1h, used.completion, _json(used.tools), cost,
             credit, finish_reason, self.now,
         )  # fmt: skip
         self._usage.append(row)
-        hold["state"] = state
-        self._changed_holds.add(hold["request_id"])
+        self._close(hold, state, used.prompt + used.completion)
         entries = [(HELD, -hold["nano_usd"]), (REVENUE, cost), *back]
         self.post(hold["customer"], "settle", hold["request_id"], entries, usage_detail(row))
         return cost
 
+    def _close(self, hold: dict[str, Any], state: str, used_tokens: int) -> None:
+        hold["state"] = state
+        self._changed_holds.add(hold["request_id"])
+        self._limiter.opened(hold["customer"], hold["project"], hold["key_id"], by=-1)
+        self._limiter.give_back(hold["customer"], hold["reserved"], used_tokens)
+
     def _set_aside(self, customer: str, kind: str, reference: str, parts: list[Entry]) -> None:
         total = sum(nano for _, nano in parts)
+        for name, nano in parts:
+            for allowance in self.allowances(customer) if name[0] in WINDOWED else ():
+                if allowance.pocket == name[0]:
+                    allowance.spend(nano, self.now)
         self.post(customer, kind, reference, [*((name, -nano) for name, nano in parts), (HELD, total)])
+
+    def _give_back(self, hold: dict[str, Any], back: list[Entry]) -> None:
+        """To the windows what comes back to the pockets."""
+        for name, nano in back:
+            for allowance in self.allowances(hold["customer"]) if nano and name[0] in WINDOWED else ():
+                if allowance.pocket == name[0]:
+                    allowance.give_back(nano, hold["created"], self.now)
 
     def _open_hold(self, request_id: str) -> dict[str, Any]:
         hold = self._holds[request_id]
@@ -369,6 +439,12 @@ class Books:
         tx.insert("transactions", TRANSACTION_COLUMNS, self._transactions)
         tx.insert("entries", ("customer", "seq", "n", "kind", "lot", "nano_usd"), self._entries)
         tx.insert("usage", USAGE_COLUMNS, self._usage)
+        spent = [
+            (customer, a.pocket, a.span, a.limit_nano, a.started, a.ends, a.used_nano)
+            for customer, book in self._books.items() for a in book.allowances or () if a.changed
+        ]  # fmt: skip
+        tx.update("allowances", ("customer", "pocket", "span"), ("limit_nano", "started", "ends", "used_nano"), spent)
+        self._limiter.write()
 
 
 def usage_detail(row: Sequence[Any]) -> str:

@@ -73,6 +73,7 @@ class Endpoint:
             translation = self._surface(self._state, key, request, body)
             turn = await run.prepare(self._state, key, translation.ask, request_id)
             translation.begin(turn)
+            out.headers = turn.headers
             async with _watching(receive, self._state, turn) as left:
                 await self._answer(turn, translation, left, out)
         except (ClientDisconnect, Stalled):
@@ -106,6 +107,7 @@ class Output:
     def __init__(self, send: Send, request_id: str, patience_s: float) -> None:
         self._send, self._request_id, self._patience_s = send, request_id, patience_s
         self.started = False
+        self.headers: dict[str, str] = {}  # read when the answer begins
 
     async def json(self, body: Any) -> None:
         await self._start(b"application/json")
@@ -124,8 +126,8 @@ class Output:
 
     async def _start(self, content_type: bytes) -> None:
         self.started = True
-        ids = [(name.encode(), value.encode()) for name, value in id_headers(self._request_id).items()]
-        headers = [(b"content-type", content_type), (b"cache-control", b"no-store"), *ids]
+        more = [(name.encode(), value.encode()) for name, value in {**self.headers, **id_headers(self._request_id)}.items()]
+        headers = [(b"content-type", content_type), (b"cache-control", b"no-store"), *more]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
 

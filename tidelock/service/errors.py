@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tidelock.service.limiter import SHORT, RateLimited
+from tidelock.service.limits import limit_headers
 
 ANTHROPIC_KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -28,6 +30,7 @@ class ApiError(Exception):
         param: str | None = None,
         retry: bool | None = None,
         retry_after_s: int | None = None,
+        more_headers: dict[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -37,6 +40,7 @@ class ApiError(Exception):
         self.param = param
         self.retry = retry
         self.retry_after_s = retry_after_s
+        self.more_headers = more_headers or {}
 
     def body(self) -> dict[str, Any]:
         return {"error": {"type": self.kind, "message": self.message, "code": self.code, "param": self.param}}
@@ -48,7 +52,7 @@ class ApiError(Exception):
         return (529 if self.status == 503 else self.status), body
 
     def headers(self) -> dict[str, str]:
-        headers = {}
+        headers = dict(self.more_headers)
         if self.retry is not None:
             headers["x-should-retry"] = "true" if self.retry else "false"
         if self.retry_after_s is not None:
@@ -63,6 +67,25 @@ def invalid_request(message: str, param: str | None = None, code: str | None = N
 def invalid_key() -> ApiError:
     message = "the API key is missing, wrong or revoked; send it as `Authorization: Bearer sk-…`"
     return ApiError(401, "invalid_authentication_error", message, code="invalid_api_key")
+
+
+def rate_limited(customer: str, key_id: str, reached: RateLimited) -> ApiError:
+    """In Kimi's words."""
+    name, where = SHORT[reached.which], f"Your account {customer}<{key_id}> request reached"
+    message = f"{where} {name} rate limit, current:{reached.current}, limit:{reached.limit}"
+    if reached.which == "concurrency":
+        message = f"{where} max concurrency, current:{reached.current}, limit:{reached.limit}"
+    if reached.retry_s is not None:
+        message += f", please try again after {reached.retry_s} seconds"
+    return ApiError(
+        429, "rate_limit_reached_error", message, code="rate_limit_exceeded", retry=reached.retry_s is not None,
+        retry_after_s=reached.retry_s, more_headers=limit_headers(reached.standing),
+    )  # fmt: skip
+
+
+def guessing(wait_s: int) -> ApiError:
+    message = f"too many wrong API keys came from your address; try again in {wait_s} s"
+    return ApiError(429, "rate_limit_reached_error", message, code="too_many_wrong_keys", retry=False, retry_after_s=wait_s)
 
 
 def permission_denied(message: str) -> ApiError:

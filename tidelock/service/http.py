@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tidelock.service import errors, wire
+from tidelock.service.accounts import UnknownId
 from tidelock.service.db import StorageDown
 from tidelock.service.errors import ApiError
 from tidelock.service.state import ServiceState
@@ -39,8 +40,12 @@ def speaks_anthropic(request: Request) -> bool:
 
 
 def is_lenient(state: ServiceState, request: Request | None) -> bool:
-    """By the server's own setting, or because this client asks for it (`x-tidelock-profile: lenient`)."""
-    return state.lenient or (request is not None and request.headers.get("x-tidelock-profile") == "lenient")
+    """As this request asks (`x-tidelock-profile: lenient` or `strict`), else as its key says, else as the server is set."""
+    if request is None:
+        return state.lenient
+    key = request.scope.get("tidelock.key")
+    asked = request.headers.get("x-tidelock-profile") or (key.profile if key else "")
+    return asked == "lenient" if asked in ("lenient", "strict") else state.lenient
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -69,6 +74,8 @@ def as_api_error(exception: Exception, request_id: str) -> ApiError:
         return exception
     if isinstance(exception, PolicyError):
         return errors.policy_failed(str(exception), exception.status, exception.kind)
+    if isinstance(exception, UnknownId):
+        return errors.not_found(str(exception), "id")
     if isinstance(exception, StorageDown):
         log.warning("%s: %s", request_id, exception)
         return errors.storage_down()

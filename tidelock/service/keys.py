@@ -1,20 +1,24 @@
 """API keys: created once, shown once, stored only as an HMAC-SHA-256 under a pepper kept outside the database.
 
-A key belongs to a customer (whose wallet pays), has a role, and says what may be done with the traffic it carries.
+A key belongs to a project of an organisation (the ledger's customer, whose wallet pays), perhaps to a member, and says
+what it may do, from where, with which models, and what may be done with the traffic it carries.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from tidelock.service.accounts import OPERATOR, ROLES, SCOPES, USUAL_SCOPES, Accounts, UnknownId, log
 from tidelock.service.db import Database
-from tidelock.service.ledger import Ledger
 from tidelock.tokens.errors import UserError
 
 
@@ -28,11 +32,24 @@ class Key:
     hint: str  # first and last characters, enough to recognise it in a list
     customer: str
     name: str
-    role: str  # "user" | "admin"
+    role: str  # "user", or "admin" for the operator's own: may swap weights
     training_consent: bool  # what holds when a request says nothing
     may_grant: bool  # whether a request may consent although the key's default is no
     created: float
     revoked: float | None
+    project: str = ""
+    member: str = ""  # whose it is; "" for a program's
+    scopes: tuple[str, ...] = USUAL_SCOPES  # of its own and its member's role
+    models: tuple[str, ...] = ()  # () for all
+    addresses: tuple[str, ...] = ()  # networks it may be used from; () for anywhere
+    profile: str = ""  # "strict" | "lenient" | "" as the server (see `kimi`)
+
+    def admits(self, address: str) -> bool:
+        """Whether it may be used from this client address."""
+        return not self.addresses or _within(address, self.addresses)
+
+    def sees(self, model: str) -> bool:
+        return not self.models or model in self.models
 
     def consent(self, requested: bool | None) -> tuple[bool, str]:
         """The consent of one request and where it comes from. A request can always withdraw; it can only grant
@@ -79,12 +96,30 @@ class KeyStore:
         role: str = "user",
         training_consent: bool = False,
         may_grant: bool = False,
+        project: str = "",
+        member: str = "",
+        scopes: Sequence[str] = USUAL_SCOPES,
+        models: Sequence[str] = (),
+        addresses: Sequence[str] = (),
+        profile: str = "",
+        actor: str = OPERATOR,
     ) -> tuple[Key, str]:
-        """Returns the key's record and the secret itself, which is not stored and cannot be shown again."""
+        """Returns the key's record and the secret itself, which is not stored and cannot be shown again.
+
+        An organisation that is new is made, and its default project is where a key goes that names none.
+        Raises UserError for what makes no sense, UnknownId for a project or member of another organisation.
+        """
         if not customer:
             raise UserError("a key needs a customer")
         if role not in ("user", "admin"):
             raise UserError(f"unknown role {role!r}; a key's role is user or admin")
+        _check(scopes, models, profile)
+        networks = tuple(_network(address) for address in addresses)
+        accounts = Accounts(self._db)
+        standard = accounts.ensure(customer, actor)
+        if project and accounts.project(customer, project)["archived"]:
+            raise UnknownId(f"no live project {project!r}")
+        who = accounts.member(customer, member) if member else None
         secret = f"sk-{secrets.token_urlsafe(32)}"
         key = Key(
             id=f"key_{secrets.token_hex(8)}",
@@ -96,14 +131,22 @@ class KeyStore:
             may_grant=may_grant,
             created=time.time(),
             revoked=None,
+            project=project or standard,
+            member=who["id"] if who else "",
+            scopes=_granted(" ".join(scopes), who["role"] if who else None),
+            models=tuple(models),
+            addresses=networks,
+            profile=profile,
         )
-        Ledger(self._db).open_account(customer)
         with self._db.transaction() as write:
             write(
-                "INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
-                (key.id, self._hash(secret), key.hint, customer, name, role, int(training_consent),
-                 int(may_grant), key.created),
-            )
+                "INSERT INTO keys (id, hash, hint, customer, name, role, training_consent, may_grant, created, project, member, "
+                "scopes, models, addresses, profile) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (key.id, self._hash(secret), key.hint, customer, name, role, int(training_consent), int(may_grant), key.created,
+                 key.project, key.member, " ".join(scopes), " ".join(models), " ".join(networks), profile),
+            )  # fmt: skip
+            detail = {"project": key.project, "member": key.member, "scopes": list(scopes), "name": name}
+            log(write, customer, actor, "key.created", key.id, detail)
         return key, secret
 
     def authenticate(self, secret: str) -> Key | None:
@@ -112,30 +155,89 @@ class KeyStore:
         hashed, now = self._hash(secret), time.monotonic()
         known = self._known.get(hashed)
         if known is None or known[1] <= now:
-            rows = self._db.read("SELECT * FROM keys WHERE hash = ? AND revoked IS NULL", (hashed,))
+            rows = self._db.read(f"{LIVE} AND keys.hash = ?", (hashed,))
             if len(self._known) >= MOST_REMEMBERED:
                 self._known.clear()
             self._known.pop(hashed, None)
-            if not rows:
+            if not rows or not hmac.compare_digest(rows[0]["hash"], hashed):
                 return None
             known = self._known[hashed] = (_key(rows[0]), now + REMEMBER_S)
         return known[0]
 
-    def revoke(self, key_id: str) -> None:
-        """Raises UserError if there is no such live key."""
+    def revoke(self, key_id: str, organization: str | None = None, actor: str = OPERATOR) -> None:
+        """Raises UnknownId if there is no such live key (in the organisation, if one is named)."""
+        within, args = ("", ()) if organization is None else (" AND customer = ?", (organization,))
         with self._db.transaction() as write:
-            revoked = write("UPDATE keys SET revoked = ? WHERE id = ? AND revoked IS NULL", (time.time(), key_id))
-            if revoked.rowcount == 0:
-                raise UserError(f"no live key {key_id!r}; `tidelock keys list` shows them")
+            live = write(f"SELECT customer FROM keys WHERE id = ? AND revoked IS NULL{within}{write.for_update}", (key_id, *args))
+            row = live.fetchone()
+            if row is None:
+                raise UnknownId(f"no live key {key_id!r}; `tidelock keys list` shows them")
+            write("UPDATE keys SET revoked = ? WHERE id = ?", (time.time(), key_id))
+            log(write, row[0], actor, "key.revoked", key_id)
         self._known.clear()
 
-    def list(self) -> list[Key]:
-        return [_key(row) for row in self._db.read("SELECT * FROM keys ORDER BY created, id")]
+    def list(self, organization: str | None = None, project: str | None = None) -> list[Key]:
+        """All, or one organisation's, or one project's."""
+        where, args = "TRUE", []
+        for column, value in (("customer", organization), ("project", project)):
+            if value is not None:
+                where, args = f"{where} AND keys.{column} = ?", [*args, value]
+        return [_key(row) for row in self._db.read(f"{ALL} WHERE {where} ORDER BY keys.created, keys.id", args)]
+
+    def live(self, key_id: str) -> Key | None:
+        """The key with this id, if it still counts."""
+        rows = self._db.read(f"{LIVE} AND keys.id = ?", (key_id,))
+        return _key(rows[0]) if rows else None
 
     def _hash(self, secret: str) -> str:
         return hmac.new(self._pepper, secret.encode(), hashlib.sha256).hexdigest()
 
 
+ALL = "SELECT keys.*, members.role AS member_role FROM keys LEFT JOIN members ON members.id = keys.member"
+# A key ends when it is revoked, its member leaves or its project is archived.
+LIVE = (
+    f"{ALL} LEFT JOIN projects ON projects.id = keys.project WHERE keys.revoked IS NULL AND projects.archived IS NULL "
+    "AND (keys.member = '' OR members.removed IS NULL)"
+)
+
+
 def _key(row: object) -> Key:
     fields = {name: row[name] for name in Key.__dataclass_fields__}
-    return Key(**{**fields, "training_consent": bool(row["training_consent"]), "may_grant": bool(row["may_grant"])})
+    fields |= {"training_consent": bool(row["training_consent"]), "may_grant": bool(row["may_grant"])}
+    fields |= {name: tuple(row[name].split()) for name in ("models", "addresses")}
+    return Key(**{**fields, "scopes": _granted(row["scopes"], row["member_role"])})
+
+
+def _granted(scopes: str, role: str | None) -> tuple[str, ...]:
+    """A member's key never may more than the member."""
+    allowed = SCOPES if role is None else ROLES[role]
+    return tuple(scope for scope in scopes.split() if scope in allowed)
+
+
+def _check(scopes: Sequence[str], models: Sequence[str], profile: str) -> None:
+    for scope in scopes:
+        if scope not in SCOPES:
+            raise UserError(f"unknown scope {scope!r}; a key's scopes are {', '.join(SCOPES)}")
+    if not scopes:
+        raise UserError("a key needs at least one scope")
+    if any(not model or model.split() != [model] for model in models):
+        raise UserError("model names have no spaces")
+    if profile not in ("", "strict", "lenient"):
+        raise UserError(f"unknown profile {profile!r}; it is strict or lenient")
+
+
+def _network(address: str) -> str:
+    try:
+        return str(ipaddress.ip_network(address, strict=False))
+    except ValueError:
+        raise UserError(f"{address!r} is no IP address or network such as 10.0.0.0/8") from None
+
+
+@lru_cache(10_000)
+def _within(address: str, networks: tuple[str, ...]) -> bool:
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    return any(parsed in ipaddress.ip_network(network) for network in networks)

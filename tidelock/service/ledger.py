@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tidelock.service.audit import Audit, audit, statement
-from tidelock.service.books import OUTSIDE, RECEIVABLE, AccountName, Admission, Books, Hold, InsufficientBalance, Metered
+from tidelock.service.books import OUTSIDE, RECEIVABLE, REFUNDS, AccountName, Admission, Books, Hold, InsufficientBalance, Metered
 from tidelock.service.db import Conflict, Database
 from tidelock.service.prices import Counts, Price
 from tidelock.tokens.errors import UserError
@@ -26,7 +26,7 @@ from tidelock.tokens.errors import UserError
 __all__ = ["MAX_NANO", "Audit", "Hold", "InsufficientBalance", "Ledger"]
 
 MAX_NANO = 2**62  # far from the 64-bit overflow, which SQLite would silently turn into a float
-CONTRA, BREAKAGE, REFUNDS = ("contra", ""), ("breakage", ""), ("refunds", "")
+CONTRA, BREAKAGE = ("contra", ""), ("breakage", "")
 
 
 class Ledger:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import msgspec
@@ -81,8 +82,7 @@ def _operation(route: Route) -> dict[str, Any]:
     }
     parameters = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in ("id", "model")
-        if f"{{{name}}}" in route.path
+        for name in re.findall(r"{(\w+)}", route.path)
     ]
     for name in route.query:
         schema = {**QUERY[name], "maximum": files.MOST_LISTED} if name == "limit" and "order" in route.query else QUERY[name]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tidelock.service import errors
@@ -19,8 +19,10 @@ from tidelock.service.answer import Bill, Choice, Ended, Event, Piece, Usage
 from tidelock.service.ask import Ask
 from tidelock.service.errors import ApiError
 from tidelock.service.forcing import constraint, held
-from tidelock.service.keys import Key
 from tidelock.service.books import Admission, InsufficientBalance, Metered
+from tidelock.service.keys import Key
+from tidelock.service.limiter import RateLimited
+from tidelock.service.limits import limit_headers
 from tidelock.service.prices import Counts
 from tidelock.service.state import ServiceState
 from tidelock.service.tab import Tab, opened
@@ -51,6 +53,7 @@ class Turn:
     prompt_tokens: int
     max_tokens: int  # of each choice
     mode: str  # of the price book
+    headers: dict[str, str] = field(default_factory=dict)  # what the answer's headers say of the limits, once it is admitted
 
     @property
     def choice_ids(self) -> tuple[str, ...]:
@@ -60,6 +63,7 @@ class Turn:
 
 async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode: str = "") -> Turn:
     """Everything that can still refuse the request before money is involved. Raises ApiError."""
+    _check_allowed(state, key, ask)
     scope = f"{key.id}/{ask.origin.session}"
     parent, new, ids = extended(state, scope, ask)
     opening_ids = opening(state.template, ask)
@@ -101,8 +105,15 @@ def extended(
 
 async def count_tokens(state: ServiceState, key: Key, ask: Ask) -> int:
     """Tokens the prompt of this request would be billed for."""
+    _check_allowed(state, key, ask)
     _, _, ids = extended(state, f"{key.id}/{ask.origin.session}", ask)
     return await state.policy.count((*ids, *state.template.generation_prompt(), *opening(state.template, ask)))
+
+
+def _check_allowed(state: ServiceState, key: Key, ask: Ask) -> None:
+    """A model that the key may not use is one that is not there."""
+    if not key.sees(state.model):
+        raise errors.not_found(f"no model {ask.model!r} here; /v1/models lists them", "model", "model_not_found")
 
 
 def opening(template: Template, ask: Ask) -> tuple[int, ...]:
@@ -183,8 +194,10 @@ class Meter:
 
 @asynccontextmanager
 async def metered(state: ServiceState, turn: Turn) -> AsyncIterator[Meter]:
-    """Raises ApiError: 429 if the balance does not cover the prompt and one token of each choice."""
+    """Raises ApiError: 429 if the balance does not cover the prompt and one token of each choice, or a limit is reached.
+    Batches have a queue instead of limits."""
     book = state.prices.now
+    most = turn.max_tokens * turn.ask.n
     admission = Admission(
         turn.request_id,
         turn.key.customer,
@@ -193,16 +206,22 @@ async def metered(state: ServiceState, turn: Turn) -> AsyncIterator[Meter]:
         book.price(state.model, turn.mode),
         book.version,
         turn.prompt_tokens,
-        turn.max_tokens * turn.ask.n,
+        most,
         state.hold_lifetime_s,
         turn.mode,
         least_tokens=turn.ask.n,
+        project=turn.key.project,
+        ladder=None if turn.mode == "batch" else state.tiers.ladder,
+        reserve=turn.prompt_tokens + most,
     )
     try:
         async with opened(state.till, admission, turn.ask.stream) as tab:
+            turn.headers.update(limit_headers(tab.hold.standing))
             yield Meter(state, turn, tab)
     except InsufficientBalance:
         raise errors.insufficient_balance() from None
+    except RateLimited as reached:
+        raise errors.rate_limited(turn.key.customer, turn.key.id, reached) from None
 
 
 async def whole(

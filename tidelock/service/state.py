@@ -7,15 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tidelock.service.accounts import Accounts
 from tidelock.service.db import Database, service_database
+from tidelock.service.guesses import Guesses
 from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
 from tidelock.service.metrics import Metrics, Observed
 from tidelock.service.objects import Objects
+from tidelock.service.payments import Payments
+from tidelock.service.plans import Plans
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
 from tidelock.service.scribe import Scribe
+from tidelock.service.tiers import Tiers
 from tidelock.service.till import Till
 from tidelock.service.workers import Worker
 from tidelock.tokens.errors import UserError
@@ -35,6 +40,11 @@ class ServiceState:
     worker: Worker
     idempotency: Idempotency
     keys: KeyStore
+    accounts: Accounts
+    tiers: Tiers
+    plans: Plans
+    payments: Payments
+    webhook_secrets: Path  # one a line; without the file no event is believed
     prices: Schedule
     objects: Objects
     files: Path  # what clients uploaded
@@ -50,6 +60,7 @@ class ServiceState:
     max_body_bytes: int = 32 << 20
     batch_lease_s: float = 30.0  # a batch whose worker died goes on after this
     batch_news: asyncio.Event = field(default_factory=asyncio.Event)
+    guesses: Guesses = field(default_factory=Guesses)
     lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
     metrics: Metrics = field(default_factory=Metrics)
 
@@ -77,8 +88,9 @@ def open_state(
 ) -> ServiceState:
     """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`.
 
-    Two files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
-    and `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`. `database` overrides the former.
+    Three files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
+    `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`; and `webhook_secrets`, what the
+    payment provider signs with. `database` overrides the first.
     Raises UserError for a template that would have to render a stored conversation anew to go on with it.
     """
     if not template.prefix_stable:
@@ -100,11 +112,16 @@ def open_state(
         template=template,
         traces=traces,
         scribe=Scribe(traces),
-        ledger=Ledger(db, worker=worker.id),
+        ledger=(ledger := Ledger(db, worker=worker.id)),
         till=Till(db, worker=worker.id),
         worker=worker,
         idempotency=Idempotency(db, worker.id),
         keys=KeyStore.open(db, directory / "pepper"),
+        accounts=Accounts(db),
+        tiers=Tiers(db),
+        plans=Plans(ledger),
+        payments=Payments(ledger),
+        webhook_secrets=directory / "webhook_secrets",
         prices=schedule,
         objects=Objects(db),
         files=directory / "files",

@@ -18,6 +18,7 @@ from typing import Any
 
 from tidelock.service.books import Admission, Books, Hold, InsufficientBalance, Metered
 from tidelock.service.db import Database, StorageDown
+from tidelock.service.limiter import RateLimited
 from tidelock.tokens.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Till:
         self.operations = 0
 
     async def hold(self, ask: Admission) -> Hold:
-        """Raises InsufficientBalance or StorageDown; a caller that is cancelled meanwhile leaves no hold behind."""
+        """Raises InsufficientBalance, RateLimited or StorageDown; a caller that is cancelled meanwhile leaves no hold behind."""
         operation = self._submit(ask.customer, ask.request_id, lambda books: books.hold(ask), new=True)
         operation.orphaned = lambda: self.give_back(ask.customer, ask.request_id)
         try:
@@ -186,7 +187,7 @@ class Till:
             for operation in batch:
                 try:
                     results.append((operation, operation.apply(books)))
-                except (InsufficientBalance, KeyError) as refusal:
+                except (InsufficientBalance, RateLimited, KeyError) as refusal:
                     results.append((operation, refusal))
             books.write()
         self.commits += 1

@@ -44,6 +44,7 @@ def sweep(state: ServiceState) -> None:
     lost = state.ledger.sweep()
     if lost:
         log.warning("settled %d requests whose holds expired", lost)
+    state.plans.turn()
     state.ledger.expire_pockets()
     state.idempotency.sweep()
 

@@ -21,10 +21,13 @@ from tidelock.service.prices import format_usd
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.chat import ChatRequest
 from tidelock.service.surfaces.chat import read as read_chat
+from tidelock.service.windows import FIVE_HOURS, WEEK
 
 WIDTHS = {"1m": 60, "1h": 3600, "1d": 86400}
 DEFAULT_BUCKETS, MOST_BUCKETS = {"1m": 60, "1h": 24, "1d": 7}, 1440
-GROUPS = {"model": "model", "api_key_id": "key_id", "batch": "mode"}
+GROUPS = {"model": "model", "api_key_id": "key_id", "project_id": "project", "batch": "mode"}
+# A key stays in its project for life, so the usage of a project is that of its keys.
+USED = "(SELECT usage.*, keys.project FROM usage LEFT JOIN keys ON keys.id = usage.key_id) AS used"
 SUMMED = (
     "prompt_tokens", "cached_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "completion_tokens", "nano_usd",
 )  # fmt: skip
@@ -40,7 +43,7 @@ _chat = msgspec.json.Decoder(ChatRequest)
 
 async def balance(state: ServiceState, request: Request) -> dict[str, Any]:
     """Kimi's shape; the amounts are JSON numbers in USD with every nano digit written out."""
-    key = authenticate(state, request)
+    key = authenticate(state, request, "usage")
     pockets = state.ledger.balances(key.customer)
     nano_usd = state.ledger.balance(key.customer)
     voucher = pockets.get("voucher", 0) + pockets.get("plan", 0)
@@ -66,24 +69,45 @@ async def estimate_tokens(state: ServiceState, request: Request) -> dict[str, An
 
 
 async def usages(state: ServiceState, request: Request) -> dict[str, Any]:
-    """`GET /v1/usages`, as Kimi's coding clients show it. Prepaid accounts have no quota: the limit is what the balance
-    and the spending of the week make together. Amounts are nano-USD in decimal strings."""
-    key = authenticate(state, request)
-    now = time.time()
-    free = state.ledger.balance(key.customer)
+    """`GET /v1/usages`, as Kimi's coding clients show it: the windows of the plan and the extra-usage wallet. Prepaid
+    accounts have no quota: then the limit is what the balance and the spending of the window make together. Amounts are
+    nano-USD in decimal strings, those of the wallet a million to the cent, as there."""
+    key = authenticate(state, request, "usage")
+    ledger, now = state.ledger, state.ledger.clock()
+    allowances, sub = state.plans.allowances(key.customer), state.plans.subscription(key.customer)
+    pockets = ledger.balances(key.customer)
+    credits, extra = pockets.get("plan", 0), pockets.get("extra", 0)
 
-    def window(seconds: int) -> dict[str, str]:
+    def window(span: str, seconds: float) -> dict[str, str]:
+        allowance = allowances.get(("plan", span)) if sub else None
+        if allowance is not None:
+            return _window(allowance.used_nano, allowance.limit_nano, allowance.ends or now + seconds)
         used = _spent(state, key.customer, now - seconds)
-        reset = datetime.fromtimestamp(now + seconds, UTC).isoformat(timespec="seconds")
-        return {"used": str(used), "limit": str(used + free), "remaining": str(free), "resetTime": reset}
+        free = credits if sub else ledger.balance(key.customer)
+        return _window(used, used + free, sub.ends if sub else now + seconds)
 
-    five_hours = {"window": {"duration": 300, "timeUnit": "TIME_UNIT_MINUTE"}, "detail": window(5 * 3600)}
-    return {"usage": window(7 * 86400), "limits": [five_hours]}
+    five_hours = {"window": {"duration": 300, "timeUnit": "TIME_UNIT_MINUTE"}, "detail": window("5h", FIVE_HOURS)}
+    answer: dict[str, Any] = {"usage": window("7d", WEEK), "limits": [five_hours]}
+    month = allowances.get(("extra", "month"))
+    if extra or month is not None:
+        used = month.used_nano if month else 0
+        answer["boosterWallet"] = {
+            "balance": {"type": "BOOSTER", "amount": str((extra + used) // 10), "amountLeft": str(extra // 10)},
+            "monthlyChargeLimitEnabled": month is not None,
+            "monthlyChargeLimit": {"priceInCents": str(month.limit_nano // 10_000_000 if month else 0), "currency": "USD"},
+            "monthlyUsed": {"priceInCents": str(used // 10_000_000), "currency": "USD"},
+        }
+    return answer
+
+
+def _window(used: int, limit: int, reset: float) -> dict[str, str]:
+    resets = datetime.fromtimestamp(reset, UTC).isoformat(timespec="seconds")
+    return {"used": str(used), "limit": str(limit), "remaining": str(max(limit - used, 0)), "resetTime": resets}
 
 
 async def completions_usage(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/organization/usage/completions`"""
-    key = authenticate(state, request)
+    key = authenticate(state, request, "usage")
     page = _Page.of(request, "1d")
     buckets = []
     for start, end, rows in page.buckets(state, key.customer, request):
@@ -98,7 +122,7 @@ async def completions_usage(state: ServiceState, request: Request) -> dict[str, 
                 "output_tokens": row["completion_tokens"],
                 "output_audio_tokens": 0,
                 "num_model_requests": row["requests"],
-                "project_id": None,
+                "project_id": row["project"],
                 "user_id": None,
                 "api_key_id": row["key_id"],
                 "model": row["model"],
@@ -112,14 +136,14 @@ async def completions_usage(state: ServiceState, request: Request) -> dict[str, 
 
 
 async def unused(state: ServiceState, request: Request) -> dict[str, Any]:
-    authenticate(state, request)
+    authenticate(state, request, "usage")
     page = _Page.of(request, "1d")
     return page.body([{"object": "bucket", "start_time": s, "end_time": e, "results": []} for s, e in page.spans])
 
 
 async def costs(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/organization/costs`. Exact: the amounts are decimal numbers with every nano digit."""
-    key = authenticate(state, request)
+    key = authenticate(state, request, "usage")
     page = _Page.of(request, "1d")
     buckets = []
     for start, end, rows in page.buckets(state, key.customer, request):
@@ -128,7 +152,7 @@ async def costs(state: ServiceState, request: Request) -> dict[str, Any]:
                 "object": "organization.costs.result",
                 "amount": {"value": _usd(row["nano_usd"]), "currency": "usd"},
                 "line_item": row["model"],
-                "project_id": None,
+                "project_id": row["project"],
                 "api_key_id": row["key_id"],
                 "quantity": None,
             }
@@ -140,7 +164,7 @@ async def costs(state: ServiceState, request: Request) -> dict[str, Any]:
 
 async def spend_limit(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/organization/spend_limit`: what is prepaid is the limit, and it is enforced."""
-    key = authenticate(state, request)
+    key = authenticate(state, request, "usage")
     month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0).timestamp()
     nano_usd = state.ledger.balance(key.customer) + _spent(state, key.customer, month)
     return {
@@ -185,7 +209,7 @@ class _Page:
         asked = request.query_params.getlist("group_by") + request.query_params.getlist("group_by[]")
         columns = [column for name, column in GROUPS.items() if name in asked or (name == "model" and "line_item" in asked)]
         wanted = {c: request.query_params.getlist(n) + request.query_params.getlist(n + "[]")
-                  for n, c in (("models", "model"), ("api_key_ids", "key_id"))}  # fmt: skip
+                  for n, c in (("models", "model"), ("api_key_ids", "key_id"), ("project_ids", "project"))}  # fmt: skip
         out = []
         for start, end in self.spans:
             where, args = "customer = ? AND created >= ? AND created < ?", [customer, start, end]
@@ -196,9 +220,9 @@ class _Page:
             sums = ", ".join(f"CAST(SUM({c}) AS BIGINT) AS {c}" for c in SUMMED)
             grouped = f"GROUP BY {', '.join(columns)}" if columns else "HAVING COUNT(*) > 0"
             selected = "".join(f"{column}, " for column in columns)
-            sql = f"SELECT {selected}COUNT(*) AS requests, {sums} FROM usage WHERE {where} {grouped}"
+            sql = f"SELECT {selected}COUNT(*) AS requests, {sums} FROM {USED} WHERE {where} {grouped}"
             rows = [{k: row[k] for k in row.keys()} for row in state.ledger.db.read(sql, args)]
-            out.append((start, end, [{"model": None, "key_id": None, "mode": None, **row} for row in rows]))
+            out.append((start, end, [{"model": None, "key_id": None, "project": None, "mode": None, **row} for row in rows]))
         return out
 
     def body(self, buckets: list[dict[str, Any]]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _decoder = msgspec.json.Decoder(BatchRequest)
 
 
 async def create(state: ServiceState, request: Request) -> dict[str, Any]:
-    key = authenticate(state, request)
+    key = authenticate(state, request, "files")
     body: BatchRequest = wire.decode(await read_body(request, state.max_body_bytes), _decoder)
     endpoints = LENIENT_ENDPOINTS if is_lenient(state, request) else ENDPOINTS
     if body.endpoint not in endpoints:
@@ -78,19 +78,19 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
 
 
 async def listed(state: ServiceState, request: Request) -> dict[str, Any]:
-    key = authenticate(state, request)
+    key = authenticate(state, request, "files")
     after, limit, newest_first = files.paging(request)
     return files.listing(*state.objects.page(KIND, key.customer, after=after, limit=limit, newest_first=newest_first))
 
 
 async def retrieve(state: ServiceState, request: Request) -> dict[str, Any]:
-    key = authenticate(state, request)
+    key = authenticate(state, request, "files")
     return state.objects.get(KIND, key.customer, request.path_params["id"])
 
 
 async def cancel(state: ServiceState, request: Request) -> dict[str, Any]:
     """What is under way is finished and charged; nothing more is begun."""
-    key = authenticate(state, request)
+    key = authenticate(state, request, "files")
 
     def change(doc: dict[str, Any]) -> None:
         if doc["status"] in OVER:

@@ -28,7 +28,7 @@ MOST_LISTED = 10_000
 
 async def create(state: ServiceState, request: Request) -> dict[str, Any]:
     """`POST /v1/files`, multipart: `file` and `purpose`."""
-    key = authenticate(state, request)
+    key = authenticate(state, request, "files")
     declared = request.headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > MAX_BYTES + 65536:
         raise too_large(MAX_BYTES)
@@ -55,7 +55,7 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
 
 
 async def listed(state: ServiceState, request: Request) -> dict[str, Any]:
-    key = authenticate(state, request)
+    key = authenticate(state, request, "files")
     after, limit, newest_first = paging(request)
     docs, more = state.objects.page(KIND, key.customer, after=after, limit=limit, newest_first=newest_first)
     purpose = request.query_params.get("purpose")
@@ -64,18 +64,18 @@ async def listed(state: ServiceState, request: Request) -> dict[str, Any]:
 
 
 async def retrieve(state: ServiceState, request: Request) -> dict[str, Any]:
-    key = authenticate(state, request)
+    key = authenticate(state, request, "files")
     return state.objects.get(KIND, key.customer, request.path_params["id"])
 
 
 async def content(state: ServiceState, request: Request) -> Response:
-    key = authenticate(state, request)
+    key = authenticate(state, request, "files")
     doc = state.objects.get(KIND, key.customer, request.path_params["id"])
     return FileResponse(path_of(state, doc["id"]), media_type="application/octet-stream")
 
 
 async def delete(state: ServiceState, request: Request) -> dict[str, Any]:
-    key = authenticate(state, request)
+    key = authenticate(state, request, "files")
     file_id = request.path_params["id"]
     state.objects.delete(KIND, key.customer, file_id)
     path_of(state, file_id).unlink(missing_ok=True)

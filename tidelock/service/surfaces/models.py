@@ -16,17 +16,18 @@ EFFORTS = ["low", "high", "max"]
 
 async def listed(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/models`"""
-    authenticate(state, request)
+    seen = authenticate(state, request).sees(state.model)
     if speaks_anthropic(request):
-        return {"data": [_anthropic(state)], "has_more": False, "first_id": state.model, "last_id": state.model}
-    return {"object": "list", "data": [_openai(state)]}
+        first = state.model if seen else None
+        return {"data": [_anthropic(state)] if seen else [], "has_more": False, "first_id": first, "last_id": first}
+    return {"object": "list", "data": [_openai(state)] if seen else []}
 
 
 async def one(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/models/{id}`"""
-    authenticate(state, request)
+    key = authenticate(state, request)
     name = request.path_params["id"]
-    if name != state.model and not is_lenient(state, request):
+    if not key.sees(state.model) or (name != state.model and not is_lenient(state, request)):
         raise errors.not_found(f"no model {name!r} here", "model", "model_not_found")
     return {**(_anthropic(state) if speaks_anthropic(request) else _openai(state)), "id": name}
 

@@ -11,7 +11,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tidelock.service.endpoint import Endpoint, Translation
 from tidelock.service.http import Handler, Json
 from tidelock.service.state import ServiceState
-from tidelock.service.surfaces import account, batches, chat, files, messages, models, responses, shapes, stored_chat
+from tidelock.service.surfaces import (
+    account, batches, billing, chat, files, messages, models, organization, responses, shapes, stored_chat,
+)  # fmt: skip
 
 LISTED = ("after", "limit", "order")
 BUCKETED = ("start_time", "end_time", "bucket_width", "limit", "page", "group_by")
@@ -73,6 +75,25 @@ ROUTES = [
     *(Route("GET", f"/v1/organization/usage/{kind}", account.unused, shapes.Page, query=BUCKETED) for kind in account.UNUSED),
     Route("GET", "/v1/organization/costs", account.costs, shapes.Page, query=BUCKETED),
     Route("GET", "/v1/organization/spend_limit", account.spend_limit, shapes.SpendLimit),
+    Route("GET", "/v1/organization/projects", organization.projects, shapes.Listing),
+    Route("POST", "/v1/organization/projects", organization.create_project, shapes.Project, organization.ProjectRequest),
+    Route("GET", "/v1/organization/projects/{id}", organization.project, shapes.Project),
+    Route("POST", "/v1/organization/projects/{id}", organization.update_project, shapes.Project, organization.ProjectRequest),
+    Route("POST", "/v1/organization/projects/{id}/archive", organization.archive_project, shapes.Project),
+    Route("GET", "/v1/organization/projects/{id}/api_keys", organization.keys, shapes.Listing),
+    Route("POST", "/v1/organization/projects/{id}/api_keys", organization.create_key, shapes.ApiKey, organization.KeyRequest),
+    Route("GET", "/v1/organization/projects/{id}/api_keys/{key}", organization.key, shapes.ApiKey),
+    Route("DELETE", "/v1/organization/projects/{id}/api_keys/{key}", organization.delete_key, shapes.Deleted),
+    Route("GET", "/v1/organization/users", organization.members, shapes.Listing),
+    Route("POST", "/v1/organization/users", organization.add_member, shapes.Member, organization.MemberRequest),
+    Route("GET", "/v1/organization/users/{id}", organization.member, shapes.Member),
+    Route("POST", "/v1/organization/users/{id}", organization.update_member, shapes.Member, organization.RoleRequest),
+    Route("DELETE", "/v1/organization/users/{id}", organization.remove_member, shapes.Deleted),
+    Route("GET", "/v1/organization/limits", billing.limits, shapes.OrganizationLimits),
+    Route("GET", "/v1/organization/subscription", billing.subscription, shapes.Subscription),
+    Route("GET", "/v1/organization/invoices", billing.listed, shapes.Listing),
+    Route("GET", "/v1/organization/invoices/{id}", billing.retrieve, shapes.Invoice),
+    Route("GET", "/v1/organization/audit_logs", organization.audit_logs, shapes.Listing, query=LISTED),
 ]
 
 

@@ -220,3 +220,57 @@ class SpendLimit(msgspec.Struct):
     currency: str
     interval: Literal["month"]
     enforcement: dict[str, str]
+
+
+class Project(msgspec.Struct):
+    id: str
+    object: Literal["organization.project"]
+    name: str
+    created_at: int
+    status: Literal["active", "archived"]
+
+
+class Member(msgspec.Struct):
+    id: str
+    object: Literal["organization.user"]
+    email: str
+    role: Literal["owner", "admin", "developer", "billing", "viewer"]
+    added_at: int
+
+
+class ApiKey(msgspec.Struct):
+    id: str
+    object: Literal["organization.project.api_key"]
+    name: str
+    redacted_value: str
+    project_id: str
+    created_at: int
+    scopes: list[str]
+
+
+class Invoice(msgspec.Struct):
+    id: str
+    object: Literal["organization.invoice"]
+    number: int
+    kind: Literal["topup", "credit", "usage"]
+    net: str
+    tax: str
+    total: str
+    lines: list[dict[str, Any]]
+
+
+class OrganizationLimits(msgspec.Struct):
+    object: Literal["organization.limits"]
+    tier: int | None
+    recharged: str
+    limits: dict[str, int | None]
+    caps: dict[str, dict[str, int | None]]
+
+
+class Subscription(msgspec.Struct):
+    object: Literal["organization.subscription"]
+    id: str
+    plan: str
+    current_period_start: int
+    current_period_end: int
+    next_plan: str | None

@@ -1,0 +1,208 @@
+"""Rate limits as part of the books: admission and give-back happen under the customer's lock, in the transaction of the
+hold, so they hold across workers and nothing is checked that is not also taken.
+
+Each count is a bucket that drains at limit per period: a request is admitted if what is in it and what the request may
+use, prompt and the most of answer it may get, fit under the limit. At the end the unused part comes out again, less what
+has drained meanwhile anyway. How many requests run is not a counter: it is the number of open holds.
+All in integers: a level is tokens times the period's milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tidelock.service.db import Transaction
+from tidelock.service.ladder import Ladder, Limits
+
+PERIOD_MS = {"requests": 60_000, "tokens": 60_000, "day_tokens": 86_400_000}
+SHORT = {"concurrency": "concurrency", "requests": "RPM", "tokens": "TPM", "day_tokens": "TPD"}
+RETRY_WHEN_FULL_S = 1  # nobody knows when a running request ends
+
+
+class RateLimited(Exception):
+    """`retry_s` is None if waiting does not help: the request is larger than the limit."""
+
+    def __init__(self, which: str, current: int, limit: int, retry_s: int | None, standing: Standing) -> None:
+        super().__init__(f"{SHORT[which]} {current} of {limit}")
+        self.which, self.current, self.limit, self.retry_s, self.standing = which, current, limit, retry_s, standing
+
+
+@dataclass(frozen=True)
+class Gauge:
+    limit: int
+    remaining: int
+    reset_ms: int  # until all of it is free again
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The scarcest of each kind that counts for a key, as of now."""
+
+    requests: Gauge | None = None
+    tokens: Gauge | None = None
+
+
+@dataclass
+class _Use:
+    levels: dict[str, int]
+    at_ms: int
+    stored: bool
+    changed: bool = False
+
+
+@dataclass
+class _Customer:
+    caps: dict[str, tuple[int | None, Limits]] = field(default_factory=dict)
+    use: dict[str, _Use] = field(default_factory=dict)
+    open: Counter[str] = field(default_factory=Counter)  # holds in the database, by scope
+
+
+class Limiter:
+    """For one transaction over some customers, whose rows are locked. Reads nothing until it is asked."""
+
+    def __init__(self, tx: Transaction, customers: Sequence[str], now: float) -> None:
+        self._tx, self._names, self._now_ms = tx, list(customers), int(now * 1000)
+        self._customers: dict[str, _Customer] | None = None
+        self._counted = False  # the open holds in the database
+        self._moved: dict[str, Counter[str]] = {}  # holds opened and closed in this transaction
+
+    # ---- a request begins --------------------------------------------------------------------------------------
+
+    def admit(
+        self, customer: str, project: str, key: str, ladder: Ladder, recharged_nano: int, tokens: int
+    ) -> tuple[str, Standing]:
+        """Takes one request of `tokens` in all from every bucket it falls into, or raises RateLimited and takes nothing.
+        Returns what a hold must remember, and how things stand now."""
+        limited = self._limits(customer, project, key, ladder, recharged_nano)
+        if not limited:
+            return "", Standing()
+        for scope, limits in limited.items():
+            running = self._running(customer, scope) if limits.concurrency is not None else 0
+            if limits.concurrency is not None and running >= limits.concurrency:
+                standing = self._standing(customer, limited)
+                raise RateLimited("concurrency", running, limits.concurrency, RETRY_WHEN_FULL_S, standing)
+        for scope, limits in limited.items():
+            use = self._use(customer, scope, limits)
+            for which, need in (("requests", 1), ("tokens", tokens), ("day_tokens", tokens)):
+                limit = getattr(limits, which)
+                if limit is None:
+                    continue
+                over = use.levels[which] + (need - limit) * PERIOD_MS[which]
+                if over > 0:
+                    current = -(-use.levels[which] // PERIOD_MS[which]) + need
+                    retry = None if need > limit else max(1, -(-over // (limit * 1000)))
+                    raise RateLimited(which, current, limit, retry, self._standing(customer, limited))
+        for scope, limits in limited.items():
+            use = self._use(customer, scope, limits)
+            for which, need in (("requests", 1), ("tokens", tokens), ("day_tokens", tokens)):
+                if getattr(limits, which) is not None:
+                    use.levels[which] += need * PERIOD_MS[which]
+                    use.changed = True
+        scopes = {scope: [limits.tokens, limits.day_tokens] for scope, limits in limited.items()}
+        memo = json.dumps({"tokens": tokens, "at_ms": self._now_ms, "scopes": scopes}, separators=(",", ":"))
+        return memo, self._standing(customer, limited)
+
+    def opened(self, customer: str, project: str, key: str, by: int = 1) -> None:
+        """A hold was opened (or, by -1, closed) in this transaction."""
+        self._moved.setdefault(customer, Counter()).update({scope: by for scope in {"", project, key}})
+
+    # ---- a request ends ----------------------------------------------------------------------------------------
+
+    def give_back(self, customer: str, memo: str, used_tokens: int) -> None:
+        """What a hold reserved and did not use, so far as it has not drained by itself: so that what was truly used never
+        exceeds the limit and what drains in the time."""
+        if not memo:
+            return
+        kept = json.loads(memo)
+        unused, elapsed_ms = max(kept["tokens"] - used_tokens, 0), max(self._now_ms - kept["at_ms"], 0)
+        for scope, rates in kept["scopes"].items():
+            for which, rate in zip(("tokens", "day_tokens"), rates, strict=True):
+                back = unused * PERIOD_MS[which] - (rate or 0) * elapsed_ms
+                if rate is not None and back > 0:
+                    self._reduce(customer, scope, which, back)
+
+    # ---- in between --------------------------------------------------------------------------------------------
+
+    def write(self) -> None:
+        if self._customers is None:
+            return
+        columns = (*PERIOD_MS, "at_ms")
+        rows: dict[bool, list[tuple]] = {False: [], True: []}
+        for name, customer in self._customers.items():
+            for scope, use in customer.use.items():
+                if use.changed:
+                    rows[use.stored].append((name, scope, *use.levels.values(), use.at_ms))
+        self._tx.insert("limit_use", ("customer", "scope", *columns), rows[False])
+        self._tx.update("limit_use", ("customer", "scope"), columns, rows[True])
+
+    def _load(self) -> dict[str, _Customer]:
+        if self._customers is None:
+            self._customers = {name: _Customer() for name in self._names}
+            marks = ", ".join("?" * len(self._names))
+            for row in self._tx(
+                "SELECT customer, scope, tier, concurrency, requests, tokens, day_tokens FROM caps "
+                f"WHERE customer IN ({marks})", self._names,
+            ).fetchall():  # fmt: skip
+                self._customers[row[0]].caps[row[1]] = (row[2], Limits(*tuple(row)[3:]))
+            for row in self._tx(
+                f"SELECT customer, scope, requests, tokens, day_tokens, at_ms FROM limit_use WHERE customer IN ({marks})",
+                self._names,
+            ).fetchall():
+                levels = dict(zip(PERIOD_MS, tuple(row)[2:5], strict=True))
+                self._customers[row[0]].use[row[1]] = _Use(levels, row[5], stored=True)
+        return self._customers
+
+    def _limits(self, customer: str, project: str, key: str, ladder: Ladder, recharged_nano: int) -> dict[str, Limits]:
+        """By scope, widest first; only what limits anything."""
+        caps = self._load()[customer].caps
+        tier, own = caps.get("", (None, Limits()))
+        found = {"": own.over(ladder.limits(recharged_nano, tier))}
+        found |= {scope: caps[scope][1] for scope in (project, key) if scope and scope in caps}
+        return {scope: limits for scope, limits in found.items() if not limits.none}
+
+    def _use(self, customer: str, scope: str, limits: Limits) -> _Use:
+        """Drained up to now."""
+        uses = self._load()[customer].use
+        use = uses.setdefault(scope, _Use(dict.fromkeys(PERIOD_MS, 0), self._now_ms, stored=False))
+        elapsed = max(self._now_ms - use.at_ms, 0)
+        if elapsed:
+            for which in PERIOD_MS:
+                limit = getattr(limits, which)  # what is not limited is not counted
+                use.levels[which] = 0 if limit is None else max(use.levels[which] - limit * elapsed, 0)
+            use.at_ms = self._now_ms
+        return use
+
+    def _reduce(self, customer: str, scope: str, which: str, back: int) -> None:
+        """Taking out before draining comes to the same as after, because both stop at zero."""
+        use = self._load()[customer].use.get(scope)
+        if use is not None:
+            use.levels[which] = max(use.levels[which] - back, 0)
+            use.changed = True
+
+    def _running(self, customer: str, scope: str) -> int:
+        if not self._counted:  # for all customers at once: they come in batches
+            self._counted = True
+            marks = ", ".join("?" * len(self._names))
+            sql = (f"SELECT customer, project, key_id, COUNT(*) FROM holds WHERE state = 'open' AND customer IN ({marks}) "
+                   "GROUP BY customer, project, key_id")  # fmt: skip
+            for name, project, key, count in self._tx(sql, self._names).fetchall():
+                self._load()[name].open.update({place: count for place in {"", project, key}})
+        return self._load()[customer].open[scope] + self._moved.get(customer, Counter())[scope]
+
+    def _standing(self, customer: str, limited: dict[str, Limits]) -> Standing:
+        gauges: dict[str, Gauge] = {}
+        for scope, limits in limited.items():
+            use = self._use(customer, scope, limits)
+            for which in ("requests", "tokens"):
+                limit = getattr(limits, which)
+                if limit is None:
+                    continue
+                level = use.levels[which]
+                gauge = Gauge(limit, max(limit + -level // PERIOD_MS[which], 0), -(-level // limit) if limit else 60_000)
+                if which not in gauges or gauge.remaining < gauges[which].remaining:
+                    gauges[which] = gauge
+        return Standing(**gauges)

@@ -1,0 +1,50 @@
+"""What the headers of an answer say of the limits, in the words of each client: OpenAI's, Anthropic's and Kimi's."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+
+from tidelock.service.limiter import Gauge, Standing
+
+
+def limit_headers(standing: Standing, now: float | None = None) -> dict[str, str]:
+    """Limit, what remains of it, and when all of it is free again; nothing for what has no limit."""
+    at = datetime.fromtimestamp(time.time() if now is None else now, UTC)
+    headers: dict[str, str] = {}
+    for name, gauge in (("requests", standing.requests), ("tokens", standing.tokens)):
+        if gauge is None:
+            continue
+        full = (at + timedelta(milliseconds=gauge.reset_ms, microseconds=999_999)).replace(microsecond=0)
+        headers |= {
+            f"x-ratelimit-limit-{name}": str(gauge.limit),
+            f"x-ratelimit-remaining-{name}": str(gauge.remaining),
+            f"x-ratelimit-reset-{name}": duration(gauge.reset_ms),
+            f"anthropic-ratelimit-{name}-limit": str(gauge.limit),
+            f"anthropic-ratelimit-{name}-remaining": str(gauge.remaining),
+            f"anthropic-ratelimit-{name}-reset": full.isoformat().replace("+00:00", "Z"),
+        }
+    if (kimi := standing.requests or standing.tokens) is not None:
+        headers |= _kimi(kimi)
+    return headers
+
+
+def _kimi(gauge: Gauge) -> dict[str, str]:
+    """One set without a name: requests where they are limited. Seconds, rounded up."""
+    return {
+        "x-ratelimit-limit": str(gauge.limit),
+        "x-ratelimit-remaining": str(gauge.remaining),
+        "x-ratelimit-reset": str(-(-gauge.reset_ms // 1000)),
+    }
+
+
+def duration(ms: int) -> str:
+    """As OpenAI writes it: `12ms`, `1.5s`, `6m0s`, `1h0m0s`."""
+    if ms < 1000:
+        return f"{ms}ms"
+    minutes, rest = divmod(ms, 60_000)
+    seconds = f"{rest / 1000:g}s"
+    if not minutes:
+        return seconds
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{seconds}" if hours else f"{minutes}m{seconds}"
