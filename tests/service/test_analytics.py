@@ -178,10 +178,10 @@ def test_two_independent_paths_agree_and_parts_sum_to_their_whole(steps):
 def test_a_long_life_gives_the_same_on_sqlite_and_postgres(db):
     """The same SQL on both; a seeded life long enough to contain everything."""
     draw = random.Random(7)
-    steps = [(1, ("topup", "ann", 5_000, "cash")), *[(1, ("hold", "ann", "m", 5, 5)), (0, ("settle", 0, 0, 0, 5))] * 3]
-    for _ in range(400):
+    steps = []
+    for step in range(400):
         customer, n = draw.choice(CUSTOMERS), draw.randrange(3)
-        steps.append((draw.randrange(40_000), draw.choice((
+        steps.append((0 if step in (150, 250, 350) else draw.randrange(1, 20_000), draw.choice((
             ("topup", customer, draw.randrange(1, 2_000_000), draw.choice(("cash", "extra"))),
             ("grant", customer, draw.randrange(1, 500_000), draw.choice(("voucher", "plan")), draw.randrange(1, 60)),
             ("refund", customer, draw.randrange(1, 200_000)),

@@ -87,7 +87,7 @@ def test_a_backup_of_an_older_schema_is_brought_up_to_date(tmp_path):
     db.close()
     lines = gzip.decompress((tmp_path / "new.gz").read_bytes()).splitlines()[:-1]
     lines[0] = lines[0].replace(lines[0].split(b'"version":')[1].split(b",")[0], b"2", 1)
-    later = (b"adjustments", b"objects", b"batch_queue")  # all empty: no rows follow their line
+    later = (b"adjustments", b"objects", b"batch_queue", b"billing", b"fx_rates", b"plan_terms", b"refusals", b"compute")  # all empty: no rows follow their line
     text = b"".join(line + b"\n" for line in lines if not any(b'{"table":"' + table in line for table in later))
     end = json.dumps({"sha256": hashlib.sha256(text).hexdigest()}).encode() + b"\n"
     (tmp_path / "old.gz").write_bytes(gzip.compress(text + end))

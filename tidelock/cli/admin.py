@@ -1,4 +1,5 @@
-"""`tidelock admin`: the books of a service. Verify, back up, restore, give vouchers, refund, register prices, re-rate."""
+"""`tidelock admin`: the books of a service. Verify, back up, restore, give vouchers, refund, register prices, re-rate; and
+what they say of the business (`analytics`)."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from tidelock.service.prices import format_usd
 from tidelock.service.rating import rerate
 from tidelock.tokens.errors import UserError
 
+from . import analytics
 from .keys import nano_usd
 from .main import command
 
@@ -26,11 +28,13 @@ EXAMPLE = """tidelock admin verify --dir demo-run/service
   tidelock admin grant --customer ann --usd 5 --voucher welcome-2026 --expires 2026-12-31 --dir demo-run/service
   tidelock admin refund --customer ann --usd 2.50 --reference refund-17 --dir demo-run/service
   tidelock admin prices prices.toml --dir demo-run/service
-  tidelock admin rerate --from 2026-11-01 --to 2026-11-08 --price-version 2026-11b --dir demo-run/service --dry-run"""
+  tidelock admin rerate --from 2026-11-01 --to 2026-11-08 --price-version 2026-11b --dir demo-run/service --dry-run
+  tidelock admin analytics --month 2026-03 --json - --dir demo-run/service
+  tidelock admin synthetic-year --seed 0 --dir year"""
 
 
 def add(subparsers: Any) -> None:
-    parser = command(subparsers, "admin", run, "verify, back up, restore and re-rate a service's books", EXAMPLE)
+    parser = command(subparsers, "admin", run, "verify, back up, restore and re-rate a service's books; its numbers", EXAMPLE)
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--dir", type=Path, default=Path("service"), help="service directory, DIR/service of a run (default: service)")
     where.add_argument("--database", metavar="URL", help="a postgresql:// database, instead of the directory's")
@@ -59,11 +63,14 @@ def add(subparsers: Any) -> None:
     again.add_argument("--price-version", required=True, metavar="NAME")
     again.add_argument("--model", help="only this one's requests")
     again.add_argument("--dry-run", action="store_true", help="say what would be booked, and book nothing")
+    analytics.add(actions, where)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.action == "restore":
         return _restore(args)
+    if args.action == "synthetic-year":
+        return analytics.synthetic_year(args)
     target = _target(args)
     if "://" not in target and not Path(target).is_file():
         raise UserError(f"no service in {args.dir}")
@@ -145,4 +152,5 @@ def _time(text: str) -> float:
 
 _ACTIONS = {
     "verify": _verify, "backup": _backup, "grant": _grant, "refund": _refund, "prices": _prices, "rerate": _rerate,
+    "analytics": analytics.analytics, "facts": analytics.register,
 }  # fmt: skip

@@ -31,6 +31,19 @@ class Facts:
     compute: Mapping[tuple[str, float], int] = field(default_factory=dict)  # model, from when -> nano-USD a second
 
 
+@dataclass(frozen=True)
+class Term:
+    """A plan, sold to a customer for [starts, ends)."""
+
+    reference: str  # the payment's id
+    customer: str
+    plan: str
+    starts: float
+    ends: float
+    months: int
+    price_nano: int  # of the whole term
+
+
 def read_facts(path: str | Path) -> Facts:
     """Raises UserError that names the entry."""
     try:
@@ -72,6 +85,10 @@ def write(tx: Transaction, facts: Facts) -> None:
     for (model, starts), nano in facts.compute.items():
         tx("INSERT INTO compute_rates (model, starts, nano_usd) VALUES (?, ?, ?) ON CONFLICT (model, starts) "
            "DO UPDATE SET nano_usd = excluded.nano_usd", (model, starts, nano))  # fmt: skip
+
+
+def sell(tx: Transaction, term: Term) -> None:
+    tx.insert("plan_terms", tuple(Term.__dataclass_fields__), [tuple(term.__dict__.values())])
 
 
 def _pair(customer: str, pair: Any) -> tuple[str, str]:

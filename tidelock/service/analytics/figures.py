@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tidelock.service.analytics.calendar import Month, month_of, span
-from tidelock.service.analytics.metrics import METRICS, PARTS
+from tidelock.service.analytics.metrics import METRICS, PARTS, SECONDS, Metric
 from tidelock.service.analytics.relations import with_clause
 
 Read = Callable[..., list[Any]]
@@ -23,12 +23,20 @@ def months_until(read: Read, last: str) -> list[Month]:
 
 def figures(read: Read, months: Sequence[Month], base: str) -> Figures:
     """All metrics of all `months`, which must begin with the first one of the books (cohorts need it)."""
-    clause = query_head(months, base)
-    out = {}
-    for metric in METRICS:
-        rows = read(clause + metric.sql)
-        out[metric.name] = {(row[0], row[1]): row[2] for row in rows if row[2]}
+    head = query_head(months, base)
+    out: dict[str, dict[tuple[str, str], int]] = {metric.name: {} for metric in METRICS}
+    for metrics in _of_one_type():
+        # one statement, so that what several metrics stand on is computed once
+        every = " UNION ALL ".join(f"SELECT '{metric.name}' AS metric, q.* FROM ({metric.sql}) AS q" for metric in metrics)
+        for name, name_of_month, part, value in read(head + every):
+            if value:
+                out[name][name_of_month, part] = value
     return out
+
+
+def _of_one_type() -> list[list[Metric]]:
+    """The columns of one statement have one type each, and times are not integers."""
+    return [[metric for metric in METRICS if (metric.unit == SECONDS) == seconds] for seconds in (False, True)]
 
 
 def query_head(months: Sequence[Month], base: str) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-USD, COUNT = "nano-USD", "count"
+USD, COUNT, SECONDS = "nano-USD", "count", "seconds"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ GROUP BY p.month, c.month""",
     JOIN months m ON f.first_call >= m.starts AND f.first_call < m.ends
     WHERE c.created > 0
 ) AS ranked WHERE place = (many + 1) / 2""",
-        "seconds",
+        SECONDS,
     ),
 ]
 

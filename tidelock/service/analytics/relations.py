@@ -27,24 +27,24 @@ charges (customer, model, created, credit_nano, paid_nano) AS (
     SELECT r.customer, u.model, r.created, r.credit_nano, r.list_nano - r.credit_nano
     FROM rerates r JOIN usage u ON u.request_id = r.request_id
 ),
-charge_months (month, n, customer, model, credit_nano, paid_nano, paid_calls) AS (
+charge_months (month, n, customer, model, credit_nano, paid_nano, paid_calls) AS MATERIALIZED (
     SELECT m.month, m.n, c.customer, c.model, CAST(SUM(c.credit_nano) AS BIGINT), CAST(SUM(c.paid_nano) AS BIGINT),
            CAST(SUM(CASE WHEN c.paid_nano > 0 THEN 1 ELSE 0 END) AS BIGINT)
     FROM charges c JOIN months m ON c.created >= m.starts AND c.created < m.ends
     GROUP BY m.month, m.n, c.customer, c.model
 ),
-customer_months (month, n, customer, paid_nano, paid_calls) AS (
+customer_months (month, n, customer, paid_nano, paid_calls) AS MATERIALIZED (
     SELECT month, n, customer, CAST(SUM(paid_nano) AS BIGINT), CAST(SUM(paid_calls) AS BIGINT)
     FROM charge_months GROUP BY month, n, customer
 ),
-payers (month, n, customer, paid_nano) AS (
+payers (month, n, customer, paid_nano) AS MATERIALIZED (
     SELECT month, n, customer, paid_nano FROM customer_months WHERE paid_calls > 0
 ),
-cohorts (customer, month, n) AS (
+cohorts (customer, month, n) AS MATERIALIZED (
     SELECT customer, MIN(month), MIN(n) FROM payers GROUP BY customer
 ),
 -- movements of every kind of account by kind of transaction
-ledger_months (month, n, booked, account, nano) AS (
+ledger_months (month, n, booked, account, nano) AS MATERIALIZED (
     SELECT m.month, m.n, t.kind, e.kind, CAST(SUM(e.nano_usd) AS BIGINT)
     FROM transactions t
     JOIN entries e ON e.customer = t.customer AND e.seq = t.seq
@@ -55,7 +55,7 @@ regions (customer, region, currency) AS (
     SELECT c.customer, COALESCE(b.entity, 'default') || ' ' || COALESCE(b.currency, 'USD'), COALESCE(b.currency, 'USD')
     FROM customers c LEFT JOIN billing b ON b.customer = c.customer
 ),
-region_months (month, region, currency, paid_nano, payers) AS (
+region_months (month, region, currency, paid_nano, payers) AS MATERIALIZED (
     SELECT c.month, r.region, r.currency, CAST(SUM(c.paid_nano) AS BIGINT),
            CAST(SUM(CASE WHEN c.paid_calls > 0 THEN 1 ELSE 0 END) AS BIGINT)
     FROM customer_months c JOIN regions r ON r.customer = c.customer
@@ -74,13 +74,13 @@ mrr (n, customer, nano) AS (
 mrr_firsts (customer, n) AS (
     SELECT customer, MIN(n) FROM mrr GROUP BY customer
 ),
-mrr_moves (month, start_nano, end_nano, is_first) AS (
+mrr_moves (month, start_nano, end_nano, is_first) AS MATERIALIZED (
     SELECT m.month, COALESCE(b.nano, 0), COALESCE(e.nano, 0), CASE WHEN f.n = m.n THEN 1 ELSE 0 END
     FROM months m CROSS JOIN mrr_firsts f
     LEFT JOIN mrr b ON b.customer = f.customer AND b.n = m.n - 1
     LEFT JOIN mrr e ON e.customer = f.customer AND e.n = m.n
 ),
-compute_months (month, model, milliseconds, cost_nano) AS (
+compute_months (month, model, milliseconds, cost_nano) AS MATERIALIZED (
     SELECT m.month, c.model, CAST(SUM(c.milliseconds) AS BIGINT), CAST(SUM(c.milliseconds * COALESCE((
                SELECT r.nano_usd FROM compute_rates r
                WHERE r.model = c.model AND r.starts <= c.hour ORDER BY r.starts DESC LIMIT 1), 0) / 1000) AS BIGINT)
