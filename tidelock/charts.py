@@ -13,7 +13,7 @@ Point = tuple[float, float]
 NOTHING = "<p class='muted'>nothing was measured here</p>"
 STYLE = (
     "svg{font-family:ui-sans-serif,system-ui,sans-serif;background:#fbfaf7}.tick{fill:#6d7178;font-size:11px}"
-    ".bar.plain,.bar.after{fill:#1f7a8c}.bar.plain{opacity:.75}.bar.before{fill:#b9b4a7}"
+    ".value{fill:#1f2328;font-size:11px}.bar.plain,.bar.after{fill:#1f7a8c}.bar.plain{opacity:.75}.bar.before{fill:#b9b4a7}"
 )
 
 
@@ -112,9 +112,9 @@ def before_after(rows: Sequence[tuple[str, str, dict, dict]]) -> str:
     return f"<svg viewBox='0 0 {width} {top + row * len(rows) + 4}' role='img'>{''.join(out)}</svg>"
 
 
-def bars(rows: Sequence[tuple[str, float, str]]) -> str:
-    """(label, size, text) as horizontal bars."""
-    width, row, left, right = 360, 20, 82, 74
+def bars(rows: Sequence[tuple[str, float, str]], left: int = 82) -> str:
+    """(label, size, text) as horizontal bars; `left`: room for the labels."""
+    width, row, right = 278 + left, 20, 74
     largest = max((size for _, size, _ in rows), default=0) or 1
     out = []
     for i, (label, size, text) in enumerate(rows):
@@ -131,7 +131,7 @@ def columns(rows: Sequence[tuple[str, float]], label: str) -> str:
     """(name, size >= 0) as upright columns, each with its number on top."""
     if not rows:
         return NOTHING
-    width, height, top, bottom = 360, 200, 34, 22
+    width, height, top, bottom = 560, 200, 34, 22
     largest, step = max(size for _, size in rows) or 1, width / len(rows)
     out = [f"<text class='tick' x='4' y='11'>{escape(label)}</text>"]
     for i, (name, size) in enumerate(rows):
@@ -182,7 +182,7 @@ def triangle(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
             x = left + n * cell
             out.append(
                 f"<rect class='bar after' x='{x}' y='{y}' width='{cell - 2}' height='{tall - 2}' opacity='{min(1.0, 0.1 + 0.6 * share):.2f}'/>"
-                f"<text class='tick' x='{x + cell / 2 - 1:.0f}' y='{y + 13}' text-anchor='middle'>{share:.0%}</text>"
+                f"<text class='value' x='{x + cell / 2 - 1:.0f}' y='{y + 13}' text-anchor='middle'>{share:.0%}</text>"
             )
     return f"<svg viewBox='0 0 {left + most * cell} {20 + len(rows) * tall}' role='img'>{''.join(out)}</svg>"
 

@@ -16,6 +16,7 @@ from tidelock.service.objects import Objects
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
 from tidelock.service.scribe import Scribe
+from tidelock.service.tally import Tally
 from tidelock.service.till import Till
 from tidelock.service.workers import Worker
 from tidelock.tokens.errors import UserError
@@ -37,6 +38,7 @@ class ServiceState:
     keys: KeyStore
     prices: Schedule
     objects: Objects
+    tally: Tally  # of refusals and computing time
     files: Path  # what clients uploaded
     model: str  # the name clients ask for
     context_length: int
@@ -107,6 +109,7 @@ def open_state(
         keys=KeyStore.open(db, directory / "pepper"),
         prices=schedule,
         objects=Objects(db),
+        tally=Tally(db),
         files=directory / "files",
         model=model,
         context_length=context_length,

@@ -19,8 +19,8 @@ class Month:
 
 
 def month(name: str) -> Month:
-    """Raises UserError for anything but YYYY-MM."""
-    if not re.fullmatch(r"(19[7-9]|[2-9]\d\d)\d-(0[1-9]|1[0-2])", name):
+    """Raises UserError for anything but YYYY-MM, 1970 to 2199."""
+    if not re.fullmatch(r"(19[7-9][0-9]|2[01][0-9]{2})-(0[1-9]|1[0-2])", name):
         raise UserError(f"{name!r} is no month; write it like 2026-03")
     year, number = map(int, name.split("-"))
     following = (year + 1, 1) if number == 12 else (year, number + 1)

@@ -129,7 +129,7 @@ def _usd(found: Figures, metric: str, name: str) -> float:
 
 def _bars(found: Figures, metric: str, name: str, unit: int) -> str:
     parts = sorted(_parts(found, metric, name).items(), key=lambda item: -item[1])
-    return charts.bars([(part, max(value, 0) / unit, f"{value / unit:,.0f}") for part, value in parts])
+    return charts.bars([(part, max(value, 0) / unit, f"{value / unit:,.0f}") for part, value in parts], left=170)
 
 
 def _cohorts(found: Figures, names: Sequence[str]) -> list[tuple[str, list[float]]]:
