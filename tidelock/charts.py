@@ -139,7 +139,7 @@ def columns(rows: Sequence[tuple[str, float]], label: str) -> str:
         out.append(
             f"<rect class='bar plain' x='{x + step * 0.12:.1f}' y='{height - bottom - tall:.1f}' width='{step * 0.76:.1f}' "
             f"height='{tall:.1f}' rx='2'/>"
-            f"<text class='tick' x='{x + step / 2:.1f}' y='{height - bottom - tall - 4:.1f}' text-anchor='middle'>{_short(size)}</text>"
+            f"<text class='tick' x='{x + step / 2:.1f}' y='{height - bottom - tall - 4:.1f}' text-anchor='middle'>{short(size)}</text>"
             f"<text class='tick' x='{x + step / 2:.1f}' y='{height - 6}' text-anchor='middle'>{escape(name)}</text>"
         )
     return f"<svg viewBox='0 0 {width} {height}' role='img'>{''.join(out)}</svg>"
@@ -162,7 +162,7 @@ def bridge(rows: Sequence[tuple[str, float]], label: str) -> str:
         x, y, tall = i * step, height - bottom - (height - top - bottom) * high / largest, (height - top - bottom) * (high - low) / largest
         out.append(
             f"<rect class='bar {colour}' x='{x + step * 0.12:.1f}' y='{y:.1f}' width='{step * 0.76:.1f}' height='{max(tall, 0.5):.1f}'/>"
-            f"<text class='tick' x='{x + step / 2:.1f}' y='{y - 4:.1f}' text-anchor='middle'>{_short(size)}</text>"
+            f"<text class='tick' x='{x + step / 2:.1f}' y='{y - 4:.1f}' text-anchor='middle'>{short(size)}</text>"
             f"<text class='tick' x='{x + step / 2:.1f}' y='{height - 6}' text-anchor='middle'>{escape(name)}</text>"
         )
     return f"<svg viewBox='0 0 {width} {height}' role='img'>{''.join(out)}</svg>"
@@ -192,7 +192,8 @@ def alone(svg: str) -> str:
     return svg.replace("<svg ", "<svg xmlns='http://www.w3.org/2000/svg' ", 1).replace(">", f"><style>{STYLE}</style>", 1)
 
 
-def _short(x: float) -> str:
+def short(x: float) -> str:
+    """Three digits: 2.65G, 1.07k, -12."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= size:
             return f"{x / size:.3g}{suffix}"

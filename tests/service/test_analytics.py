@@ -159,6 +159,10 @@ def check(db: Database) -> None:
         assert found["concentration"].get((name, "all"), 0) == sums["revenue.usage"]
         assert sums["cohorts.payers"] == sums["payers.by_region"] == sums["payers.usage"] <= sums["payers.usage_or_plan"]
         assert sums["margin"] == sums["revenue.by_model"] - sums["compute.cost"]
+        moves = Counter({part: value for (m, part), value in found["payers.moves"].items() if m == name})
+        assert moves["new"] + moves["kept"] + moves["returned"] == sums["payers.usage"]
+        assert moves["lost"] + moves["kept"] == total(found, ("payers.usage", ()), shifted(name, -1))
+        assert moves["new"] == found["cohorts.payers"].get((name, name), 0)
         step = Counter({part: value for (m, part), value in found["mrr"].items() if m == name})
         assert step["start"] + step["new"] + step["reactivation"] + step["expansion"] == (
             step["contraction"] + step["churn"] + step["end"]

@@ -73,9 +73,9 @@ def _print(found: dict[str, Any]) -> None:
         for part, value in metric["value"].items():
             print(f"{metric['name']:>26}  {part:<28} {shown(value, metric['unit']):>22}")
     for ratio in found["ratios"]:
-        if ratio["value"] is not None:
-            money = ratio["unit"] == "nano-USD"
-            print(f"{ratio['name']:>26}  {'':<28} {shown(int(ratio['value']), ratio['unit']) if money else format(ratio['value'], '.2%'):>22}")
+        for part, value in ratio["value"].items():
+            text = shown(int(value), ratio["unit"]) if ratio["unit"] == "nano-USD" else f"{value:.2%}"
+            print(f"{ratio['name']:>26}  {part:<28} {text:>22}")
     for line in found["growth"]["of"]:
         print(f"{line['metric']:>26}  {line['part']:<28} mean {line['mean']:+.1%}, CMGR {line['cmgr']:+.1%}, "
               f"x{line['multiple']:.4g} in {line['steps']} months")  # fmt: skip

@@ -49,6 +49,21 @@ PAYERS = [
         COUNT,
     ),
     Metric(
+        "payers.moves",
+        "payers.usage of the month by whether they had never paid before (new), paid in the month before (kept) or only "
+        "earlier (returned); and those who paid in the month before and did not now (lost). Prepaid customers do not cancel: "
+        "a month without paid usage is what churn is.",
+        """SELECT month, part, COUNT(*) FROM (
+    SELECT p.month, CASE WHEN c.n = p.n THEN 'new' WHEN b.n IS NULL THEN 'returned' ELSE 'kept' END AS part
+    FROM payers p JOIN cohorts c ON c.customer = p.customer
+    LEFT JOIN payers b ON b.customer = p.customer AND b.n = p.n - 1
+    UNION ALL
+    SELECT m.month, 'lost' FROM payers p JOIN months m ON m.n = p.n + 1
+    LEFT JOIN payers a ON a.customer = p.customer AND a.n = m.n WHERE a.n IS NULL
+) AS moves GROUP BY month, part""",
+        COUNT,
+    ),
+    Metric(
         "payers.by_region",
         "payers.usage by billing entity and currency (not by IP address).",
         "SELECT month, region, payers FROM region_months",
@@ -263,6 +278,19 @@ FROM usage u JOIN months m ON u.created >= m.starts AND u.created < m.ends CROSS
         """SELECT m.month, r.cause, CAST(SUM(r.requests) AS BIGINT)
 FROM refusals r JOIN months m ON r.hour >= m.starts AND r.hour < m.ends GROUP BY m.month, r.cause""",
         "requests",
+    ),
+    Metric(
+        "rejected.worth",
+        "An estimate, not money: rejected requests by cause, each at the mean list price (rounded down) of a settled request "
+        "to the same model in the same month.",
+        """SELECT r.month, r.cause, CAST(SUM(r.requests * s.mean_nano) AS BIGINT) FROM (
+    SELECT m.month, f.model, f.cause, CAST(SUM(f.requests) AS BIGINT) AS requests
+    FROM refusals f JOIN months m ON f.hour >= m.starts AND f.hour < m.ends GROUP BY m.month, f.model, f.cause
+) AS r JOIN (
+    SELECT m.month, u.model, CAST(SUM(u.nano_usd) AS BIGINT) / COUNT(*) AS mean_nano
+    FROM usage u JOIN months m ON u.created >= m.starts AND u.created < m.ends GROUP BY m.month, u.model
+) AS s ON s.month = r.month AND s.model = r.model GROUP BY r.month, r.cause""",
+        USD,
     ),
 ]
 

@@ -164,6 +164,12 @@ def _payers(read: Any, money: _Money, out: Any, names: list[str]) -> None:
         paying = payers.get(name, set())
         out["payers.usage"][name, ""] = len(paying)
         out["payers.usage_or_plan"][name, ""] = len(paying | {c for c, s, e in terms if s < _end(name) and e > starts[name]})
+        last_month, ever = payers.get(_name(starts[name] - 1), set()) if name != names[0] else set(), set()
+        for earlier in names[: names.index(name)]:
+            ever |= payers.get(earlier, set())
+        for part, who in (("new", paying - ever), ("kept", paying & last_month), ("returned", paying & ever - last_month),
+                          ("lost", last_month - paying)):  # fmt: skip
+            out["payers.moves"][name, part] = len(who)
         topped_up = {customer for month, customer in money.topped_up if month == name}
         out["payers.cash"][name, ""] = len(topped_up | {c for c, s, _ in terms if _name(s) == name})
         for customer in paying:
@@ -269,6 +275,14 @@ def _models(read: Any, money: _Money, out: Any, names: list[str]) -> None:
             out["compute.milliseconds"][month, model] += milliseconds
             out["compute.cost"][month, model] += cost
             out["margin"][month, model] -= cost
-    for hour, cause, requests in read("SELECT hour, cause, requests FROM refusals"):
-        if _name(hour) in names:
-            out["rejected"][_name(hour), cause] += requests
+    asked: Counter[tuple[str, str]] = Counter()
+    listed: Counter[tuple[str, str]] = Counter()
+    for created, model, nano in read("SELECT created, model, nano_usd FROM usage"):
+        asked[_name(created), model] += 1
+        listed[_name(created), model] += nano
+    for hour, model, cause, requests in read("SELECT hour, model, cause, requests FROM refusals"):
+        month = _name(hour)
+        if month in names:
+            out["rejected"][month, cause] += requests
+            if asked[month, model]:
+                out["rejected.worth"][month, cause] += requests * (listed[month, model] // asked[month, model])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 from tidelock import charts
@@ -13,7 +12,7 @@ from tidelock.service.analytics import growth as g
 from tidelock.service.analytics.calendar import Month, month, month_of, shifted
 from tidelock.service.analytics.figures import Figures, Read, figures, months_until, query_head
 from tidelock.service.analytics.metrics import METRICS, USD
-from tidelock.service.analytics.ratios import RATIOS, total
+from tidelock.service.analytics.ratios import RATIOS, Ratio, total
 from tidelock.service.prices import NANO_PER_USD
 from tidelock.tokens.errors import UserError
 
@@ -50,7 +49,7 @@ def report(read: Read, name: str, base: str | None = None, now: float | None = N
             for metric in METRICS
         ],
         "ratios": [
-            {"name": ratio.name, "definition": ratio.definition, "unit": ratio.unit, "value": _shown(ratio.of(found, name))}
+            {"name": ratio.name, "definition": ratio.definition, "unit": ratio.unit, "value": _ratio(ratio, found, name)}
             for ratio in RATIOS
         ],
         "growth": {"definition": g.DEFINITION, "from": base, "to": name, "of": _growth(found, names, base)},
@@ -63,8 +62,11 @@ def _parts(found: Figures, metric: str, name: str) -> dict[str, int]:
     return {part: value for (m, part), value in sorted(found[metric].items()) if m == name}
 
 
-def _shown(value: Fraction | None) -> float | None:
-    return None if value is None else float(value)
+def _ratio(ratio: Ratio, found: Figures, name: str) -> dict[str, float]:
+    """By part, as a metric's value; empty where there is nothing to divide by."""
+    value = None if ratio.each else ratio.of(found, name)
+    exact = ratio.parts(found, name) if ratio.each else {} if value is None else {"": value}
+    return {part: float(fraction) for part, fraction in exact.items()}
 
 
 def _growth(found: Figures, names: Sequence[str], base: str) -> list[dict[str, Any]]:
@@ -129,7 +131,7 @@ def _usd(found: Figures, metric: str, name: str) -> float:
 
 def _bars(found: Figures, metric: str, name: str, unit: int) -> str:
     parts = sorted(_parts(found, metric, name).items(), key=lambda item: -item[1])
-    return charts.bars([(part, max(value, 0) / unit, f"{value / unit:,.0f}") for part, value in parts], left=170)
+    return charts.bars([(part, max(value, 0) / unit, charts.short(value / unit)) for part, value in parts], left=170)
 
 
 def _cohorts(found: Figures, names: Sequence[str]) -> list[tuple[str, list[float]]]:
