@@ -34,7 +34,7 @@ from tidelock.service.db import Database, StorageDown
 from tidelock.service.ledger import InsufficientBalance, Ledger
 from tidelock.service.prices import Counts, Price, PriceBook
 from tidelock.service.rating import rerate
-from tidelock.service.tally import Tally, add
+from tidelock.service.tally import Tally, add, cause
 from tidelock.tokens.errors import UserError
 
 START, MONTHS = month("2025-11").starts, 4
@@ -372,6 +372,18 @@ def test_refusals_are_counted_by_cause_and_computing_time_once(service):
     assert 50 <= db.read("SELECT SUM(milliseconds) FROM compute WHERE model = 'tide'")[0][0] <= elapsed_ms
 
 
+@pytest.mark.parametrize(("error", "named"), [
+    (errors.insufficient_balance(), "balance"), (errors.balance_exhausted(), "balance"), (errors.invalid_key(), "key"),
+    (errors.storage_down(), "storage"), (errors.policy_failed("full", 429, "engine_overloaded_error"), "overloaded"),
+    (errors.policy_failed("full", 503, "server_unavailable"), "overloaded"), (errors.timed_out(5), "timeout"),
+    (errors.invalid_request("no", "n"), "bad_request"), (errors.internal(), "server"), (errors.not_found("what"), "not_found"),
+    (errors.ApiError(429, "rate_limit_reached_error", "Your account a<k> request reached TPM rate limit"), "limit_tpm"),
+    (errors.ApiError(429, "rate_limit_reached_error", "Your account a<k> request reached max concurrency"), "limit_concurrency"),
+])  # fmt: skip
+def test_every_refusal_has_one_cause(error, named):
+    assert cause(error) == named
+
+
 def test_counts_survive_a_database_that_is_down(db):
     class Down:
         def transaction(self):
@@ -379,7 +391,7 @@ def test_counts_survive_a_database_that_is_down(db):
 
     tally = Tally(Down(), clock=lambda: 7_300.0)
     tally.refused("m", errors.insufficient_balance())
-    tally.refused("m", errors.ApiError(429, "rate_limit_reached_error", "slow down", code="tpm"))
+    tally.refused("m", errors.ApiError(429, "rate_limit_reached_error", "request reached TPM rate limit"))
     with pytest.raises(StorageDown):
         tally.flush()
     tally._db = db

@@ -6,6 +6,7 @@ counts of the last few seconds, and no money.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import Counter
@@ -19,14 +20,20 @@ HOUR_S = 3600
 Cell = tuple[int, str]  # hour (its first second), model
 CAUSES = {401: "key", 403: "permission", 404: "not_found", 409: "conflict", 413: "too_large", 499: "client_left",
           503: "overloaded", 529: "overloaded", 504: "timeout"}  # fmt: skip
+WHICH_LIMIT = re.compile(r"reached (?:max )?(concurrency|RPM|TPM|TPD)\b")  # in Kimi's words, which clients read too
 
 
 def cause(error: ApiError) -> str:
     """One word for why a request got no answer: its lost revenue is to be found under it."""
     if error.kind == "exceeded_current_quota_error":
         return "balance"
+    if error.code == "too_many_wrong_keys":
+        return "key"
+    if error.kind == "rate_limit_reached_error":
+        which = WHICH_LIMIT.search(error.message)
+        return f"limit_{which[1].lower()}" if which else "limit"
     if error.status == 429:
-        return f"limit_{error.code}" if error.code else "overloaded" if "overloaded" in error.kind else "limit"
+        return "overloaded"
     if error.code == "storage_down":
         return "storage"
     return CAUSES.get(error.status, "server" if error.status >= 500 else "bad_request")
