@@ -139,16 +139,21 @@ class Play:
             add(tx, {}, {(int(self.now) // 3600 * 3600, model): milliseconds})
 
 
-def both(db: Database) -> tuple[dict, dict]:
+def both(db: Database, last: str = LAST) -> tuple[dict, dict]:
     with db.snapshot() as read:
-        by_sql = figures(read, months_until(read, LAST), BASE)
-        by_replay = replayed(read, LAST, BASE)
+        by_sql = figures(read, months_until(read, last), BASE)
+        by_replay = replayed(read, last, BASE)
     return tuple({name: values for name, values in found.items() if values} for found in (by_sql, by_replay))
 
 
 def check(db: Database) -> None:
     by_sql, by_replay = both(db)
     assert by_sql == by_replay
+    earlier, replayed_earlier = both(db, BASE)  # what came after changes nothing in the months before
+    assert earlier == replayed_earlier
+    for name, values in earlier.items():
+        if name != "revenue.constant_currency":
+            assert values == {key: value for key, value in by_sql[name].items() if key[0] <= BASE}
     found = {metric.name: by_sql.get(metric.name, {}) for metric in METRICS}
     with db.snapshot() as read:
         names = [m.name for m in months_until(read, LAST)]
@@ -315,6 +320,13 @@ def test_ratios_and_identities_name_metrics_that_exist(made_up):
     for name, key in (("mrr", "churn"), ("revenue.by_region", "Tidelock Home CNY"), ("cohorts.payers", "2026-02")):
         broken = {**found, name: {**found[name], ("2026-03", key): found[name]["2026-03", key] + 1}}
         assert not all(identities(broken, months).values())
+
+
+def test_empty_books_have_a_report_too(tmp_path, capsys):
+    Database(tmp_path / "service.sqlite").close()
+    found = command("analytics", "--month", "2026-03", "--verify", "--plots", str(tmp_path / "plots"), "--dir", str(tmp_path))
+    assert not found["failed"] and found["months"] == ["2026-03"] and all(metric["value"] == {} for metric in found["metrics"])
+    assert all(ratio["value"] == {} for ratio in found["ratios"]) and found["growth"]["of"] == []
 
 
 def test_facts_come_from_a_file_and_wrong_ones_are_named(tmp_path):

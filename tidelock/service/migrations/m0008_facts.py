@@ -49,7 +49,6 @@ CREATE TABLE compute_rates (
     nano_usd BIGINT NOT NULL CHECK (nano_usd >= 0),  -- for a second of one worker
     PRIMARY KEY (model, starts)
 );
-CREATE INDEX usage_by_time ON usage (created);
 """
 
 
