@@ -133,9 +133,9 @@ SELECT month, 'refunded', CAST(SUM(nano) AS BIGINT) FROM ledger_months WHERE acc
     Metric(
         "deferred",
         "Prepaid money not used yet at the end of the month, a liability: all that ever came in, plus what customers owe, "
-        "less refunds and all usage revenue so far. Money held by running requests is still in it.",
+        "less refunds, plan fees and all usage revenue so far. Money held by running requests is still in it.",
         """SELECT m.month, '', CAST(SUM(d.nano) AS BIGINT) FROM months m JOIN (
-    SELECT n, -nano AS nano FROM ledger_months WHERE account IN ('outside', 'receivable', 'refunds')
+    SELECT n, -nano AS nano FROM ledger_months WHERE account IN ('outside', 'receivable', 'refunds', 'fees')
     UNION ALL
     SELECT n, -paid_nano FROM customer_months
 ) AS d ON d.n <= m.n GROUP BY m.month""",
@@ -217,6 +217,14 @@ PLANS = [
     WHEN s.part = 'churn' AND v.end_nano = 0 THEN v.start_nano
     ELSE 0 END) AS BIGINT)
 FROM mrr_moves v CROSS JOIN steps s GROUP BY v.month, s.part""",
+        USD,
+    ),
+    Metric(
+        "plans.fees",
+        "Plan fees taken from prepaid money in the month, by plan: what was billed, for the whole of the terms that began.",
+        """SELECT m.month, t.detail, CAST(SUM(e.nano_usd) AS BIGINT)
+FROM transactions t JOIN entries e ON e.customer = t.customer AND e.seq = t.seq AND e.kind = 'fees'
+JOIN months m ON t.created >= m.starts AND t.created < m.ends WHERE t.kind = 'plan_fee' GROUP BY m.month, t.detail""",
         USD,
     ),
     Metric(

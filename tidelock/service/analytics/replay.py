@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from itertools import groupby
 from typing import Any
 
 MONEY, CREDIT = ("cash", "extra"), ("voucher", "plan")
@@ -65,34 +64,36 @@ class _Money:
         self.models = {row[0]: row[1] for row in read("SELECT request_id, model FROM usage")}
         changes: Counter[str] = Counter()  # of what is prepaid and unused
         owed: Counter[str] = Counter()
-        for customer, kind, reference, created, entries, open_holds in _transactions(read):
+        for customer, kind, reference, created, detail, entries, open_holds in _transactions(read):
             month = _name(created)
-            prepaid = sum(nano for account, _, nano in entries if account in MONEY)
+            prepaid = sum(nano for account, nano in entries if account in MONEY)
             if kind in ("hold", "extend"):
                 request_id = reference if kind == "hold" else reference.rpartition("/")[0]
                 taken = open_holds.setdefault(request_id, Counter())
-                taken.update({account: -nano for account, _, nano in _pockets(entries)})
+                taken.update({account: -nano for account, nano in _pockets(entries)})
                 prepaid = 0  # it only moved into the hold
             elif kind in ("settle", "release"):
                 taken = open_holds.pop(reference, Counter())
-                for account, _, nano in _pockets(entries):
+                for account, nano in _pockets(entries):
                     taken[account] -= nano
                 paid, credit = (sum(taken[account] for account in accounts) for accounts in (MONEY, CREDIT))
                 if kind == "settle":
                     self._charge(created, customer, self.models[reference], paid, credit)
                 prepaid = -paid
             elif kind == "rerate":
-                revenue = sum(nano for account, _, nano in entries if account == "revenue")
-                credit = -sum(nano for account, _, nano in entries if account in CREDIT)
+                revenue = sum(nano for account, nano in entries if account == "revenue")
+                credit = -sum(nano for account, nano in entries if account in CREDIT)
                 self._charge(created, customer, self.models[reference.rpartition("/")[0]], revenue - credit, credit)
             elif kind == "topup":
                 self.topped_up.add((month, customer))
             changes[month] += prepaid
-            for account, _, nano in entries:
+            for account, nano in entries:
                 if account == "receivable":
                     owed[month] -= nano
                 elif account == "outside":
                     self.totals["cash"][month, "in"] -= nano
+                elif account == "fees":
+                    self.totals["plans.fees"][month, detail] += nano
                 elif account == "refunds":
                     self.totals["cash"][month, "refunded"] += nano
                 elif account in CREDIT and kind.endswith("_grant"):
@@ -131,22 +132,18 @@ def _pockets(entries: list[Any]) -> list[Any]:
     return [entry for entry in entries if entry[0] in MONEY + CREDIT]
 
 
-def _transactions(read: Callable[..., list[Any]]) -> Iterator[tuple[str, str, str, float, list[Any], dict[str, Counter[str]]]]:
-    """Each with its entries (kind, lot, nano) and its customer's open holds."""
-    moved = read("SELECT customer, seq, kind, lot, nano_usd FROM entries ORDER BY customer, seq, n")
-    entries = {key: [tuple(row)[2:] for row in rows] for key, rows in groupby(moved, key=lambda row: (row[0], row[1]))}
+def _transactions(
+    read: Callable[..., list[Any]],
+) -> Iterator[tuple[str, str, str, float, str, list[Any], dict[str, Counter[str]]]]:
+    """Each with its entries, summed by kind of account (two vouchers are one), and its customer's open holds."""
+    entries: dict[tuple[str, int], Counter[str]] = defaultdict(Counter)
+    for customer, seq, account, nano in read("SELECT customer, seq, kind, nano_usd FROM entries"):
+        entries[customer, seq][account] += nano
     holds: dict[str, dict[str, Counter[str]]] = defaultdict(dict)
-    for customer, seq, kind, reference, created in read(
-        "SELECT customer, seq, kind, reference, created FROM transactions ORDER BY customer, seq"
+    for customer, seq, kind, reference, created, detail in read(
+        "SELECT customer, seq, kind, reference, created, detail FROM transactions ORDER BY customer, seq"
     ):
-        # two entries of one account (two vouchers) must both count
-        own: Counter[tuple[str, str]] = Counter()
-        for account, lot, nano in entries.get((customer, seq), []):
-            own[account, lot] += nano
-        summed: Counter[str] = Counter()
-        for (account, _), nano in own.items():
-            summed[account] += nano
-        yield customer, kind, reference, created, [(account, "", nano) for account, nano in summed.items()], holds[customer]
+        yield customer, kind, reference, created, detail, list(entries[customer, seq].items()), holds[customer]
 
 
 def _payers(read: Any, money: _Money, out: Any, names: list[str]) -> None:
