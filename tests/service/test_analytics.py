@@ -142,8 +142,7 @@ class Play:
 def both(db: Database, last: str = LAST) -> tuple[dict, dict]:
     with db.snapshot() as read:
         by_sql = figures(read, months_until(read, last), BASE)
-        by_replay = replayed(read, last, BASE)
-    return tuple({name: values for name, values in found.items() if values} for found in (by_sql, by_replay))
+        return {name: values for name, values in by_sql.items() if values}, replayed(read, last, BASE)
 
 
 def check(db: Database) -> None:

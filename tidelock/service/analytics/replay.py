@@ -17,7 +17,7 @@ MONEY, CREDIT = ("cash", "extra"), ("voucher", "plan")
 
 
 def replayed(read: Callable[..., list[Any]], last: str, base: str) -> dict[str, dict[tuple[str, str], int]]:
-    """As `figures.figures`, up to the month `last`."""
+    """As `figures.figures`, up to the month `last`; metrics without a number are left out."""
     names = _months(read, last)
     money = _Money(read, names)
     out: dict[str, Counter[tuple[str, str]]] = defaultdict(Counter)
@@ -28,7 +28,8 @@ def replayed(read: Callable[..., list[Any]], last: str, base: str) -> dict[str, 
     _models(read, money, out, names)
     for name, totals in money.totals.items():
         out[name].update({(month, part): nano for (month, part), nano in totals.items() if month in names})
-    return {name: {key: value for key, value in values.items() if value} for name, values in out.items()}
+    kept = {name: {key: value for key, value in values.items() if value} for name, values in out.items()}
+    return {name: values for name, values in kept.items() if values}
 
 
 def _name(when: float) -> str:
