@@ -11,10 +11,6 @@ from html import escape
 
 Point = tuple[float, float]
 NOTHING = "<p class='muted'>nothing was measured here</p>"
-STYLE = (
-    "svg{font-family:ui-sans-serif,system-ui,sans-serif;background:#fbfaf7}.tick{fill:#6d7178;font-size:11px}"
-    ".value{fill:#1f2328;font-size:11px}.bar.plain,.bar.after{fill:#1f7a8c}.bar.plain{opacity:.75}.bar.before{fill:#b9b4a7}"
-)
 
 
 def _ticks(low: float, high: float, n: int = 4) -> list[float]:
@@ -79,7 +75,8 @@ def standalone(svg: str) -> str:
     style = (
         "<style>text{font:11px system-ui,sans-serif;fill:#667}.grid{stroke:#dde}.curve{fill:none;stroke-width:1.8;"
         "stroke-linejoin:round}.curve.a{stroke:#0a6}.curve.b{stroke:#d60}.curve.c{stroke:#36c}.curve.d{stroke:#a3a}"
-        ".name.a{fill:#0a6}.name.b{fill:#d60}.name.c{fill:#36c}.name.d{fill:#a3a}.bar.plain{fill:#0a6;opacity:.75}</style>"
+        ".name.a{fill:#0a6}.name.b{fill:#d60}.name.c{fill:#36c}.name.d{fill:#a3a}.bar.plain{fill:#0a6;opacity:.75}.bar.after{fill:#0a6}"
+        ".bar.before{fill:#bbc}</style>"
         "<rect width='100%' height='100%' fill='#fff'/>"
     )
     head, _, body = svg.partition(">")
@@ -185,11 +182,6 @@ def triangle(rows: Sequence[tuple[str, Sequence[float]]]) -> str:
                 f"<text class='value' x='{x + cell / 2 - 1:.0f}' y='{y + 13}' text-anchor='middle'>{share:.0%}</text>"
             )
     return f"<svg viewBox='0 0 {left + most * cell} {20 + len(rows) * tall}' role='img'>{''.join(out)}</svg>"
-
-
-def alone(svg: str) -> str:
-    """A chart as a file of its own, with the colours that a page would have given it."""
-    return svg.replace("<svg ", "<svg xmlns='http://www.w3.org/2000/svg' ", 1).replace(">", f"><style>{STYLE}</style>", 1)
 
 
 def short(x: float) -> str:

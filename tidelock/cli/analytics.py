@@ -92,7 +92,7 @@ def _write_plots(plots: dict[str, str], directory: Path) -> None:
         for name, svg in plots.items():
             if svg.startswith("<svg"):
                 with tempfile.NamedTemporaryFile("w", dir=directory, delete=False) as file:
-                    file.write(charts.alone(svg))
+                    file.write(charts.standalone(svg))
                 os.replace(file.name, directory / f"{name}.svg")
     except OSError as error:
         raise UserError(f"cannot write {directory}: {error.strerror}") from error
