@@ -54,7 +54,7 @@ class Tally:
 
     @contextmanager
     def computing(self, model: str) -> Iterator[None]:
-        """A request is in the model. Requests side by side are one stretch of time, not several."""
+        """A customer's request is in the model (a trainer's are not counted). Side by side they are one stretch of time."""
         with self._lock:
             self._running[model] += 1
             self._since_ns.setdefault(model, time.monotonic_ns())
