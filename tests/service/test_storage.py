@@ -75,6 +75,18 @@ def test_a_transaction_that_fails_leaves_nothing(db):
     assert db.read("SELECT * FROM customers") == []
 
 
+def test_a_long_look_at_one_moment_keeps_nobody_waiting_and_sees_nothing_newer(db):
+    ledger = Ledger(db)
+    ledger.open_account("ann")
+    with db.snapshot() as read:
+        assert read("SELECT COUNT(*) FROM customers")[0][0] == 1
+        other = threading.Thread(target=lambda: (ledger.open_account("bob"), db.read("SELECT * FROM customers")), daemon=True)
+        other.start()
+        other.join(10)
+        assert not other.is_alive() and read("SELECT COUNT(*) FROM customers")[0][0] == 1
+    assert len(db.read("SELECT * FROM customers")) == 2
+
+
 def test_rows_are_read_by_name_and_by_position_on_both(db):
     with db.transaction() as tx:
         tx.insert("customers", ("customer", "seq", "hash", "created"), [("ann", 2**40, "h", 0.25), ("bob", 0, "100% ?", 1)])

@@ -1,5 +1,5 @@
-"""`tidelock admin`: the books of a service. Verify, back up, restore, give vouchers, refund, register prices, re-rate; and
-its customers (`admin_accounts`)."""
+"""`tidelock admin`: the books of a service. Verify, back up, restore, give vouchers, refund, register prices, re-rate;
+its customers (`admin_accounts`); and what they say of the business (`analytics`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tidelock.service.prices import format_usd
 from tidelock.service.rating import rerate
 from tidelock.tokens.errors import UserError
 
-from . import admin_accounts
+from . import admin_accounts, analytics
 from .keys import nano_usd
 from .main import command
 
@@ -30,11 +30,14 @@ EXAMPLE = """tidelock admin verify --dir demo-run/service
   tidelock admin prices prices.toml --dir demo-run/service
   tidelock admin rerate --from 2026-11-01 --to 2026-11-08 --price-version 2026-11b --dir demo-run/service --dry-run
   tidelock admin limits ladder kimi --dir demo-run/service
-  tidelock admin payments book ann --usd 100 --reference wire-7 --dir demo-run/service"""
+  tidelock admin payments book ann --usd 100 --reference wire-7 --dir demo-run/service
+  tidelock admin analytics --month 2026-03 --json - --dir demo-run/service
+  tidelock admin synthetic-year --seed 0 --dir year"""
 
 
 def add(subparsers: Any) -> None:
-    parser = command(subparsers, "admin", run, "a service's books and customers: verify, back up, prices, accounts, limits, plans, payments", EXAMPLE)
+    summary = "a service's books, customers and numbers: verify, back up, prices, accounts, limits, plans, payments, analytics"
+    parser = command(subparsers, "admin", run, summary, EXAMPLE)
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--dir", type=Path, default=Path("service"), help="service directory, DIR/service of a run (default: service)")
     where.add_argument("--database", metavar="URL", help="a postgresql:// database, instead of the directory's")
@@ -64,11 +67,14 @@ def add(subparsers: Any) -> None:
     again.add_argument("--model", help="only this one's requests")
     again.add_argument("--dry-run", action="store_true", help="say what would be booked, and book nothing")
     admin_accounts.add(actions, where)
+    analytics.add(actions, where)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.action == "restore":
         return _restore(args)
+    if args.action == "synthetic-year":
+        return analytics.synthetic_year(args)
     target = _target(args)
     if "://" not in target and not Path(target).is_file():
         raise UserError(f"no service in {args.dir}")
@@ -150,4 +156,5 @@ def _time(text: str) -> float:
 
 _ACTIONS = {
     "verify": _verify, "backup": _backup, "grant": _grant, "refund": _refund, "prices": _prices, "rerate": _rerate,
+    "analytics": analytics.analytics, "facts": analytics.register,
 }  # fmt: skip

@@ -10,7 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .charts import bars, before_after, line_chart
+from tidelock.charts import bars, before_after, line_chart
+
 from .stages import write_json
 
 STYLE = """

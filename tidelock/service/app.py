@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tidelock.service import batch_worker, errors, openapi, tokens_api, upkeep, wire
+from tidelock.service.analytics.endpoint import analytics
 from tidelock.service.auth import authenticate
 from tidelock.service.http import Handler, Json, unknown_route
 from tidelock.service.metrics import CONTENT_TYPE, counting
@@ -65,6 +66,7 @@ def create_app(state: ServiceState) -> ASGIApp:
             post("/v1/feedback", feedback),
             post("/admin/weights", swap_weights),
             post("/webhooks/payments", billing.webhook),
+            get("/admin/analytics", analytics),
             get("/health", health),
             get("/openapi.json", published),
             *tokens_api.routes(state, get, post),

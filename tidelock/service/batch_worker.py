@@ -181,6 +181,7 @@ class _Batch:
             error = as_api_error(exception, request_id)
             if error.retry_after_s is not None and not last:
                 raise error from exception
+            self.state.tally.refused(self.state.model, error)
             stored[:] = [result(error.status, error.body())]
             self.state.objects.put(LINE, self.customer, stored[0])
         return stored[0]

@@ -80,6 +80,7 @@ class Endpoint:
             log.info("%s: the client left", request_id)
         except Exception as exception:
             error = as_api_error(exception, request_id)
+            self._state.tally.refused(self._state.model, error)
             if out.started and translation is not None:
                 await out.write(translation.fail(error), more=False)
             else:

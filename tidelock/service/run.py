@@ -234,7 +234,8 @@ async def whole(
     async with metered(state, turn) as meter:
         try:
             async with asyncio.timeout(state.request_timeout_s):
-                await _together([_sampled(state, turn, meter, choice) for choice in meter.choices])
+                with state.tally.computing(state.model):
+                    await _together([_sampled(state, turn, meter, choice) for choice in meter.choices])
             if not meter.complete:
                 raise _stopped_early()
         except TimeoutError:
@@ -316,7 +317,8 @@ def _cut(chunk: Chunk, tokens: int) -> Chunk:
 
 async def _pump(state: ServiceState, turn: Turn, meter: Meter, choice: Choice, inbox: Inbox) -> None:
     try:
-        await _sampled(state, turn, meter, choice, inbox)
+        with state.tally.computing(state.model):
+            await _sampled(state, turn, meter, choice, inbox)
         inbox.put([None])
     except Exception as error:
         inbox.put([error])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 from tidelock.service.db import Conflict, StorageDown
@@ -62,12 +62,14 @@ class Sqlite:
 
     @contextmanager
     def snapshot(self) -> Iterator[_Transaction]:
-        with self._read_lock, _errors():
-            self._reader.execute("BEGIN")
-            try:
-                yield _Transaction(self._reader)
-            finally:
-                self._reader.execute("COMMIT")
+        """On a connection of its own, so that a long look at the books (audit, backup, analytics) keeps nobody waiting."""
+        if self._path == ":memory:":
+            with self._read_lock, _errors():
+                yield from _frozen(self._reader)
+            return
+        with _errors(), closing(self._connect()) as connection:
+            connection.execute("PRAGMA query_only = ON")
+            yield from _frozen(connection)
 
     def append_only(self, table: str) -> list[str]:
         return [
@@ -80,6 +82,14 @@ class Sqlite:
         with self._write_lock, self._read_lock:
             self._reader.close()
             self._writer.close()
+
+
+def _frozen(connection: sqlite3.Connection) -> Iterator[_Transaction]:
+    connection.execute("BEGIN")
+    try:
+        yield _Transaction(connection)
+    finally:
+        connection.execute("COMMIT")
 
 
 class _Transaction:

@@ -20,6 +20,7 @@ from tidelock.service.plans import Plans
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
 from tidelock.service.scribe import Scribe
+from tidelock.service.tally import Tally
 from tidelock.service.tiers import Tiers
 from tidelock.service.till import Till
 from tidelock.service.workers import Worker
@@ -47,6 +48,7 @@ class ServiceState:
     webhook_secrets: Path  # one a line; without the file no event is believed
     prices: Schedule
     objects: Objects
+    tally: Tally  # of refusals and computing time
     files: Path  # what clients uploaded
     model: str  # the name clients ask for
     context_length: int
@@ -124,6 +126,7 @@ def open_state(
         webhook_secrets=directory / "webhook_secrets",
         prices=schedule,
         objects=Objects(db),
+        tally=Tally(db),
         files=directory / "files",
         model=model,
         context_length=context_length,

@@ -21,6 +21,7 @@ async def run(state: ServiceState) -> None:
         since_sweep_s += pause_s
         try:
             await asyncio.to_thread(state.worker.beat)
+            await asyncio.to_thread(state.tally.flush)
             await asyncio.to_thread(recover, state)
             if since_sweep_s >= state.sweep_interval_s:
                 since_sweep_s = 0.0
@@ -53,6 +54,7 @@ def leave(state: ServiceState) -> None:
     """Writes what is still queued; called when no request runs any more."""
     state.till.close()
     try:
+        state.tally.flush()
         state.worker.leave()
     except StorageDown as error:
         log.warning("could not sign off: %s", error)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..charts import bars, curves, standalone
+from tidelock.charts import bars, curves, standalone
+
 from .measure import Run, percentile
 
 COLUMNS = (

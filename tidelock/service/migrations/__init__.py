@@ -22,13 +22,15 @@ def steps() -> dict[int, str]:
 def run(backend: Any, target: int | None = None) -> None:
     """Brings the schema to the newest step (or to `target`, for tests). Raises UserError for a schema from the future."""
     known = steps()
-    newest = target or max(known)
+    newest = target or max(known)  # numbers may have gaps: steps that grew up beside each other
     with backend.migration() as tx:
         tx("CREATE TABLE IF NOT EXISTS migrations (version INTEGER PRIMARY KEY)")
-        done = tx("SELECT COALESCE(MAX(version), 0) FROM migrations").fetchone()[0]
-        if done > max(known):
-            raise UserError(f"the service database is of a newer version ({done}) than this program knows")
-        for version in range(done + 1, newest + 1):
+        done = {row[0] for row in tx("SELECT version FROM migrations").fetchall()}
+        if max(done, default=0) > max(known):
+            raise UserError(f"the service database is of a newer version ({max(done)}) than this program knows")
+        for version in sorted(known.keys() - done):
+            if version > newest:
+                break
             importlib.import_module(known[version]).up(tx, backend)
             tx("INSERT INTO migrations VALUES (?)", (version,))
 
