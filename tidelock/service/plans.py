@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tidelock.service.analytics.facts import Term, cut_short, sell
 from tidelock.service.accounts import OPERATOR, UnknownId, log
 from tidelock.service.books import Books
 from tidelock.service.db import Conflict
@@ -116,7 +117,7 @@ class Plans:
             _seats(books, customer, {plan: 1})
             new = Subscription(f"sub_{secrets.token_hex(8)}", customer, plan, "", 0, books.now, 0, 0, "active")
             _pay(books, new, wanted.price_nano)
-            _allocate(books, new, wanted)
+            _allocate(books, new, wanted, books.now)
             _windows(books, new, wanted, fresh=True)
             books.execute(f"INSERT INTO subscriptions ({', '.join(COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                           tuple(asdict(new).values()))  # fmt: skip
@@ -149,7 +150,7 @@ class Plans:
                 _pay(books, sub, new.price_nano - _unused(books, sub, old))
                 _end_lot(books, sub)
                 sub.plan, sub.anchor, sub.period = new.name, books.now, 0
-                _allocate(books, sub, new)
+                _allocate(books, sub, new, books.now)
                 _windows(books, sub, new, fresh=True)
             else:
                 _seats(books, customer, {**seats, new.name: seats.get(new.name, 0) + 1})
@@ -212,7 +213,7 @@ class Plans:
                 if old != sub.plan:  # the new one's seat was taken when it was chosen
                     _seats(books, customer, {old: -1})
                 _pay(books, sub, plan.price_nano)
-                _allocate(books, sub, plan)
+                _allocate(books, sub, plan, sub.begins)
                 _windows(books, sub, plan, fresh=False)
             _store(books, sub)
             log(books.execute, customer, "clock", f"plan.{'renewed' if sub.state == 'active' else sub.state}", sub.id, {}, now)
@@ -299,8 +300,10 @@ def _pay(books: Books, sub: Subscription, nano_usd: int) -> None:
     books.post(sub.customer, "plan_fee", reference, [(CASH, -nano_usd), (FEES, nano_usd)], sub.plan)
 
 
-def _allocate(books: Books, sub: Subscription, plan: Plan) -> None:
+def _allocate(books: Books, sub: Subscription, plan: Plan, since: float) -> None:
+    """Credits until the period's end, and the term as the analytics count it: at the plan's monthly price, from `since`."""
     sub.grants += 1
+    sell(books.execute, Term(sub.lot, sub.customer, plan.name, since, sub.ends, 1, plan.price_nano))
     books.open_pocket(sub.customer, ("plan", sub.lot), sub.ends)
     books.post(sub.customer, "plan_grant", sub.lot, [(CONTRA, -plan.credits_nano), (("plan", sub.lot), plan.credits_nano)], plan.name)
 
@@ -308,6 +311,7 @@ def _allocate(books: Books, sub: Subscription, plan: Plan) -> None:
 def _end_lot(books: Books, sub: Subscription) -> None:
     """What is left of the credits is gone; what a running request brings back later goes the same way."""
     name = ("plan", sub.lot)
+    cut_short(books.execute, sub.lot, books.now)
     left = books.balance(sub.customer, name)
     books.end_pocket(sub.customer, name)
     if left:

@@ -91,6 +91,11 @@ def sell(tx: Transaction, term: Term) -> None:
     tx.insert("plan_terms", tuple(Term.__dataclass_fields__), [tuple(term.__dict__.values())])
 
 
+def cut_short(tx: Transaction, reference: str, now: float) -> None:
+    """The term ends now: it was given back, or another one takes its place."""
+    tx("UPDATE plan_terms SET ends = ? WHERE reference = ? AND starts < ? AND ends > ?", (now, reference, now, now))
+
+
 def _pair(customer: str, pair: Any) -> tuple[str, str]:
     if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(word, str) and word for word in pair):
         raise UserError(f'billing {customer}: write ["entity", "currency"]')
