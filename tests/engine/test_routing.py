@@ -3,12 +3,14 @@
 import dataclasses
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidelock.engine.routing import Routing, noted, routing_for
-from tidelock.models import Batch, MoE, TransformerLM, preset
+from tidelock.models import Batch, MoE, TransformerLM, ops, preset
+from tidelock.models.serving import serving_copy
 
 MODEL = TransformerLM(preset("nano-k3", 64), seed=0).eval()
 
@@ -48,6 +50,16 @@ def test_every_row_of_a_packed_forward_goes_to_its_request():
         assert np.array_equal(np.sort(second.upto(7)[:, layer]), np.sort(idx[7:].numpy()))
     assert not first.upto(5)[:, 0].any()  # the dense layer has no experts
     assert all(not m.note_choices and m.choices is None for m in MODEL.modules() if isinstance(m, MoE))
+
+
+def test_a_packed_copy_tells_the_same_choices():
+    if ops.library() is None:
+        pytest.skip("no C compiler: models are served as they are")
+    copy, plain, packed = serving_copy(MODEL, "fp32"), routing_for(0, MODEL), routing_for(0, MODEL)
+    for model, routing in ((MODEL, plain), (copy, packed)):
+        with torch.no_grad(), noted(model, [(routing, 0, 9)]):
+            model(batch(9))
+    assert packed.known and np.array_equal(plain.upto(9), packed.upto(9))
 
 
 def test_nobody_asks_nothing_is_kept():

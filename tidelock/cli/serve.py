@@ -18,6 +18,8 @@ def add(subparsers) -> None:
     p.add_argument("--host", default="127.0.0.1")
     p.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     p.add_argument("--max-batch", type=int, default=96, help="requests that run at the same time")
+    p.add_argument("--weights", choices=("fp32", "bf16", "fp16", "int8", "int4", "mxfp4"),
+                   help="serve a packed copy: faster and smaller; fp32 keeps every bit, the others round the weights")
     p.add_argument("--lenient", action="store_true",
                    help="for clients written for other APIs: take any model name, and sampling parameters that Kimi fixes")
     p.add_argument("--ready-file", type=Path, help="appears with the base URL in it once requests are answered")
@@ -36,7 +38,7 @@ def run(args) -> dict:
         if os.getppid() != args.exit_with_parent:  # it died before we could ask to be told
             raise UserError(f"process {args.exit_with_parent}, which started this server, is gone")
     bind(args.host, args.port).close()  # a taken port is said before the model is loaded
-    state = RunDir(args.dir).existing().service_state(Limits(max_batch=args.max_batch))
+    state = RunDir(args.dir).existing().service_state(Limits(max_batch=args.max_batch), args.weights)
     state.lenient = args.lenient
 
     async def main() -> str:

@@ -6,13 +6,14 @@ token to the trainer; replaying the choices takes that difference out (the model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from tidelock.models import MoE, TransformerLM
+from tidelock.models.serving import ServingModel
 
 
 class Routing:
@@ -41,30 +42,40 @@ def routing_for(start: int | None, model: TransformerLM) -> Routing | None:
 
 
 @contextmanager
-def noted(model: TransformerLM, work: Sequence[tuple[Routing | None, int, int]]) -> Iterator[None]:
+def noted(model: TransformerLM | ServingModel, work: Sequence[tuple[Routing | None, int, int]]) -> Iterator[None]:
     """Around one packed forward: `work` says whose rows it holds, as (its routing, first position, rows) in order."""
     if not any(routing for routing, _, _ in work):
         yield
+        return
+    with _kept(model) as choices:
+        yield
+        left = choices()
+    if all(c is None for c in left):
+        for routing, _, _ in work:
+            if routing is not None:
+                routing.known = False
+        return
+    empty = torch.zeros_like(next(c for c in left if c is not None))
+    rows = torch.stack([empty if c is None else c for c in left], dim=1).numpy()
+    at = 0
+    for routing, position, n in work:
+        if routing is not None:
+            routing.note(position, rows[at : at + n])
+        at += n
+
+
+@contextmanager
+def _kept(model: TransformerLM | ServingModel) -> Iterator[Callable[[], list[torch.Tensor | None]]]:
+    """Yields what gives the experts that the last forward chose, int64 [N, k] by layer, None where there are none."""
+    if isinstance(model, ServingModel):
+        yield model.choices
         return
     layers = [layer.mlp for layer in model.layers]
     moe = [m for m in layers if isinstance(m, MoE)]
     for m in moe:
         m.note_choices = True
     try:
-        yield
-        left = [m.choices for m in moe]
+        yield lambda: [m.choices if isinstance(m, MoE) else None for m in layers]
     finally:
         for m in moe:
             m.note_choices, m.choices = False, None
-    if not moe or any(choices is None for choices in left):
-        for routing, _, _ in work:
-            if routing is not None:
-                routing.known = False
-        return
-    empty, of = torch.zeros_like(left[0]), iter(left)
-    rows = torch.stack([next(of) if isinstance(m, MoE) else empty for m in layers], dim=1).numpy()
-    at = 0
-    for routing, position, n in work:
-        if routing is not None:
-            routing.note(position, rows[at : at + n])
-        at += n

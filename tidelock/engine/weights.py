@@ -25,8 +25,8 @@ class Weights:
 
 
 def served(model: TransformerLM, packing: str | None) -> TransformerLM | ServingModel:
-    """The model as it is served: itself, or a copy packed as `models.serving` says, which looks drafts up but has no MTP
-    layer to guess them with. Raises UserError for an unknown packing."""
+    """The model as it is served: itself, or a copy packed as `models.serving` says. Raises UserError for an unknown
+    packing."""
     return model.eval() if packing is None else serving_copy(model, packing)
 
 

@@ -45,14 +45,16 @@ class RunDir:
     def load(self, checkpoint: Path) -> TransformerLM:
         return load_checkpoint(checkpoint).eval()
 
-    def engine(self, model: TransformerLM, template: Template, version: int = 0, limits: Limits = Limits()) -> Engine:
-        return Engine(model, version, limits=limits, boundary_id=template.stop_ids[0], template=template)
+    def engine(
+        self, model: TransformerLM, template: Template, version: int = 0, limits: Limits = Limits(), weights: str | None = None
+    ) -> Engine:
+        return Engine(model, version, limits=limits, boundary_id=template.stop_ids[0], weights=weights, template=template)
 
-    def service_state(self, limits: Limits = Limits()) -> ServiceState:
-        """The current release behind the service. The caller closes `state.policy`."""
+    def service_state(self, limits: Limits = Limits(), weights: str | None = None) -> ServiceState:
+        """The current release behind the service, its weights packed on request. The caller closes `state.policy`."""
         template, release = self.template(), self.registry.current()
         model = self.load(self.path / release.checkpoint)
-        engine = self.engine(model, template, release.version, limits)
+        engine = self.engine(model, template, release.version, limits, weights)
         return open_state(
             self.service, policy=engine, template=template, prices=PRICES, model=MODEL,
             context_length=model.config.max_position_embeddings, weights_version=release.version,
