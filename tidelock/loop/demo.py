@@ -244,7 +244,7 @@ class Demo:
         if not groups:
             save_checkpoint(self.run.checkpoint("candidate"), model, {"stage": "candidate", "parent": current.version})
             return {"curve": [], "groups": {}}
-        packs = stream(balanced(groups.values(), s.seed), s.tokens_per_step)
+        packs = stream(balanced(groups.values(), s.seed), s.candidate_tokens_per_step)
         with self.console.progress("candidate", s.candidate.steps, "steps") as bar:
             curve = train(model, packs, s.candidate, cross_entropy, lambda i, f: bar.advance(1, loss=f["loss"]))
         save_checkpoint(self.run.checkpoint("candidate"), model, {"stage": "candidate", "parent": current.version})

@@ -9,7 +9,7 @@ from tidelock.train.loop import Recipe
 
 # How long the stages take relative to one another (seconds on two quiet cores); the time left is told from it.
 SHARES = {"tokenizer": 2, "pretrain": 50, "sft": 95, "rl": 14, "serve": 2, "before": 14, "users": 34, "dataset": 4,
-          "candidate": 42, "gate": 10, "swap": 1, "after": 14, "report": 12}  # fmt: skip
+          "candidate": 62, "gate": 10, "swap": 1, "after": 14, "report": 12}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class DemoSettings:
     traffic_temperature: float = 1.0
     decline_every: int = 6  # every n-th user does not consent to training
     candidate: Recipe = field(default_factory=lambda: Recipe(lr=0.0015, steps=320, warmup=5, schedule="cosine", floor=0.03))
+    # The telling cases are rare (a plain number looked up while a converter is on offer: one lookup in twelve). With steps of
+    # 2048 tokens one seed in three came to convert those too, and the gate refused it.
+    candidate_tokens_per_step: int = 4096
     examined: int = 1500  # conversations whose log-probabilities the report recomputes (doctor: all)
     max_tokens: int = 160  # per turn
     concurrency: int = 96
