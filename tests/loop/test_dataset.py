@@ -1,9 +1,12 @@
 """The dataset builder: nothing without consent, every token as stored, reasons for everything left out."""
 
+from dataclasses import asdict
+
 import pytest
 
 from tidelock.loop.dataset import ConsentError, advantages, balanced, build, successes, to_sample
 from tidelock.tokens.message import Message, ToolCall
+from tidelock.tokens.policy import SamplingParams
 from tidelock.tokens.template import canonical, get_template
 from tidelock.tokens.tokenizer import ByteTokenizer
 from tidelock.tokens.trace import Node, Outcome, TraceStore
@@ -83,6 +86,29 @@ def test_redacted_ids_stay_in_place_and_carry_no_weight(store):
     store.add_outcome(Outcome(redacted.id, True, 1.0, "v"))
     (sample,) = successes(build(store))["v"]
     assert sample.ids[-5:] == list(node.ids[-5:]) and sample.weights[-5:] == [0.0] * 5 and sum(sample.weights) > 0
+
+
+@pytest.mark.parametrize("temperature,replayed", [(1.0, True), (0.5, False)])
+def test_attempts_under_cutoffs_train_the_distribution_they_were_drawn_from(store, temperature, replayed):
+    """Production traffic is sampled with top-p; its raw log-probabilities are not what the tokens were drawn with."""
+    sampling = asdict(SamplingParams(top_p=0.9, temperature=temperature))
+    for text, reward in (("good", 1.0), ("bad", 0.0)):
+        last = conversation(store, ask("q", answer=text), text)
+        node = store.get(last)
+        options = {name: getattr(node, name) for name in ("sampled", "logprobs", "weights_versions", "finish_reason",
+                                                          "consent", "exact", "template", "sandbox")}  # fmt: skip
+        cut = Node.of(node.parent, node.message, node.ids, scope=text + "'", sampling=sampling, **options,
+                      sampled_logprobs=(-0.1,) * node.sampled, kept=(tuple(node.ids),) * node.sampled)  # fmt: skip
+        store.add(cut)
+        store.add_outcome(Outcome(cut.id, reward > 0, reward, "v"))
+    samples = advantages(build(store))
+    assert len(samples) == 2
+    for sample in samples:
+        given, drawn = sample.weights.index(1.0), -0.1 if replayed else -0.5
+        assert sample.extras["old_logp"] == [0.0] * given + [drawn] * (len(sample.ids) - given)
+        assert (sample.kept is not None) == replayed
+        if replayed:
+            assert sample.kept[:given] == [None] * given and set(sample.ids[given:]) <= set(sample.kept[-1])
 
 
 def test_a_request_solved_in_steps_becomes_the_conversation_it_should_have_been(store):

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from tidelock.tokens.policy import Kept, SamplingParams
 from tidelock.tokens.trace import Node, Outcome, Trace
 from tidelock.train.objectives import group_advantages
 from tidelock.train.packing import Sample
+from tidelock.train.rl import replayable
 
 
 class ConsentError(Exception):
@@ -24,8 +26,9 @@ class TraceSample:
     group: str  # same task: same tools and same first user message
     ids: list[int]
     sampled: list[bool]
-    logprobs: list[float]
-    masked: list[bool]  # redacted: kept as context, never learned
+    logprobs: list[float]  # of the day; under the kept set where there is one, else under the whole vocabulary
+    kept: list[Kept]  # ids that cut-offs or a constraint left, where those alone shaped the draw; else None
+    masked: list[bool]  # redacted: context, never learned
     exact: bool  # fit for RL: sampled in this very context, with log-probabilities
 
 
@@ -79,18 +82,28 @@ def to_sample(trace: Trace, path: Sequence[Node], outcome: Outcome) -> TraceSamp
     """Raises ConsentError: whoever calls this must have asked first."""
     if not consents(trace, path):
         raise ConsentError(f"conversation {path[-1].id} may not be used for training")
-    ids, sampled, logprobs, masked = [], [], [], []
+    ids, sampled, logprobs, kept, masked = [], [], [], [], []
     for node in path:
         given = len(node.ids) - node.sampled
+        drawn, left = drawn_from(node)
         ids += node.ids
         sampled += [False] * given + [True] * node.sampled
-        logprobs += [0.0] * given + list(node.logprobs)
+        logprobs += [0.0] * given + drawn
+        kept += [None] * given + left
         masked += [any(a <= i < b for a, b in node.redactions) for i in range(len(node.ids))]
     opening = [n.message for n in path]
     first_user = next((i for i, m in enumerate(opening) if m.role == "user"), 0)
     group = repr(opening[: first_user + 1])
     exact = outcome.request is None and all(node.exact for node in path if node.sampled)
-    return TraceSample(outcome, group, ids, sampled, logprobs, masked, exact)
+    return TraceSample(outcome, group, ids, sampled, logprobs, kept, masked, exact)
+
+
+def drawn_from(node: Node) -> tuple[list[float], list[Kept]]:
+    """(log-probability, kept ids) per sampled token, as training can recompute them: among what cut-offs and a constraint
+    left, unless a temperature, penalties or a bias shaped the draw too, which a kept set does not tell."""
+    if node.kept and replayable(SamplingParams(**node.sampling)):
+        return list(node.sampled_logprobs or node.logprobs), list(node.kept)
+    return list(node.logprobs), [None] * node.sampled
 
 
 def build(trace: Trace, require_sandbox: str = "") -> Dataset:
@@ -123,7 +136,8 @@ def successes(dataset: Dataset) -> dict[str, list[Sample]]:
 
 
 def advantages(dataset: Dataset) -> list[Sample]:
-    """Attempts at the same task, compared: group-centred rewards with the log-probabilities of the day (RL).
+    """Attempts at the same task, compared: group-centred rewards with the log-probabilities of the day (RL), and the
+    kept sets, so that the ratio is one of the distributions that were drawn from.
 
     Only exact ids; groups without contrast are dropped.
     """
@@ -141,7 +155,8 @@ def advantages(dataset: Dataset) -> list[Sample]:
 
 def _rl_sample(s: TraceSample, advantage: float) -> Sample:
     weights = [float(g and not m) for g, m in zip(s.sampled, s.masked)]
-    return Sample(s.ids, weights, {"advantage": [advantage * w for w in weights], "old_logp": list(s.logprobs)})
+    kept = list(s.kept) if any(k is not None for k in s.kept) else None
+    return Sample(s.ids, weights, {"advantage": [advantage * w for w in weights], "old_logp": list(s.logprobs)}, kept)
 
 
 def balanced(groups: Iterable[list[Sample]], seed: int) -> Iterator[Sample]:
