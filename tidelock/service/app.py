@@ -17,10 +17,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tidelock.service import batch_worker, errors, openapi, tokens_api, upkeep, wire
+from tidelock.service.access import watched
 from tidelock.service.analytics.endpoint import analytics
 from tidelock.service.auth import authenticate
 from tidelock.service.http import Handler, Json, unknown_route
-from tidelock.service.metrics import CONTENT_TYPE, counting
+from tidelock.service.metrics import CONTENT_TYPE
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import billing
 from tidelock.service.surfaces.routes import routes
@@ -75,7 +76,7 @@ def create_app(state: ServiceState) -> ASGIApp:
         exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),
     )
-    return counting(app, state.metrics)
+    return watched(app, state)
 
 
 async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from tidelock.service.record import step
 from tidelock.tokens.trace import Node, TraceStore
 
 Waiting = tuple[Sequence[Node], asyncio.Future[None]]
@@ -28,7 +29,8 @@ class Scribe:
         self._waiting.append((nodes, future))
         if self._writing is None:
             self._writing = loop.create_task(self._drain())
-        await future
+        with step("trace"):
+            await future
 
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
