@@ -42,8 +42,20 @@ class Metrics:
         self.swaps = Counter("tidelock_weight_swaps", "Weight swaps", ["result"], registry=r)
         self.version = Gauge("tidelock_weights_version", "Weights that new requests get", registry=r)
         self.responses = Counter("tidelock_http_responses", "HTTP responses", ["route", "status"], registry=r)
+        self.drift = Gauge("tidelock_reconciliation_drift_nano_usd", "What all discrepancies are worth", registry=r)
+        self.discrepancies = Gauge("tidelock_reconciliation_discrepancies", "Found by the last run", registry=r)
+        self.missing = Gauge("tidelock_reconciliation_rows_missing", "Of those, rows that are not there", registry=r)
+        age = Gauge("tidelock_reconciliation_age_seconds", "Since the last run ended; NaN before the first", registry=r)
+        age.set_function(lambda: time.time() - self._reconciled)
+        self._reconciled = float("nan")
         for state in ("waiting", "running"):
             self.requests.labels(state)
+
+    def reconciled(self, finished: float, discrepancies: int, missing: int, drift_nano: int) -> None:
+        self._reconciled = finished
+        self.discrepancies.set(discrepancies)
+        self.missing.set(missing)
+        self.drift.set(drift_nano)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

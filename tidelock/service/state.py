@@ -20,6 +20,7 @@ from tidelock.service.payments import Payments
 from tidelock.service.plans import Plans
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
+from tidelock.service.reconciliation.job import Job
 from tidelock.service.scribe import Scribe
 from tidelock.service.tally import Tally
 from tidelock.service.tiers import Tiers
@@ -73,8 +74,13 @@ class ServiceState:
     tracing: Tracing | None = None
 
     def __post_init__(self) -> None:
+        self.reconciler = Job(self.ledger.db, self.worker.id, self.traces.journal, self.metrics)
         self.policy = Observed(self.policy, self.metrics, self.weights_version)
         self.prices.now.price(self.model)
+
+    def inexact(self, upstream: str) -> bool:
+        """Whether an upstream counts other tokens than we do, so that its counts can only be compared in sum."""
+        return not self.policy.exact
 
     @property
     def hold_lifetime_s(self) -> float:
