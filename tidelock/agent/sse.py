@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from tidelock.tokens.policy import PolicyError
+from tidelock.tokens.propagation import outgoing
 
 
 class Endpoint:
@@ -62,7 +63,8 @@ class Endpoint:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         session = self._session or aiohttp.ClientSession()
         timeout = aiohttp.ClientTimeout(total=None if streamed else 600, sock_connect=30)
-        options = {"json": body, "headers": {"Authorization": f"Bearer {self.api_key}"}, "timeout": timeout}
+        headers = {"Authorization": f"Bearer {self.api_key}", **outgoing.get()}
+        options = {"json": body, "headers": headers, "timeout": timeout}
         try:
             with self._one_error():
                 opening = asyncio.ensure_future(session.request(method, self.base_url + path, **options))

@@ -18,11 +18,12 @@ from tidelock.service.prices import format_usd
 from tidelock.service.rating import rerate
 from tidelock.tokens.errors import UserError
 
-from . import admin_accounts, analytics
+from . import admin_accounts, admin_reconcile, analytics
 from .keys import nano_usd
 from .main import command
 
 EXAMPLE = """tidelock admin verify --dir demo-run/service
+  tidelock admin reconcile demo-run/service --since 2026-11-01
   tidelock admin backup books.gz --dir demo-run/service
   tidelock admin restore books.gz --database postgresql://tidelock@/tidelock
   tidelock admin grant --customer ann --usd 5 --voucher welcome-2026 --expires 2026-12-31 --dir demo-run/service
@@ -68,6 +69,7 @@ def add(subparsers: Any) -> None:
     again.add_argument("--dry-run", action="store_true", help="say what would be booked, and book nothing")
     admin_accounts.add(actions, where)
     analytics.add(actions, where)
+    admin_reconcile.add(actions, where)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return _restore(args)
     if args.action == "synthetic-year":
         return analytics.synthetic_year(args)
+    args.dir = getattr(args, "directory", None) or args.dir
     target = _target(args)
     if "://" not in target and not Path(target).is_file():
         raise UserError(f"no service in {args.dir}")

@@ -22,6 +22,11 @@ def add(subparsers) -> None:
                    help="serve a packed copy: faster and smaller; fp32 keeps every bit, the others round the weights")
     p.add_argument("--lenient", action="store_true",
                    help="for clients written for other APIs: take any model name, and sampling parameters that Kimi fixes")
+    p.add_argument("--log", choices=("json", "text", "off"), default="off",
+                   help="one line for every request and event, on stderr; off (default): only warnings, as plain text")
+    p.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info",
+                   help="default: info; debug tells what exceptions say, which may quote what clients sent")
+    p.add_argument("--otel", metavar="URL", help="send OpenTelemetry traces to this OTLP/HTTP collector, e.g. http://127.0.0.1:4318")
     p.add_argument("--ready-file", type=Path, help="appears with the base URL in it once requests are answered")
     p.add_argument("--exit-with-parent", type=int, metavar="PID", help="end when process PID, which started this one, ends")
 
@@ -30,6 +35,7 @@ def run(args) -> dict:
     from tidelock.engine import Limits
     from tidelock.loop.rundir import RunDir
     from tidelock.sandbox.level import die_with_parent
+    from tidelock.service import logs
     from tidelock.service.server import bind, serving
     from tidelock.tokens.errors import UserError
 
@@ -40,6 +46,11 @@ def run(args) -> dict:
     bind(args.host, args.port).close()  # a taken port is said before the model is loaded
     state = RunDir(args.dir).existing().service_state(Limits(max_batch=args.max_batch), args.weights)
     state.lenient = args.lenient
+    if args.otel:
+        from tidelock.service.tracing import Tracing
+
+        state.tracing = Tracing.to(args.otel)
+    state.access_log = logs.configure(args.log, args.log_level)
 
     async def main() -> str:
         stop = asyncio.Event()
@@ -54,4 +65,6 @@ def run(args) -> dict:
 
     with contextlib.closing(state.policy), contextlib.closing(state.traces):
         url = asyncio.run(main())
+    if state.tracing is not None:
+        state.tracing.close()
     return {"base_url": url}

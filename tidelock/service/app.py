@@ -17,10 +17,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tidelock.service import batch_worker, errors, openapi, tokens_api, upkeep, wire
+from tidelock.service.access import watched
 from tidelock.service.analytics.endpoint import analytics
 from tidelock.service.auth import authenticate
 from tidelock.service.http import Handler, Json, unknown_route
-from tidelock.service.metrics import CONTENT_TYPE, counting
+from tidelock.service.metrics import CONTENT_TYPE
+from tidelock.service.reconciliation.endpoint import reconciliation
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import billing
 from tidelock.service.surfaces.routes import routes
@@ -67,6 +69,7 @@ def create_app(state: ServiceState) -> ASGIApp:
             post("/admin/weights", swap_weights),
             post("/webhooks/payments", billing.webhook),
             get("/admin/analytics", analytics),
+            get("/admin/reconciliation", reconciliation),
             get("/health", health),
             get("/openapi.json", published),
             *tokens_api.routes(state, get, post),
@@ -75,7 +78,7 @@ def create_app(state: ServiceState) -> ASGIApp:
         exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),
     )
-    return counting(app, state.metrics)
+    return watched(app, state)
 
 
 async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -126,12 +129,14 @@ def _lifespan(state: ServiceState) -> Callable[[Any], Any]:
         await asyncio.to_thread(upkeep.recover, state)
         sweeper = asyncio.create_task(upkeep.run(state))
         batches = asyncio.create_task(batch_worker.work(state))
+        slowly = asyncio.create_task(upkeep.slowly(state))
         try:
             yield
         finally:
             sweeper.cancel()
             batches.cancel()
-            await asyncio.gather(batches, return_exceptions=True)
+            slowly.cancel()
+            await asyncio.gather(batches, slowly, return_exceptions=True)
             await asyncio.to_thread(upkeep.leave, state)
 
     return lifespan

@@ -13,9 +13,10 @@ import time
 from typing import Any
 
 from tidelock.service import batch_queue, run, wire
+from tidelock.service.access import background
 from tidelock.service.answer import Bill, Ended
 from tidelock.service.errors import ApiError
-from tidelock.service.http import as_api_error, new_request_id
+from tidelock.service.http import as_api_error
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import batches, files
@@ -154,15 +155,19 @@ class _Batch:
         asked again, and one that is not billed was never answered."""
         for pause_s in (*RETRY_S, None):
             try:
-                return await self._attempt(endpoint, line, n, last=pause_s is None)
+                with background(self.state, "batch", self.customer, self.key_id) as record:
+                    result = await self._attempt(endpoint, line, n, record.request_id, last=pause_s is None)
+                    record.status = result["response"]["status_code"]
+                    return result
             except ApiError as busy:
-                log.info("%s, line %d waits: %s", self.id, n, busy)
+                log.info("%s, line %d waits: %s", self.id, n, busy.code or busy.kind)
                 await asyncio.sleep(pause_s)
         raise AssertionError("the last attempt returns")
 
-    async def _attempt(self, endpoint: str, line: dict[str, Any], n: int, *, last: bool) -> dict[str, Any]:
+    async def _attempt(
+        self, endpoint: str, line: dict[str, Any], n: int, request_id: str, *, last: bool
+    ) -> dict[str, Any]:
         """Raises ApiError if the engine was busy and this was not the last attempt."""
-        request_id = new_request_id()
 
         def result(status: int, body: Any) -> dict[str, Any]:
             response = {"status_code": status, "request_id": request_id, "body": body}

@@ -43,6 +43,20 @@ class Transaction(Protocol):
         """Sets `values` of the rows found by `keys`, for many rows (keys first) at once."""
 
 
+class Reading:
+    """One moment of the books: `read(sql, args)` gives all rows, `read.stream(sql, args)` one after the other, so that
+    memory does not grow with the table."""
+
+    def __init__(self, tx: Any) -> None:
+        self._tx = tx
+
+    def __call__(self, sql: str, args: Sequence[Any] = ()) -> list[Any]:
+        return self._tx(sql, args).fetchall()
+
+    def stream(self, sql: str, args: Sequence[Any] = ()) -> Iterator[Any]:
+        return self._tx.stream(sql, args)
+
+
 class Backend(Protocol):
     """What a kind of database has to bring. Rows are read by name or by position."""
 
@@ -52,7 +66,9 @@ class Backend(Protocol):
 
     def transaction(self) -> AbstractContextManager[Transaction]: ...
     def read(self, sql: str, args: Sequence[Any]) -> list[Any]: ...
-    def snapshot(self) -> AbstractContextManager[Transaction]: ...
+    def snapshot(self) -> AbstractContextManager[Transaction]:
+        """A transaction that only reads; it has `stream` besides, which fetches rows as they are taken."""
+
     def migration(self) -> AbstractContextManager[Transaction]:
         """A transaction that no other process can run beside ours."""
 
@@ -97,10 +113,10 @@ class Database:
         return self._backend.read(sql, args)
 
     @contextmanager
-    def snapshot(self) -> Iterator[Callable[..., list[Any]]]:
+    def snapshot(self) -> Iterator[Reading]:
         """Yields a `read` whose answers all describe the same moment."""
         with self._backend.snapshot() as tx:
-            yield lambda sql, args=(): tx(sql, args).fetchall()
+            yield Reading(tx)
 
     async def fetch(self, sql: str, args: Sequence[Any] = ()) -> list[Any]:
         """`read` that leaves the event loop free."""

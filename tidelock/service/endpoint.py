@@ -16,12 +16,12 @@ from typing import Any, Protocol
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from tidelock.service import run, wire
+from tidelock.service import record, run, wire
 from tidelock.service.answer import Bill, Ended, Event
 from tidelock.service.ask import Ask
 from tidelock.service.auth import authenticate
 from tidelock.service.errors import ApiError
-from tidelock.service.http import as_api_error, failure, id_headers, new_request_id, read_body
+from tidelock.service.http import as_api_error, failure, id_headers, read_body
 from tidelock.service.keys import Key
 from tidelock.service.replay import Recorder
 from tidelock.service.run import Turn
@@ -57,7 +57,7 @@ class Endpoint:
         self._state, self._surface = state, surface
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = new_request_id()
+        request_id = record.request_id()
         request = Request(scope, receive)
         out = Output(send, request_id, self._state.stall_timeout_s)
         translation: Translation | None = None
@@ -78,6 +78,8 @@ class Endpoint:
                 await self._answer(turn, translation, left, out)
         except (ClientDisconnect, Stalled):
             log.info("%s: the client left", request_id)
+            if (now := record.current()) is not None:
+                now.failed("client_left")
         except Exception as exception:
             error = as_api_error(exception, request_id)
             self._state.tally.refused(self._state.model, error)

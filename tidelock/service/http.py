@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tidelock.service import errors, wire
+from tidelock.service import errors, record, wire
 from tidelock.service.accounts import UnknownId
 from tidelock.service.db import StorageDown
 from tidelock.service.errors import ApiError
@@ -23,10 +22,6 @@ log = logging.getLogger(__name__)
 
 Handler = Callable[[ServiceState, Request], Awaitable[Any]]
 JSON = "application/json"
-
-
-def new_request_id() -> str:
-    return f"req_{uuid.uuid4().hex}"
 
 
 def id_headers(request_id: str) -> dict[str, str]:
@@ -70,6 +65,13 @@ def failure(error: ApiError, request_id: str, anthropic: bool) -> Response:
 
 def as_api_error(exception: Exception, request_id: str) -> ApiError:
     """What the client is told. Only the unexpected is logged, and never with what was asked or who asked."""
+    error = _as_api_error(exception, request_id)
+    if (now := record.current()) is not None:
+        now.failed(error.code or error.kind)
+    return error
+
+
+def _as_api_error(exception: Exception, request_id: str) -> ApiError:
     if isinstance(exception, ApiError):
         return exception
     if isinstance(exception, PolicyError):
@@ -90,7 +92,7 @@ class Json:
         self._state, self._handler = state, handler
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request_id = new_request_id()
+        request_id = record.request_id()
         request = Request(scope, receive)
         try:
             answer = await self._handler(self._state, request)
@@ -109,7 +111,7 @@ class Json:
 async def unknown_route(request: Request, exception: HTTPException) -> Response:
     """The router's own 404 and 405, in the shape API clients parse."""
     kind = "resource_not_found_error" if exception.status_code == 404 else "invalid_request_error"
-    error = ApiError(exception.status_code, kind, f"{exception.detail}: {request.method} {request.url.path}")
-    response = failure(error, new_request_id(), speaks_anthropic(request))
+    error = as_api_error(ApiError(exception.status_code, kind, f"{exception.detail}: {request.method} {request.url.path}"), "")
+    response = failure(error, record.request_id(), speaks_anthropic(request))
     response.headers.update(exception.headers or {})
     return response

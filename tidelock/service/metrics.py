@@ -1,4 +1,4 @@
-"""What the server is doing, for Prometheus: a `Policy` that watches another, and the answers that leave the server.
+"""What the server is doing, for Prometheus: the instruments, and a `Policy` that watches another.
 
 Counts are of tokens and seconds as the policy hands them over, so every surface is covered by the one wrapper. No label
 holds a customer, a key or a word of anybody's text; that is why /metrics needs no key, like /health.
@@ -14,8 +14,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
+from tidelock.service.record import step
 from tidelock.tokens.policy import Chunk, Policy, PolicyError, SamplingParams
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -41,8 +42,20 @@ class Metrics:
         self.swaps = Counter("tidelock_weight_swaps", "Weight swaps", ["result"], registry=r)
         self.version = Gauge("tidelock_weights_version", "Weights that new requests get", registry=r)
         self.responses = Counter("tidelock_http_responses", "HTTP responses", ["route", "status"], registry=r)
+        self.drift = Gauge("tidelock_reconciliation_drift_nano_usd", "What all discrepancies are worth", registry=r)
+        self.discrepancies = Gauge("tidelock_reconciliation_discrepancies", "Found by the last run", registry=r)
+        self.missing = Gauge("tidelock_reconciliation_rows_missing", "Of those, rows that are not there", registry=r)
+        age = Gauge("tidelock_reconciliation_age_seconds", "Since the last run ended; NaN before the first", registry=r)
+        age.set_function(lambda: time.time() - self._reconciled)
+        self._reconciled = float("nan")
         for state in ("waiting", "running"):
             self.requests.labels(state)
+
+    def reconciled(self, finished: float, discrepancies: int, missing: int, drift_nano: int) -> None:
+        self._reconciled = finished
+        self.discrepancies.set(discrepancies)
+        self.missing.set(missing)
+        self.drift.set(drift_nano)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -64,17 +77,18 @@ class Observed:
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
     ) -> AsyncIterator[Chunk]:
         watch = _Watch(self._metrics, len(prompt_ids))
-        try:
-            async with aclosing(self._policy.generate(prompt_ids, params, request_id)) as chunks:
-                async for chunk in chunks:
-                    watch.see(chunk)
-                    yield chunk
-        except PolicyError as error:
-            self._metrics.errors.labels(str(error.status)).inc()
-            watch.reason = "error"
-            raise
-        finally:
-            watch.close()
+        with step("generate") as part:
+            try:
+                async with aclosing(self._policy.generate(prompt_ids, params, request_id)) as chunks:
+                    async for chunk in chunks:
+                        watch.see(chunk, part)
+                        yield chunk
+            except PolicyError as error:
+                self._metrics.errors.labels(str(error.status)).inc()
+                watch.reason = "error"
+                raise
+            finally:
+                watch.close(part)
 
     async def count(self, prompt_ids: Sequence[int]) -> int:
         return await self._policy.count(prompt_ids)
@@ -98,16 +112,19 @@ class _Watch:
     def __init__(self, metrics: Metrics, prompt_tokens: int) -> None:
         self.m, self.prompt_tokens = metrics, prompt_tokens
         self.begun = self.last = time.perf_counter()
-        self.state, self.reason = "waiting", "abandoned"
+        self.state, self.reason, self.tokens = "waiting", "abandoned", 0
         self.m.requests.labels("waiting").inc()
 
-    def see(self, chunk: Chunk) -> None:
+    def see(self, chunk: Chunk, part: step) -> None:
         now = time.perf_counter()
         if chunk.ids:
             self.m.generated_tokens.inc(len(chunk.ids))
+            self.tokens += len(chunk.ids)
             if self.state == "waiting":
                 self._move("running")
                 self.m.first.observe(now - self.begun)
+                if part.record is not None:
+                    part.record.first(now, part.span)
             else:
                 self.m.between.observe((now - self.last) / len(chunk.ids))
             self.last = now
@@ -123,9 +140,11 @@ class _Watch:
             self.state = state
             self.m.requests.labels(state).inc()
 
-    def close(self) -> None:
+    def close(self, part: step) -> None:
         self._move(None)
         self.m.finished.labels(self.reason).inc()
+        if part.span is not None:
+            part.record.tracing.generated(part.span, self.prompt_tokens, self.tokens, self.reason)
 
 
 class EngineStats:
@@ -139,24 +158,6 @@ class EngineStats:
             value = getattr(self._policy.stats, field.name)
             if isinstance(value, int | float):
                 yield GaugeMetricFamily(f"tidelock_engine_{field.name}", f"The engine's `{field.name}`", value)
-
-
-def counting(app: ASGIApp, metrics: Metrics) -> ASGIApp:
-    """`app`, with its responses counted by route and status."""
-
-    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await app(scope, receive, send)
-            return
-
-        async def seen(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                metrics.responses.labels(route_of(scope), str(message["status"])).inc()
-            await send(message)
-
-        await app(scope, receive, seen)
-
-    return counted
 
 
 def route_of(scope: Scope) -> str:

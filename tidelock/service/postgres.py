@@ -8,6 +8,7 @@ psycopg and not asyncpg: rows sent as arrays, both do the same batches per secon
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -22,6 +23,7 @@ try:
 except ImportError as error:
     raise UserError("a postgresql:// database needs psycopg: pip install 'psycopg[binary]'") from error
 
+ROWS_AT_A_TIME = 2000
 MIGRATION_LOCK = 0x7D1E  # any number, the same in every process
 
 
@@ -115,6 +117,13 @@ class _Transaction:
 
     def __call__(self, sql: str, args: Sequence[Any] = ()) -> _Result:
         return _Result(self._connection.execute(_translated(sql), args), self._pipeline)
+
+    def stream(self, sql: str, args: Sequence[Any] = ()) -> Iterator[Row]:
+        """Through a cursor on the server, some rows at a time."""
+        with self._connection.cursor(name=f"stream_{uuid.uuid4().hex}") as cursor:
+            cursor.itersize = ROWS_AT_A_TIME
+            cursor.execute(_translated(sql), args)
+            yield from cursor
 
     def insert(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         if rows:

@@ -9,6 +9,7 @@ charge; a client that left pays exactly for the tokens sampled until then.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +30,7 @@ from tidelock.service.tab import Tab, opened
 from tidelock.tokens.message import Message
 from tidelock.tokens.policy import Chunk, Constraint, PolicyError, SamplingParams, drawn_from
 from tidelock.tokens.template import Template
-from tidelock.tokens.trace import Node
+from tidelock.tokens.trace import Node, Served
 
 Also = Callable[[Any, list[Ended], Bill], None]
 
@@ -173,7 +174,9 @@ class Meter:
         new, answers = nodes(self._state, self._turn, self)
         ids = tuple(answer.id for answer in answers)
         bill = await self._settle(ids, None if also is None else lambda execute, bill: also(execute, ended, bill))
-        await self._state.scribe.add([*new, *answers])
+        sampled, exact = sum(answer.sampled for answer in answers), all(answer.exact for answer in answers)
+        served = Served(self._turn.request_id, ids, sampled, exact, time.time())
+        await self._state.scribe.add([*new, *answers], served)
         return pieces, ended, bill
 
     async def _settle(self, ids: tuple[str, ...], also: Callable[[Any, Bill], None] | None) -> Bill:

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from tidelock.tokens.trace import Node, TraceStore
+from tidelock.service.record import step
+from tidelock.tokens.trace import Node, Served, TraceStore
 
-Waiting = tuple[Sequence[Node], asyncio.Future[None]]
+Waiting = tuple[Sequence[Node], Served | None, asyncio.Future[None]]
 
 
 class Scribe:
@@ -20,15 +21,16 @@ class Scribe:
         self._waiting: list[Waiting] = []
         self._writing: asyncio.Task[None] | None = None
 
-    async def add(self, nodes: Sequence[Node]) -> None:
-        """Returns when the nodes are on disk; a caller that is cancelled meanwhile stops waiting, not the writing.
+    async def add(self, nodes: Sequence[Node], served: Served | None = None) -> None:
+        """Returns when the nodes, and the request they answer, are on disk; a caller that is cancelled meanwhile stops waiting, not the writing.
         Raises what `TraceStore.add_many` raises."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
-        self._waiting.append((nodes, future))
+        self._waiting.append((nodes, served, future))
         if self._writing is None:
             self._writing = loop.create_task(self._drain())
-        await future
+        with step("trace"):
+            await future
 
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
@@ -36,7 +38,7 @@ class Scribe:
             while self._waiting:
                 batch, self._waiting = self._waiting, []
                 errors = await loop.run_in_executor(self._thread, self._write, batch)
-                for (_, future), error in zip(batch, errors, strict=True):
+                for (_, _, future), error in zip(batch, errors, strict=True):
                     if future.done():
                         continue
                     if error is None:
@@ -48,7 +50,8 @@ class Scribe:
 
     def _write(self, batch: list[Waiting]) -> list[Exception | None]:
         try:
-            self._traces.add_many([node for nodes, _ in batch for node in nodes])
+            served = [one for _, one, _ in batch if one is not None]
+            self._traces.add_many([node for nodes, _, _ in batch for node in nodes], served)
             return [None] * len(batch)
         except Exception as error:
             if len(batch) == 1:

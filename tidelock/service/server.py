@@ -57,7 +57,7 @@ async def serving(
     `ready_file` appears, with the base URL in it, once requests are answered. Raises UserError if the port is taken.
     """
     with bind(host, port) as listener:
-        config = uvicorn.Config(create_app(state), log_level="warning", lifespan="on", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(create_app(state), log_level="warning", log_config=None, lifespan="on", timeout_graceful_shutdown=5)
         server = _Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -101,6 +101,9 @@ class _Transaction:
     def __call__(self, sql: str, args: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self._execute(sql, args)
 
+    def stream(self, sql: str, args: Sequence[Any] = ()) -> Iterator[sqlite3.Row]:
+        return iter(self._execute(sql, args))
+
     def insert(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         if rows:
             marks = ", ".join("?" * len(columns))

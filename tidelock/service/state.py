@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tidelock.service.accounts import Accounts
 from tidelock.service.db import Database, service_database
@@ -13,12 +13,14 @@ from tidelock.service.guesses import Guesses
 from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
+from tidelock.service.logs import AccessLog
 from tidelock.service.metrics import Metrics, Observed
 from tidelock.service.objects import Objects
 from tidelock.service.payments import Payments
 from tidelock.service.plans import Plans
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
+from tidelock.service.reconciliation.job import Job
 from tidelock.service.scribe import Scribe
 from tidelock.service.tally import Tally
 from tidelock.service.tiers import Tiers
@@ -28,6 +30,9 @@ from tidelock.tokens.errors import UserError
 from tidelock.tokens.policy import Policy
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import TraceStore
+
+if TYPE_CHECKING:
+    from tidelock.service.tracing import Tracing  # needs the `otel` extra
 
 
 @dataclass
@@ -65,10 +70,17 @@ class ServiceState:
     guesses: Guesses = field(default_factory=Guesses)
     lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
     metrics: Metrics = field(default_factory=Metrics)
+    access_log: AccessLog | None = None  # None: no access lines
+    tracing: Tracing | None = None
 
     def __post_init__(self) -> None:
+        self.reconciler = Job(self.ledger.db, self.worker.id, self.traces.journal, self.metrics)
         self.policy = Observed(self.policy, self.metrics, self.weights_version)
         self.prices.now.price(self.model)
+
+    def inexact(self, upstream: str) -> bool:
+        """Whether an upstream counts other tokens than we do, so that its counts can only be compared in sum."""
+        return not self.policy.exact
 
     @property
     def hold_lifetime_s(self) -> float:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from tidelock.service.books import Admission, Hold, Metered
 from tidelock.service.db import StorageDown
 from tidelock.service.prices import Counts
+from tidelock.service.record import current, step
 from tidelock.service.till import Also, Till
 
 FIRST_STRETCH, LONGEST_STRETCH = 128, 1024  # tokens of answer per extension
@@ -49,7 +50,9 @@ class Tab:
         when it is back."""
         await self._stop_growing()
         self.charge = 0  # from here on it is the till's
-        self.charge = await self._till.settle(self.hold, metered, also)
+        with step("settle"):
+            self.charge = await self._till.settle(self.hold, metered, also)
+        self._billed(metered)
         return self.charge
 
     async def close(self) -> None:
@@ -61,11 +64,17 @@ class Tab:
             self.charge = 0
             try:
                 if self._streaming and self._taken:
-                    await self._till.settle(self.hold, Metered(self.counts(), "abort"))
+                    with step("settle"):
+                        self.charge = await self._till.settle(self.hold, metered := Metered(self.counts(), "abort"))
+                    self._billed(metered)
                 else:
                     await self._till.release(self.hold)
             except StorageDown:
                 pass  # it will be written when the database is back
+
+    def _billed(self, metered: Metered) -> None:
+        if (record := current()) is not None:
+            record.billed(metered.counts, self.charge or 0, metered.finish_reason)
 
     def counts(self, cached_tokens: int = 0, tools: Mapping[str, int] | None = None) -> Counts:
         """What was handed on so far."""
@@ -106,7 +115,11 @@ async def opened(till: Till, ask: Admission, streaming: bool) -> AsyncIterator[T
     Raises InsufficientBalance if the balance does not cover the prompt and one token, StorageDown if it is unknown.
     """
     first = min(ask.max_tokens, max(FIRST_STRETCH, ask.least_tokens))
-    tab = Tab(till, await till.hold(replace(ask, max_tokens=first)), ask.max_tokens, streaming)
+    if (record := current()) is not None:
+        record.model = ask.model
+    with step("hold"):
+        hold = await till.hold(replace(ask, max_tokens=first))
+    tab = Tab(till, hold, ask.max_tokens, streaming)
     try:
         yield tab
     finally:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from tidelock.service import notices
 from tidelock.service.db import StorageDown
 from tidelock.service.state import ServiceState
 
@@ -32,6 +33,19 @@ async def run(state: ServiceState) -> None:
             log.exception("upkeep failed; it will try again")
 
 
+async def slowly(state: ServiceState) -> None:
+    """Until cancelled: what may take long or wait for others, beside the heartbeat and not before it."""
+    while True:
+        await asyncio.sleep(min(state.sweep_interval_s, state.reconciler.every_s / 4))
+        try:
+            await asyncio.to_thread(state.reconciler.tick, state.inexact)
+            await asyncio.to_thread(notices.deliver, state.ledger.db)
+        except StorageDown as error:
+            log.warning("reconciliation waits for the database: %s", error)
+        except Exception:
+            log.exception("reconciliation failed; it will try again")
+
+
 def recover(state: ServiceState) -> None:
     dead = state.worker.dead()
     lost = state.ledger.recover(dead)
@@ -48,6 +62,7 @@ def sweep(state: ServiceState) -> None:
     state.plans.turn()
     state.ledger.expire_pockets()
     state.idempotency.sweep()
+    notices.sweep(state.ledger.db, state.ledger.clock())
 
 
 def leave(state: ServiceState) -> None:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,22 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
         records.append(record)
         at = end + 1
     return records, at
+
+
+def read_kind(path: str | Path, kind: str, start: int = 0, end: int | None = None) -> Iterator[tuple[dict[str, Any], int]]:
+    """(record, where the next one begins) for the records of one kind between two offsets, a line at a time: memory does
+    not grow with the file. Only what begins with this kind is decoded. Stops at a torn end; raises UserError on damage."""
+    head = b'{"kind":"%s"' % kind.encode()
+    with open(path, "rb") as file:
+        file.seek(start)
+        at = start
+        while (end is None or at < end) and (line := file.readline()).endswith(b"\n"):
+            at += len(line)
+            if line[9 : 9 + len(head)] == head:
+                record = decode_record(line[:-1])
+                if record is None:
+                    raise UserError(f"damaged journal: {path}, the record that ends at byte {at} fails its checksum")
+                yield record, at
 
 
 class Journal:

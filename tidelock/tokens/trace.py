@@ -88,6 +88,18 @@ class Outcome:
     steps: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Served:
+    """That a request was answered, and with what. Two requests with equal answers share the nodes, not this: it is what
+    joins the trace to the bills. `sampled` counts the tokens of all its answers."""
+
+    request: str
+    nodes: tuple[str, ...]
+    sampled: int
+    exact: bool  # they are the tokens that were billed
+    created: float
+
+
 def digest(message: Message) -> str:
     """What a client can see of a message: role, text, reasoning, calls. Not call ids, not the sampled ids."""
     calls = [[c.name, c.arguments] for c in message.tool_calls]
@@ -248,15 +260,17 @@ class TraceStore(Trace):
         """False, and nothing written, when the node is already there."""
         return self.add_many([node]) == 1
 
-    def add_many(self, nodes: Iterable[Node]) -> int:
-        """How many were new. Parents first; one fsync for all. Raises KeyError for an unknown parent."""
+    def add_many(self, nodes: Iterable[Node], served: Iterable[Served] = ()) -> int:
+        """How many nodes were new. Parents first; one fsync for all. Raises KeyError for an unknown parent."""
         new: dict[str, Node] = {}
         for node in nodes:
             if node.parent is not None and node.parent not in self.nodes and node.parent not in new:
                 raise KeyError(node.parent)
             if node.id not in self.nodes:
                 new.setdefault(node.id, node)
-        self._journal.append_many({"kind": "node", "node": node_to_dict(n)} for n in new.values())
+        records = [{"kind": "node", "node": node_to_dict(n)} for n in new.values()]
+        records += [{"kind": "served", "served": s.__dict__} for s in served]
+        self._journal.append_many(records)
         for node in new.values():
             self._index(node)
         return len(new)
@@ -276,6 +290,10 @@ class TraceStore(Trace):
         if scope not in self.withdrawn:
             self._journal.append({"kind": "withdraw", "scope": scope})
             self.withdrawn.add(scope)
+
+    @property
+    def journal(self) -> Path:
+        return self._journal.path
 
     def close(self) -> None:
         self._journal.close()
