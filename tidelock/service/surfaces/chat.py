@@ -149,6 +149,7 @@ def read(state: ServiceState, request: ChatRequest, lenient: bool) -> Ask:
             top_logprobs=request.top_logprobs or 0,
         ),
         max_tokens=_limit(request),
+        to_fit=lenient,
         n=request.n or 1,
         stream=bool(request.stream),
         logprobs=bool(request.logprobs),
@@ -325,8 +326,8 @@ class Chat:
         return out if bill is None else out + self._last([e for e in events if isinstance(e, Ended)], bill)
 
     def fail(self, error: ApiError) -> bytes:
-        """The official clients raise on any event with a truthy `error`."""
-        return wire.event(error.body())
+        """The official clients raise on any event with a truthy `error`. What was charged until then stands beside it."""
+        return wire.event({**error.body(), **({"usage": usage(error.bill.usage)} if error.bill else {})})
 
     def _delta(self, choice: int, pieces: Sequence[Piece]) -> bytes:
         """One chunk for all there is to say about a choice."""

@@ -190,6 +190,7 @@ def _ask(
         messages=conversation(given, tools, config.effort),
         params=params,
         max_tokens=full.max_tokens if full else None,
+        to_fit=lenient,
         stream=bool(full and full.stream),
         thinking=body.thinking is None or body.thinking.type != "disabled",
         effort=config.effort,
@@ -320,7 +321,9 @@ class Messages:
         return out
 
     def fail(self, error: ApiError) -> bytes:
-        return wire.named_event(error.anthropic(self._turn.request_id)[1])
+        """What was charged until then stands beside the error."""
+        _, body = error.anthropic(self._turn.request_id)
+        return wire.named_event({**body, **({"usage": usage(error.bill.usage)} if error.bill else {})})
 
     def _message(self, content: list[dict[str, Any]], used: dict[str, Any]) -> dict[str, Any]:
         return {

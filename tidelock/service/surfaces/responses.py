@@ -180,6 +180,7 @@ def read(state: ServiceState, key: Key, request: ResponsesRequest, lenient: bool
     return replace(
         _ask(state, key, request, params, lenient),
         max_tokens=request.max_output_tokens,
+        to_fit=lenient,
         stream=bool(request.stream),
         logprobs="message.output_text.logprobs" in (request.include or ()),
         origin=Origin.of(request.metadata),
@@ -358,7 +359,8 @@ class Responses:
 
     def fail(self, error: ApiError) -> bytes:
         """The typed failure, and last the event whose `error` the official clients raise."""
-        failed = self.response("failed", error={"code": "server_error", "message": error.message})
+        charged = usage(error.bill.usage) if error.bill else None
+        failed = self.response("failed", error={"code": _failure_code(error), "message": error.message}, usage=charged)
         return self._writer.finish(failed, "response.failed") + wire.event(error.body())
 
     def _finished(self, end: Ended, bill: Bill) -> dict[str, Any]:
@@ -420,6 +422,13 @@ class Responses:
             "usage": None,
             **changes,
         }
+
+
+def _failure_code(error: ApiError) -> str:
+    """The words by which clients decide whether to try again."""
+    if error.kind == "exceeded_current_quota_error":
+        return "insufficient_quota"
+    return "rate_limit_exceeded" if error.status == 429 else "server_error"
 
 
 def _tool_doc(tool: Tool) -> dict[str, Any]:
