@@ -24,7 +24,7 @@ from tidelock.models import TransformerLM, preset
 from tidelock.service.errors import ApiError
 from tidelock.service.server import serving
 from tidelock.service.state import ServiceState, open_state
-from tidelock.service.surfaces import batches, files, responses, stored_chat
+from tidelock.service.surfaces import batches, files, responses_request, stored_chat
 from tidelock.tokens.template import get_template
 from tidelock.tokens.tokenizer import ByteTokenizer
 
@@ -58,7 +58,7 @@ async def examples(url: str) -> tuple[dict, dict]:
 
 async def keep_stored(state: ServiceState, response: dict, completion: dict) -> None:
     """What a suite deletes is there again for its next test."""
-    docs = [(responses.KIND, {"id": name, "node": response["trace"]["node"], "input": [],
+    docs = [(responses_request.KIND, {"id": name, "node": response["trace"]["node"], "input": [],
                               "response": {**response, "id": name, "background": True}}) for name in RESPONSES]  # fmt: skip
     docs.append((batches.KIND, BATCH))
     stored = {**completion, "id": "completion_id", "metadata": {}}

@@ -177,7 +177,7 @@ def test_a_stream_stops_where_the_money_ends_with_a_defined_error_and_an_exact_b
     events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
     said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events[:-1])
     error = events[-1]["error"]
-    assert (error["type"], error["code"]) == ("exceeded_current_quota_error", "balance_exhausted")
+    assert (error["type"], error["code"]) == ("exceeded_current_quota_error", "insufficient_quota")
     assert "[DONE]" not in response.text and "x" * 300 in said
     row = usage_rows(service)[-1]
     assert (row["customer"], row["completion_tokens"]) == ("bob", 333) and service.state.ledger.balance("bob") == 7

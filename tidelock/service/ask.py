@@ -55,6 +55,7 @@ class Ask:
     messages: tuple[Message, ...]
     params: SamplingParams
     max_tokens: int | None = None
+    to_fit: bool = False  # more than the context has room for is taken as the room there is, and not refused
     n: int = 1
     stream: bool = False
     logprobs: bool = False

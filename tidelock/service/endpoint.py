@@ -21,7 +21,7 @@ from tidelock.service.answer import Bill, Ended, Event
 from tidelock.service.ask import Ask
 from tidelock.service.auth import authenticate
 from tidelock.service.errors import ApiError
-from tidelock.service.http import as_api_error, failure, id_headers, read_body
+from tidelock.service.http import as_api_error, failure, for_client, id_headers, read_body
 from tidelock.service.keys import Key
 from tidelock.service.replay import Recorder
 from tidelock.service.run import Turn
@@ -81,7 +81,7 @@ class Endpoint:
             if (now := record.current()) is not None:
                 now.failed("client_left")
         except Exception as exception:
-            error = as_api_error(exception, request_id)
+            error = for_client(as_api_error(exception, request_id), request)
             self._state.tally.refused(self._state.model, error)
             if out.started and translation is not None:
                 await out.write(translation.fail(error), more=False)

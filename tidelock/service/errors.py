@@ -41,6 +41,7 @@ class ApiError(Exception):
         self.retry = retry
         self.retry_after_s = retry_after_s
         self.more_headers = more_headers or {}
+        self.bill: Any = None  # an `answer.Bill`, once a client was charged for the answer that then failed
 
     def body(self) -> dict[str, Any]:
         return {"error": {"type": self.kind, "message": self.message, "code": self.code, "param": self.param}}
@@ -104,14 +105,19 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, "invalid_request_error", f"the body is larger than {limit} bytes", code="request_too_large")
 
 
+# Clients know an empty account by words as well as by type: Kimi's by "insufficient balance", Anthropic's by the rest.
+# No word of it may be "exhausted" or "unavailable", which OpenCode takes for an overload and tries again.
+EMPTY = "insufficient balance: your credit balance is too low"
+
+
 def insufficient_balance() -> ApiError:
-    message = "your balance does not cover this prompt and one token of answer; top up the account and try again"
+    message = f"{EMPTY} for this prompt and one token of answer; top up the account and try again"
     return ApiError(429, "exceeded_current_quota_error", message, code="insufficient_quota", retry=False)
 
 
 def balance_exhausted() -> ApiError:
-    message = "your balance is used up; what you were sent is charged, and nothing more"
-    return ApiError(429, "exceeded_current_quota_error", message, code="balance_exhausted", retry=False)
+    message = f"{EMPTY} to go on with this answer; what you were sent is charged, and nothing more"
+    return ApiError(429, "exceeded_current_quota_error", message, code="insufficient_quota", retry=False)
 
 
 def storage_down() -> ApiError:

@@ -63,6 +63,14 @@ def failure(error: ApiError, request_id: str, anthropic: bool) -> Response:
     return Response(wire.encode(body), status, headers, JSON)
 
 
+def for_client(error: ApiError, request: Request) -> ApiError:
+    """The AI SDK, and with it OpenCode, tries every 429 again and asks no header whether it should. Its users without
+    money are told 402, which it does not try again; all others get Kimi's 429."""
+    if error.kind == "exceeded_current_quota_error" and "ai-sdk/" in request.headers.get("user-agent", ""):
+        error.status = 402
+    return error
+
+
 def as_api_error(exception: Exception, request_id: str) -> ApiError:
     """What the client is told. Only the unexpected is logged, and never with what was asked or who asked."""
     error = _as_api_error(exception, request_id)

@@ -13,7 +13,7 @@ from tidelock.service.surfaces import batches, files, shapes
 from tidelock.service.surfaces.routes import ROUTES, Route
 
 REFERENCE = "#/components/schemas/{name}"
-FAILURES = (400, 401, 403, 404, 413, 429, 500, 503, 504, 529)
+FAILURES = (400, 401, 402, 403, 404, 413, 429, 500, 503, 504, 529)
 QUERY = {
     "after": {"type": "string"},
     "limit": {"type": "integer", "minimum": 0, "maximum": 1440},

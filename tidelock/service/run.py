@@ -84,7 +84,7 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
         constraint=constraint(state.template, ask),
         prompt_ids=prompt_ids,
         prompt_tokens=prompt_tokens,
-        max_tokens=_max_tokens(state, ask.max_tokens, prompt_tokens),
+        max_tokens=_max_tokens(state, ask, prompt_tokens),
         mode=mode,
     )
 
@@ -129,13 +129,16 @@ def opening(template: Template, ask: Ask) -> tuple[int, ...]:
     return tuple(said[: len(said) - tail])
 
 
-def _max_tokens(state: ServiceState, asked: int | None, prompt_tokens: int) -> int:
+def _max_tokens(state: ServiceState, ask: Ask, prompt_tokens: int) -> int:
+    asked = ask.max_tokens
     room = state.context_length - prompt_tokens
     if room < 1:
         reason = f"the prompt has {prompt_tokens} tokens and leaves no room in a context of {state.context_length}"
         raise errors.invalid_request(reason, "messages", "context_length_exceeded")
     if asked is None:
         return min(state.default_max_tokens, room)
+    if asked > room and ask.to_fit:
+        return room
     if asked > room:
         reason = f"prompt ({prompt_tokens}) plus max_tokens ({asked}) exceed the context of {state.context_length}"
         raise errors.invalid_request(reason, "max_tokens", "context_length_exceeded")
@@ -252,13 +255,14 @@ async def whole(
 async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncIterator[list[Event]]:
     """Events as they happen, all there are at a time; [] = nothing for `keep_alive_s`. The ends come with the bill.
 
-    Raises ApiError. Closing the iterator is leaving: what was sampled until then is stored and charged.
+    Raises ApiError, with the bill of what was sent until then. Closing the iterator is leaving: what was sampled until then is stored and charged.
     """
     async with metered(state, turn) as meter:
         inbox = Inbox(min(state.keep_alive_s, state.request_timeout_s), state.merge_s)
         deadline = asyncio.get_running_loop().time() + state.request_timeout_s
         tasks = [asyncio.create_task(_pump(state, turn, meter, choice, inbox)) for choice in meter.choices]
         rest: list[Piece] = []
+        failed: ApiError | None = None
         try:
             running = len(tasks)
             while running and not left.is_set():
@@ -275,6 +279,9 @@ async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncI
                     raise failure
             if not meter.complete:
                 raise _stopped_early()
+        except ApiError as error:
+            failed = error
+            raise
         finally:
             inbox.close()
             for task in tasks:
@@ -283,6 +290,8 @@ async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncI
             meter.delivered |= meter.complete or left.is_set()
             if meter.delivered and any(choice.sample.ids for choice in meter.choices):
                 rest, ended, bill = await meter.finish()
+                if failed is not None:
+                    failed.bill = bill
     yield [*rest, *ended, bill]
 
 

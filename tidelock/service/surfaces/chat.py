@@ -17,6 +17,7 @@ from tidelock.service.ask import Ask, Origin, check_tool_choice, conversation, s
 from tidelock.service.errors import ApiError, invalid_request, not_found
 from tidelock.service.http import is_lenient
 from tidelock.service.keys import Key
+from tidelock.service.media import stand_in
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
 from tidelock.tokens.message import Message, ToolSpec
@@ -33,6 +34,30 @@ class RefusalPart(msgspec.Struct, tag_field="type", tag="refusal"):
     @property
     def text(self) -> str:
         return self.refusal
+
+
+class Link(msgspec.Struct):
+    url: str
+
+
+class ImagePart(msgspec.Struct, tag_field="type", tag="image_url"):
+    image_url: str | Link
+    kind = "image"
+    text = "[image]"
+
+    @property
+    def url(self) -> str:
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+
+class VideoPart(msgspec.Struct, tag_field="type", tag="video_url"):
+    video_url: str | Link
+    kind = "video"
+    text = "[video]"
+
+    @property
+    def url(self) -> str:
+        return self.video_url if isinstance(self.video_url, str) else self.video_url.url
 
 
 class FunctionCall(msgspec.Struct):
@@ -60,7 +85,7 @@ class Tool(msgspec.Struct):
 
 class WireMessage(msgspec.Struct):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart | RefusalPart] | None = None
+    content: str | list[TextPart | RefusalPart | ImagePart | VideoPart] | None = None
     reasoning_content: str | None = None
     tool_calls: list[WireToolCall] | None = None
     tool_call_id: str | None = None
@@ -131,7 +156,7 @@ def read(state: ServiceState, request: ChatRequest, lenient: bool) -> Ask:
     """Raises ApiError."""
     check_model(state, request.model, lenient)
     kimi.check(request, lenient)
-    given = [_message(message, f"messages[{n}]") for n, message in enumerate(request.messages)]
+    given = [_message(message, f"messages[{n}]", lenient) for n, message in enumerate(request.messages)]
     opening = given.pop() if request.messages[-1].partial else None
     tools = [ToolSpec(t.function.name, t.function.description, t.function.parameters) for t in request.tools or ()]
     messages = conversation(given, tools, kimi.effort(request))
@@ -149,6 +174,7 @@ def read(state: ServiceState, request: ChatRequest, lenient: bool) -> Ask:
             top_logprobs=request.top_logprobs or 0,
         ),
         max_tokens=_limit(request),
+        to_fit=lenient,
         n=request.n or 1,
         stream=bool(request.stream),
         logprobs=bool(request.logprobs),
@@ -181,21 +207,32 @@ def _limit(request: ChatRequest) -> int | None:
     return None
 
 
-def _message(given: WireMessage, where: str) -> Message:
+def _message(given: WireMessage, where: str, lenient: bool) -> Message:
+    text = _text(given, where, lenient)
     if given.role == "assistant":
         calls = tuple(
             wire.parse_call(c.id, c.function.name, c.function.arguments, f"{where}.tool_calls[{n}].function.arguments")
             for n, c in enumerate(given.tool_calls or ())
         )
-        return Message("assistant", given.text, reasoning=given.reasoning_content or "", tool_calls=calls)
+        return Message("assistant", text, reasoning=given.reasoning_content or "", tool_calls=calls)
     if given.content is None and not given.tools:
         raise invalid_request(f"a {given.role} message needs content", f"{where}.content")
     if given.role == "tool":
-        return Message("tool", given.text, tool_call_id=given.tool_call_id)
+        return Message("tool", text, tool_call_id=given.tool_call_id)
     if given.role == "user":
-        return Message("user", given.text, name=given.name)
+        return Message("user", text, name=given.name)
     tools = tuple(ToolSpec(t.function.name, t.function.description, t.function.parameters) for t in given.tools or ())
-    return Message("system", given.text, tools=tools)
+    return Message("system", text, tools=tools)
+
+
+def _text(given: WireMessage, where: str, lenient: bool) -> str:
+    """Raises a 400 that names the part that is no text."""
+    if not isinstance(given.content, list):
+        return given.content or ""
+    return "".join(
+        stand_in(part.kind, part.url, f"{where}.content[{n}]", lenient) if isinstance(part, ImagePart | VideoPart) else part.text
+        for n, part in enumerate(given.content)
+    )
 
 
 def _tool_choice(given: str | dict[str, Any] | None, lenient: bool) -> str:
@@ -325,8 +362,8 @@ class Chat:
         return out if bill is None else out + self._last([e for e in events if isinstance(e, Ended)], bill)
 
     def fail(self, error: ApiError) -> bytes:
-        """The official clients raise on any event with a truthy `error`."""
-        return wire.event(error.body())
+        """The official clients raise on any event with a truthy `error`. What was charged until then stands beside it."""
+        return wire.event({**error.body(), **({"usage": usage(error.bill.usage)} if error.bill else {})})
 
     def _delta(self, choice: int, pieces: Sequence[Piece]) -> bytes:
         """One chunk for all there is to say about a choice."""

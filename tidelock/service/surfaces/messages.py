@@ -23,6 +23,7 @@ from tidelock.service.errors import ApiError, invalid_request
 from tidelock.service.http import is_lenient, read_body
 from tidelock.service.keys import Key
 from tidelock.service.kimi import TOP_P
+from tidelock.service.media import stand_in
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.chat import check_model
@@ -50,15 +51,33 @@ class ToolUse(msgspec.Struct, tag_field="type", tag="tool_use"):
     input: dict[str, Any]
 
 
+class Source(msgspec.Struct):
+    type: Literal["base64", "url", "file", "text"]
+    media_type: str = ""
+    data: str = ""
+    url: str = ""
+    file_id: str = ""
+
+
+class Image(msgspec.Struct, tag_field="type", tag="image"):
+    source: Source
+    kind = "image"
+
+
+class Document(msgspec.Struct, tag_field="type", tag="document"):
+    source: Source
+    kind = "file"
+
+
 class ToolResult(msgspec.Struct, tag_field="type", tag="tool_result"):
     tool_use_id: str
-    content: str | list[Text] | None = None
+    content: str | list[Text | Image | Document] | None = None
     is_error: bool | None = None
 
 
 class WireMessage(msgspec.Struct):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Text | ThinkingBlock | ToolUse | ToolResult]
+    content: str | list[Text | ThinkingBlock | ToolUse | ToolResult | Image | Document]
 
     @property
     def blocks(self) -> list[Any]:
@@ -174,7 +193,7 @@ def _ask(
     state: ServiceState, body: CountRequest, params: SamplingParams, full: MessagesRequest | None, lenient: bool
 ) -> Ask:
     check_model(state, body.model, lenient)
-    given = [m for n, message in enumerate(body.messages) for m in _messages(message, f"messages[{n}]")]
+    given = [m for n, message in enumerate(body.messages) for m in _messages(message, f"messages[{n}]", lenient)]
     if not given:
         raise invalid_request("messages: all are empty", "messages")
     opening = None
@@ -190,6 +209,7 @@ def _ask(
         messages=conversation(given, tools, config.effort),
         params=params,
         max_tokens=full.max_tokens if full else None,
+        to_fit=lenient,
         stream=bool(full and full.stream),
         thinking=body.thinking is None or body.thinking.type != "disabled",
         effort=config.effort,
@@ -203,9 +223,9 @@ def _ask(
     return ask
 
 
-def _messages(given: WireMessage, where: str) -> list[Message]:
-    text = "".join(block.text for block in given.blocks if isinstance(block, Text))
-    kinds = {"user": (Text, ToolResult), "assistant": (Text, ThinkingBlock, ToolUse), "system": (Text,)}[given.role]
+def _messages(given: WireMessage, where: str, lenient: bool) -> list[Message]:
+    text = _text(given.blocks, f"{where}.content", lenient)
+    kinds = {"user": (Text, ToolResult, Image, Document), "assistant": (Text, ThinkingBlock, ToolUse), "system": (Text,)}[given.role]
     for n, block in enumerate(given.blocks):
         if not isinstance(block, kinds):
             kind = block.__struct_config__.tag
@@ -214,13 +234,33 @@ def _messages(given: WireMessage, where: str) -> list[Message]:
         reasoning = "".join(block.thinking for block in given.blocks if isinstance(block, ThinkingBlock))
         calls = tuple(ToolCall(b.id, b.name, b.input) for b in given.blocks if isinstance(b, ToolUse))
         return [Message("assistant", text, reasoning, calls)] if text or reasoning or calls else []
-    results = [Message("tool", _result(b), tool_call_id=b.tool_use_id) for b in given.blocks if isinstance(b, ToolResult)]
+    results = [
+        Message("tool", _text([Text(b.content)] if isinstance(b.content, str) else b.content or (), f"{where}.content[{n}].content",
+                              lenient), tool_call_id=b.tool_use_id)
+        for n, b in enumerate(given.blocks) if isinstance(b, ToolResult)
+    ]  # fmt: skip
     return [*results, Message(given.role, text)] if text or not results else results
 
 
-def _result(block: ToolResult) -> str:
-    content = block.content
-    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+def _text(blocks: Sequence[Any], where: str, lenient: bool) -> str:
+    """What of the blocks is text. Raises a 400 that names an image or a document."""
+    out = []
+    for n, block in enumerate(blocks):
+        if isinstance(block, Text):
+            out.append(block.text)
+        elif isinstance(block, Image | Document):
+            out.append(_seen(block, f"{where}[{n}]", lenient))
+    return "".join(out)
+
+
+def _seen(block: Image | Document, where: str, lenient: bool) -> str:
+    source = block.source
+    if isinstance(block, Document) and source.type == "text":
+        return source.data
+    url = {"base64": f"data:{source.media_type};base64,{source.data}", "url": source.url}.get(source.type)
+    if url is None and not source.file_id:
+        raise invalid_request("a source of type file needs a file_id", where)
+    return stand_in(block.kind, url, where, lenient)
 
 
 def _tool(tool: Tool, n: int) -> ToolSpec:
@@ -320,7 +360,9 @@ class Messages:
         return out
 
     def fail(self, error: ApiError) -> bytes:
-        return wire.named_event(error.anthropic(self._turn.request_id)[1])
+        """What was charged until then stands beside the error."""
+        _, body = error.anthropic(self._turn.request_id)
+        return wire.named_event({**body, **({"usage": usage(error.bill.usage)} if error.bill else {})})
 
     def _message(self, content: list[dict[str, Any]], used: dict[str, Any]) -> dict[str, Any]:
         return {

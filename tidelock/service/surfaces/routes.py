@@ -12,7 +12,8 @@ from tidelock.service.endpoint import Endpoint, Translation
 from tidelock.service.http import Handler, Json
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import (
-    account, batches, billing, chat, files, messages, models, organization, responses, shapes, stored_chat,
+    account, batches, billing, chat, compaction, files, messages, models, organization, responses, responses_request, shapes,
+    stored_chat, stored_responses,
 )  # fmt: skip
 
 LISTED = ("after", "limit", "order")
@@ -36,7 +37,7 @@ class Route:
 
 ROUTES = [
     Route("POST", "/v1/chat/completions", chat.Chat, shapes.ChatCompletion, chat.ChatRequest),
-    Route("POST", "/v1/responses", responses.Responses, shapes.Response, responses.ResponsesRequest),
+    Route("POST", "/v1/responses", responses.Responses, shapes.Response, responses_request.ResponsesRequest),
     *(
         route
         for root in ("/v1", "/anthropic/v1")
@@ -50,11 +51,12 @@ ROUTES = [
     Route("POST", "/v1/chat/completions/{id}", stored_chat.update, shapes.ChatCompletion, stored_chat.Update),
     Route("DELETE", "/v1/chat/completions/{id}", stored_chat.delete, shapes.Deleted),
     Route("GET", "/v1/chat/completions/{id}/messages", stored_chat.messages, shapes.Listing),
-    Route("POST", "/v1/responses/input_tokens", responses.count, shapes.InputTokens, responses.InputTokensRequest),
-    Route("GET", "/v1/responses/{id}", responses.retrieve, shapes.Response),
-    Route("DELETE", "/v1/responses/{id}", responses.delete, shapes.Deleted),
-    Route("POST", "/v1/responses/{id}/cancel", responses.cancel, shapes.Response),
-    Route("GET", "/v1/responses/{id}/input_items", responses.input_items, shapes.Listing),
+    Route("POST", "/v1/responses/input_tokens", stored_responses.count, shapes.InputTokens, responses_request.InputTokensRequest),
+    Route("POST", "/v1/responses/compact", compaction.Compact, shapes.Compaction, responses_request.CompactRequest),
+    Route("GET", "/v1/responses/{id}", stored_responses.retrieve, shapes.Response),
+    Route("DELETE", "/v1/responses/{id}", stored_responses.delete, shapes.Deleted),
+    Route("POST", "/v1/responses/{id}/cancel", stored_responses.cancel, shapes.Response),
+    Route("GET", "/v1/responses/{id}/input_items", stored_responses.input_items, shapes.Listing),
     Route("GET", "/v1/models", models.listed, shapes.ModelList),
     Route("GET", "/v1/models/{model}", models.one, shapes.Model),
     Route("GET", "/anthropic/v1/models", models.listed, None),

@@ -86,6 +86,14 @@ class Response(msgspec.Struct):
     previous_response_id: str | None
 
 
+class Compaction(msgspec.Struct):
+    id: str
+    object: Literal["response.compaction"]
+    created_at: int
+    output: list[dict[str, Any]]
+    usage: ResponsesUsage
+
+
 class AnthropicUsage(msgspec.Struct):
     input_tokens: int
     output_tokens: int
