@@ -19,6 +19,7 @@ from tidelock.service.payments import Payments
 from tidelock.service.plans import Plans
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
+from tidelock.service.refused import Refused
 from tidelock.service.scribe import Scribe
 from tidelock.service.tally import Tally
 from tidelock.service.tiers import Tiers
@@ -49,6 +50,7 @@ class ServiceState:
     prices: Schedule
     objects: Objects
     tally: Tally  # of refusals and computing time
+    refused: Refused  # requests, one by one
     files: Path  # what clients uploaded
     model: str  # the name clients ask for
     context_length: int
@@ -127,6 +129,7 @@ def open_state(
         prices=schedule,
         objects=Objects(db),
         tally=Tally(db),
+        refused=Refused(db),
         files=directory / "files",
         model=model,
         context_length=context_length,

@@ -21,7 +21,7 @@ async def run(state: ServiceState) -> None:
         since_sweep_s += pause_s
         try:
             await asyncio.to_thread(state.worker.beat)
-            await asyncio.to_thread(state.tally.flush)
+            await asyncio.to_thread(flush, state)
             await asyncio.to_thread(recover, state)
             if since_sweep_s >= state.sweep_interval_s:
                 since_sweep_s = 0.0
@@ -30,6 +30,13 @@ async def run(state: ServiceState) -> None:
             log.warning("upkeep waits for the database: %s", error)
         except Exception:
             log.exception("upkeep failed; it will try again")
+
+
+def flush(state: ServiceState) -> None:
+    """Writes what was only counted in memory. Raises StorageDown, and then it is kept for the next time."""
+    state.tally.flush()
+    state.refused.flush()
+    state.keys.flush()
 
 
 def recover(state: ServiceState) -> None:
@@ -48,13 +55,14 @@ def sweep(state: ServiceState) -> None:
     state.plans.turn()
     state.ledger.expire_pockets()
     state.idempotency.sweep()
+    state.refused.sweep()
 
 
 def leave(state: ServiceState) -> None:
     """Writes what is still queued; called when no request runs any more."""
     state.till.close()
     try:
-        state.tally.flush()
+        flush(state)
         state.worker.leave()
     except StorageDown as error:
         log.warning("could not sign off: %s", error)
