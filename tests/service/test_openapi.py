@@ -35,6 +35,7 @@ def test_schemathesis_finds_no_failure_and_no_broken_promise(service, lenient, t
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", url, "-H", f"Authorization: Bearer {service.key(nano_usd=10**15)}",
         "--phases", "fuzzing,stateful", "--max-examples", "2", "--seed", "1", "--no-color", "--checks", ",".join(CHECKS),
+        "--exclude-path", "/v1/organization/receipts/stream",  # it does not end
     ]  # fmt: skip
     env = {**os.environ, "SCHEMATHESIS_HOOKS": ""}
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path)  # it keeps a cache there

@@ -58,6 +58,7 @@ def run(args) -> dict:
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
         async with serving(state, args.host, args.port, args.ready_file) as running:
             print(f"serving {state.model} (weights version {state.weights_version}) at {running.base_url}", flush=True)
+            print(f"console at {running.base_url.removesuffix('/v1')}/console/", flush=True)
             waiter = asyncio.create_task(stop.wait())
             await asyncio.wait([waiter, running.task], return_when=asyncio.FIRST_COMPLETED)
             waiter.cancel()

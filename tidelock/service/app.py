@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from tidelock.service import batch_worker, errors, openapi, tokens_api, upkeep, wire
+from tidelock.service import batch_worker, console, errors, openapi, tokens_api, upkeep, wire
 from tidelock.service.access import watched
 from tidelock.service.analytics.endpoint import analytics
 from tidelock.service.auth import authenticate
@@ -24,7 +24,7 @@ from tidelock.service.http import Handler, Json, unknown_route
 from tidelock.service.metrics import CONTENT_TYPE
 from tidelock.service.reconciliation.endpoint import reconciliation
 from tidelock.service.state import ServiceState
-from tidelock.service.surfaces import billing
+from tidelock.service.surfaces import billing, operator
 from tidelock.service.surfaces.routes import routes
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.trace import Outcome
@@ -74,6 +74,8 @@ def create_app(state: ServiceState) -> ASGIApp:
             get("/openapi.json", published),
             *tokens_api.routes(state, get, post),
             Route("/metrics", metrics, methods=["GET"]),
+            *operator.routes(state),
+            *console.routes(),
         ],
         exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),

@@ -13,7 +13,7 @@ KEY_IN_SCOPE = "tidelock.key"
 
 def authenticate(state: ServiceState, request: Request, scope: str = "model", *, role: str | None = None) -> Key:
     """Raises ApiError: 401 without a live key, 429 to an address that guesses keys, 403 if the key may not do this
-    (`scope`), may not come from there, or has another role than `role`."""
+    (`scope`; "" for what every key may), may not come from there, or has another role than `role`."""
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
     secret = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
     if not secret:
@@ -27,7 +27,7 @@ def authenticate(state: ServiceState, request: Request, scope: str = "model", *,
         raise errors.invalid_key()
     if not key.admits(address):
         raise errors.permission_denied(f"this key may not be used from {address or 'there'}")
-    if scope not in key.scopes:
+    if scope and scope not in key.scopes:
         raise errors.permission_denied(f"this key does not have the scope {scope!r}")
     if role is not None and key.role != role:
         raise errors.permission_denied(f"this needs a key with role {role}")

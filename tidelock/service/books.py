@@ -86,12 +86,22 @@ class Upstream:
 
 
 @dataclass(frozen=True)
+class Latency:
+    """Milliseconds from a request's arrival: until the model was asked, until its first token, until the bill."""
+
+    wait_ms: int | None = None
+    first_ms: int | None = None
+    total_ms: int | None = None
+
+
+@dataclass(frozen=True)
 class Metered:
     """What a request turned out to use, and why it ended."""
 
     counts: Counts
     finish_reason: str
     upstream: Upstream = Upstream()
+    latency: Latency = Latency()
 
 
 @dataclass
@@ -119,8 +129,8 @@ HOLD_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "m
 HOLD_CHANGES = ("max_tokens", "tools", "nano_usd", "parts", "steps", "progress", "state", "expires")
 USAGE_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "mode", "prompt_tokens", "cached_tokens",
                  "cache_write_5m_tokens", "cache_write_1h_tokens", "completion_tokens", "tools", "nano_usd", "credit_nano",
-                 "finish_reason", "created",
-                 "upstream_prompt", "upstream_completion", "upstream_cached", "upstream")  # fmt: skip
+                 "finish_reason", "created", "upstream_prompt", "upstream_completion", "upstream_cached", "upstream",
+                 "wait_ms", "first_ms", "total_ms")  # fmt: skip
 TRANSACTION_COLUMNS = ("customer", "seq", "kind", "reference", "detail", "created", "hash")
 
 
@@ -348,7 +358,7 @@ class Books:
             charged = self._tx("SELECT nano_usd FROM usage WHERE request_id = ?", (request_id,)).fetchone()
             return charged[0] if charged else 0
         used = _clamped(metered.counts, hold)
-        return self._settle(hold, used, price.cost_nano(used), metered.finish_reason, "settled", metered.upstream)
+        return self._settle(hold, used, price.cost_nano(used), metered.finish_reason, "settled", metered.upstream, metered.latency)
 
     def lose(self, request_id: str) -> int | None:
         """Settles for a request whose server died: what is known to have been sent is charged, the rest is free.
@@ -373,8 +383,9 @@ class Books:
         return True
 
     def _settle(
-        self, hold: dict[str, Any], used: Counts, cost: int, finish_reason: str, state: str, said: Upstream = Upstream()
-    ) -> int:
+        self, hold: dict[str, Any], used: Counts, cost: int, finish_reason: str, state: str,
+        said: Upstream = Upstream(), took: Latency = Latency(),
+    ) -> int:  # fmt: skip
         cost = min(cost, hold["nano_usd"])
         left, credit, back = cost, 0, []
         for name, nano in _parts(hold):
@@ -387,6 +398,7 @@ class Books:
             hold["request_id"], hold["customer"], hold["key_id"], hold["model"], hold["price_version"], hold["mode"],
             used.prompt, used.cached, used.cache_write_5m, used.cache_write_1h, used.completion, _json(used.tools), cost,
             credit, finish_reason, self.now, said.prompt_tokens, said.completion_tokens, said.cached_tokens, said.name,
+            took.wait_ms, took.first_ms, took.total_ms,
         )  # fmt: skip
         self._usage.append(row)
         self._close(hold, state, used.prompt + used.completion)

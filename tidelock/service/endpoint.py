@@ -62,6 +62,7 @@ class Endpoint:
         out = Output(send, request_id, self._state.stall_timeout_s)
         translation: Translation | None = None
         recorder: Recorder | None = None
+        key: Key | None = None
         try:
             key = authenticate(self._state, request)
             body = await read_body(request, self._state.max_body_bytes)
@@ -83,6 +84,8 @@ class Endpoint:
         except Exception as exception:
             error = for_client(as_api_error(exception, request_id), request)
             self._state.tally.refused(self._state.model, error)
+            if key is not None:
+                self._state.refused.note(request_id, key, self._state.model, error)
             if out.started and translation is not None:
                 await out.write(translation.fail(error), more=False)
             else:

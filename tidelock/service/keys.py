@@ -43,6 +43,7 @@ class Key:
     models: tuple[str, ...] = ()  # () for all
     addresses: tuple[str, ...] = ()  # networks it may be used from; () for anywhere
     profile: str = ""  # "strict" | "lenient" | "" as the server (see `kimi`)
+    last_used: float | None = None  # to within seconds
 
     def admits(self, address: str) -> bool:
         """Whether it may be used from this client address."""
@@ -65,6 +66,7 @@ class KeyStore:
     def __init__(self, db: Database, pepper: bytes) -> None:
         self._db = db
         self._pepper = pepper
+        self._used: dict[str, float] = {}  # key id -> when, not written yet
         self._known: dict[str, tuple[Key, float]] = {}  # by hash: live keys lately seen, and until when they count
 
     @classmethod
@@ -162,6 +164,7 @@ class KeyStore:
             if not rows or not hmac.compare_digest(rows[0]["hash"], hashed):
                 return None
             known = self._known[hashed] = (_key(rows[0]), now + REMEMBER_S)
+            self._used[known[0].id] = time.time()
         return known[0]
 
     def revoke(self, key_id: str, organization: str | None = None, actor: str = OPERATOR) -> None:
@@ -183,6 +186,18 @@ class KeyStore:
             if value is not None:
                 where, args = f"{where} AND keys.{column} = ?", [*args, value]
         return [_key(row) for row in self._db.read(f"{ALL} WHERE {where} ORDER BY keys.created, keys.id", args)]
+
+    def flush(self) -> None:
+        """Writes down when keys were last used: in one go now and then, because a write per request would cost it. Raises
+        StorageDown and then keeps it for the next time."""
+        used, self._used = self._used, {}
+        if used:
+            try:
+                with self._db.transaction() as write:  # in one order for all workers, so that no two wait for each other
+                    write.update("keys", ("id",), ("last_used",), sorted(used.items()))
+            except BaseException:
+                self._used = {**used, **self._used}
+                raise
 
     def live(self, key_id: str) -> Key | None:
         """The key with this id, if it still counts."""

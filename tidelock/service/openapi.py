@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 import tidelock
+from tidelock.service import receipts
 from tidelock.service.surfaces import batches, files, shapes
 from tidelock.service.surfaces.routes import ROUTES, Route
 
@@ -23,6 +24,11 @@ QUERY = {
     "end_time": {"type": "integer", "minimum": 0, "maximum": 1 << 40},
     "bucket_width": {"type": "string", "enum": ["1m", "1h", "1d"]},
     "page": {"type": "string"},
+    "since_ms": {"type": "integer", "minimum": 0, "maximum": 1000 << 40},
+    "model": {"type": "string"},
+    "api_key_id": {"type": "string"},
+    "project_id": {"type": "string"},
+    "outcome": {"type": "string", "enum": list(receipts.OUTCOMES)},
     "group_by": {"type": "array", "items": {"type": "string"}},
 }
 UPLOAD = {
@@ -69,6 +75,8 @@ def _operation(route: Route) -> dict[str, Any]:
     error = _json(shapes.AnthropicError if anthropic else shapes.Error)
     if route.result == "bytes":
         content: Any = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    elif route.result == "events":
+        content = {"text/event-stream": {"schema": {"type": "string"}}}
     else:
         content = _json(route.result) if route.result else {"application/json": {"schema": {"type": "object"}}}
     if isinstance(route.answers, type):
@@ -86,7 +94,7 @@ def _operation(route: Route) -> dict[str, Any]:
     ]
     for name in route.query:
         schema = {**QUERY[name], "maximum": files.MOST_LISTED} if name == "limit" and "order" in route.query else QUERY[name]
-        parameters.append({"name": name, "in": "query", "required": name == "start_time", "schema": schema})
+        parameters.append({"name": name, "in": "query", "required": name == "start_time" and "bucket_width" in route.query, "schema": schema})
     if parameters:
         operation["parameters"] = parameters
     if route.body == "multipart":

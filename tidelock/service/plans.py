@@ -65,6 +65,16 @@ class Subscription:
         return f"{self.id}/{self.grants}"
 
 
+@dataclass(frozen=True)
+class Preview:
+    """What changing to a plan would do, if it were done now."""
+
+    kind: str  # "subscribe" | "upgrade" | "downgrade" | "keep"
+    charge_nano: int  # from the cash balance, at once
+    unused_nano: int  # of the present period's price, already taken off the charge
+    effective: float
+
+
 class Plans:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger, self._db = ledger, ledger.db
@@ -158,6 +168,21 @@ class Plans:
             _store(books, sub)
             log(books.execute, customer, actor, "plan.changed", sub.id, {"from": old.name, "to": new.name}, books.now)
         return sub
+
+    def preview(self, customer: str, plan: str) -> Preview:
+        """By the same arithmetic as `subscribe` and `change`; books nothing. Raises UnknownId."""
+        with self._ledger.books([customer]) as books:
+            _known(books, customer)
+            new, sub = _plan(books, plan), _active(books, customer)
+            if sub is None:
+                return Preview("subscribe", new.price_nano, 0, books.now)
+            old = _plan(books, sub.plan)
+            if new.name == old.name:
+                return Preview("keep", 0, 0, books.now)
+            if new.price_nano > old.price_nano:
+                unused = _unused(books, sub, old)
+                return Preview("upgrade", new.price_nano - unused, unused, books.now)
+            return Preview("downgrade", 0, 0, sub.ends)
 
     def cancel(self, customer: str, actor: str = OPERATOR) -> Subscription:
         """With the end of the period; until then all stays."""

@@ -20,7 +20,7 @@ from tidelock.service.answer import Bill, Choice, Ended, Event, Piece, Usage
 from tidelock.service.ask import Ask
 from tidelock.service.errors import ApiError
 from tidelock.service.forcing import constraint, held
-from tidelock.service.books import Admission, InsufficientBalance, Metered
+from tidelock.service.books import Admission, InsufficientBalance, Latency, Metered
 from tidelock.service.keys import Key
 from tidelock.service.limiter import RateLimited
 from tidelock.service.limits import limit_headers
@@ -54,6 +54,7 @@ class Turn:
     prompt_tokens: int
     max_tokens: int  # of each choice
     mode: str  # of the price book
+    began: float  # time.monotonic()
     headers: dict[str, str] = field(default_factory=dict)  # what the answer's headers say of the limits, once it is admitted
 
     @property
@@ -64,6 +65,7 @@ class Turn:
 
 async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode: str = "") -> Turn:
     """Everything that can still refuse the request before money is involved. Raises ApiError."""
+    began = time.monotonic()
     _check_allowed(state, key, ask)
     scope = f"{key.id}/{ask.origin.session}"
     parent, new, ids = extended(state, scope, ask)
@@ -86,6 +88,7 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
         prompt_tokens=prompt_tokens,
         max_tokens=_max_tokens(state, ask, prompt_tokens),
         mode=mode,
+        began=began,
     )
 
 
@@ -159,6 +162,7 @@ class Meter:
             tenant=turn.key.customer,
         )
         self.delivered = False  # whether the client has been sent any of it
+        self.asked, self.first = time.monotonic(), None  # the model; when its first token came
 
     @property
     def complete(self) -> bool:
@@ -194,7 +198,9 @@ class Meter:
             return Bill(Usage(counts.prompt, counts.completion, counts.cached, reasoning, nano_usd), ids)
 
         joined = None if also is None else lambda execute, nano_usd: also(execute, bill(nano_usd))
-        return bill(await self.tab.settle(Metered(counts, reason, upstream(samples)), joined))
+        began = self._turn.began
+        wait, first, total = (None if at is None else int((at - began) * 1000) for at in (self.asked, self.first, time.monotonic()))
+        return bill(await self.tab.settle(Metered(counts, reason, upstream(samples), Latency(wait, first, total)), joined))
 
 
 @asynccontextmanager
@@ -305,6 +311,8 @@ async def _sampled(
     try:
         async with aclosing(state.policy.generate(turn.prompt_ids, params, turn.choice_ids[choice.index])) as chunks:
             async for chunk in chunks:
+                if meter.first is None and chunk.ids:
+                    meter.first = time.monotonic()
                 covered = await meter.tab.take(len(chunk.ids))
                 broke = covered < len(chunk.ids)
                 pieces = choice.take(_cut(chunk, covered) if broke else chunk)

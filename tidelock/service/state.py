@@ -21,6 +21,7 @@ from tidelock.service.plans import Plans
 from tidelock.service.pricefile import read_prices
 from tidelock.service.prices import PriceBook, Schedule
 from tidelock.service.reconciliation.job import Job
+from tidelock.service.refused import Refused
 from tidelock.service.scribe import Scribe
 from tidelock.service.tally import Tally
 from tidelock.service.tiers import Tiers
@@ -54,6 +55,7 @@ class ServiceState:
     prices: Schedule
     objects: Objects
     tally: Tally  # of refusals and computing time
+    refused: Refused  # requests, one by one
     files: Path  # what clients uploaded
     model: str  # the name clients ask for
     context_length: int
@@ -139,6 +141,7 @@ def open_state(
         prices=schedule,
         objects=Objects(db),
         tally=Tally(db),
+        refused=Refused(db),
         files=directory / "files",
         model=model,
         context_length=context_length,

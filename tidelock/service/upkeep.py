@@ -22,7 +22,7 @@ async def run(state: ServiceState) -> None:
         since_sweep_s += pause_s
         try:
             await asyncio.to_thread(state.worker.beat)
-            await asyncio.to_thread(state.tally.flush)
+            await asyncio.to_thread(flush, state)
             await asyncio.to_thread(recover, state)
             if since_sweep_s >= state.sweep_interval_s:
                 since_sweep_s = 0.0
@@ -46,6 +46,13 @@ async def slowly(state: ServiceState) -> None:
             log.exception("reconciliation failed; it will try again")
 
 
+def flush(state: ServiceState) -> None:
+    """Writes what was only counted in memory. Raises StorageDown, and then it is kept for the next time."""
+    state.tally.flush()
+    state.refused.flush()
+    state.keys.flush()
+
+
 def recover(state: ServiceState) -> None:
     dead = state.worker.dead()
     lost = state.ledger.recover(dead)
@@ -63,13 +70,14 @@ def sweep(state: ServiceState) -> None:
     state.ledger.expire_pockets()
     state.idempotency.sweep()
     notices.sweep(state.ledger.db, state.ledger.clock())
+    state.refused.sweep()
 
 
 def leave(state: ServiceState) -> None:
     """Writes what is still queued; called when no request runs any more."""
     state.till.close()
     try:
-        state.tally.flush()
+        flush(state)
         state.worker.leave()
     except StorageDown as error:
         log.warning("could not sign off: %s", error)

@@ -6,6 +6,7 @@ usage rows; nothing here is an estimate.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +31,7 @@ GROUPS = {"model": "model", "api_key_id": "key_id", "project_id": "project", "ba
 USED = "(SELECT usage.*, keys.project FROM usage LEFT JOIN keys ON keys.id = usage.key_id) AS used"
 SUMMED = (
     "prompt_tokens", "cached_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens", "completion_tokens", "nano_usd",
+    "credit_nano",
 )  # fmt: skip
 # Kinds of usage that admin clients ask for and this service does not have: their pages are true, and empty.
 UNUSED = (
@@ -110,7 +112,7 @@ async def completions_usage(state: ServiceState, request: Request) -> dict[str, 
     key = authenticate(state, request, "usage")
     page = _Page.of(request, "1d")
     buckets = []
-    for start, end, rows in page.buckets(state, key.customer, request):
+    for start, end, rows in await asyncio.to_thread(page.buckets, state, key.customer, request):
         results = [
             {
                 "object": "organization.usage.completions.result",
@@ -128,6 +130,8 @@ async def completions_usage(state: ServiceState, request: Request) -> dict[str, 
                 "model": row["model"],
                 "batch": None if row["mode"] is None else "batch" in row["mode"].split("+"),
                 "service_tier": None,
+                "cost_nano_usd": row["nano_usd"],
+                "credit_nano_usd": row["credit_nano"],
             }
             for row in rows
         ]
@@ -146,7 +150,7 @@ async def costs(state: ServiceState, request: Request) -> dict[str, Any]:
     key = authenticate(state, request, "usage")
     page = _Page.of(request, "1d")
     buckets = []
-    for start, end, rows in page.buckets(state, key.customer, request):
+    for start, end, rows in await asyncio.to_thread(page.buckets, state, key.customer, request):
         results = [
             {
                 "object": "organization.costs.result",
@@ -196,13 +200,13 @@ class _Page:
         width = query.get("bucket_width", default_width)
         if width not in WIDTHS:
             raise invalid_request(f"bucket_width must be one of {', '.join(WIDTHS)}", "bucket_width")
-        start = _whole(query.get("start_time"), "start_time", 0, MAX_TIME)
+        start = whole(query.get("start_time"), "start_time", 0, MAX_TIME)
         if start is None:
             raise invalid_request("start_time is required, in seconds since 1970", "start_time")
         if query.get("page", "").isdecimal():
-            start = _whole(query["page"], "page", 0, MAX_TIME)
-        end = _whole(query.get("end_time"), "end_time", 0, MAX_TIME) or int(time.time()) + 1
-        limit = _whole(query.get("limit"), "limit", 0, MOST_BUCKETS) or DEFAULT_BUCKETS[width]
+            start = whole(query["page"], "page", 0, MAX_TIME)
+        end = whole(query.get("end_time"), "end_time", 0, MAX_TIME) or int(time.time()) + 1
+        limit = whole(query.get("limit"), "limit", 0, MOST_BUCKETS) or DEFAULT_BUCKETS[width]
         return _Page(start, max(end, start), WIDTHS[width], limit)
 
     def buckets(self, state: ServiceState, customer: str, request: Request) -> list[tuple[int, int, list[dict[str, Any]]]]:
@@ -230,7 +234,7 @@ class _Page:
         return {"object": "page", "data": buckets, "has_more": more, "next_page": str(self.next) if more else None}
 
 
-def _whole(text: str | None, field: str, low: int, high: int) -> int | None:
+def whole(text: str | None, field: str, low: int, high: int) -> int | None:
     if text is None:
         return None
     if not text.isdecimal() or not low <= int(text[:20]) <= high:

@@ -11,7 +11,9 @@ from starlette.requests import Request
 
 from tidelock.service import errors, invoices
 from tidelock.service.auth import authenticate
+from tidelock.service.gauges import gauges
 from tidelock.service.http import read_body
+from tidelock.service.ladder import Limits
 from tidelock.service.payments import Changed
 from tidelock.service.prices import format_usd
 from tidelock.service.signature import read_secrets, verify
@@ -38,19 +40,45 @@ async def limits(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/organization/limits`: the tier, what it gives, and the caps of projects and keys."""
     key = authenticate(state, request, "usage")
     tier, recharged, given = state.tiers.standing(key.customer)
-    caps = {scope: asdict(cap) for scope, (_, cap) in state.tiers.caps(key.customer).items() if scope}
-    return {"object": "organization.limits", "tier": tier, "recharged": format_usd(recharged), "limits": asdict(given), "caps": caps}
+    return shown_limits(state, key.customer, tier, recharged, given)
+
+
+def shown_limits(state: ServiceState, customer: str, tier: int | None, recharged: int, given: Limits) -> dict[str, Any]:
+    """With the ladder it stands on, and how full each limit is now, by scope ("" is the organisation)."""
+    capped = {scope: cap for scope, (_, cap) in state.tiers.caps(customer).items() if scope}
+    ladder = state.tiers.ladder
+    now = gauges(state.ledger.db, customer, {"": given, **capped}, state.ledger.clock())
+    steps = [{"tier": n, "from_nano_usd": nano, "limits": asdict(limits)} for n, (nano, limits) in enumerate(ladder.tiers)]
+    return {
+        "object": "organization.limits", "tier": tier, "recharged": format_usd(recharged), "recharged_nano_usd": recharged,
+        "limits": asdict(given), "caps": {scope: asdict(cap) for scope, cap in capped.items()},
+        "ladder": {"name": ladder.name, "tiers": steps}, "now": now,
+    }  # fmt: skip
 
 
 async def subscription(state: ServiceState, request: Request) -> dict[str, Any]:
     """`GET /v1/organization/subscription`: the plan, until when it runs, and what comes then. 404 without one."""
     key = authenticate(state, request, "billing")
-    sub = state.plans.subscription(key.customer)
+    return shown_subscription(state, key.customer)
+
+
+def shown_subscription(state: ServiceState, customer: str) -> dict[str, Any]:
+    """Raises ApiError (404)."""
+    sub = state.plans.subscription(customer)
     if sub is None:
         raise errors.not_found("there is no subscription")
-    then = None if sub.cancelled else sub.next_plan or sub.plan
-    return {"object": "organization.subscription", "id": sub.id, "plan": sub.plan, "current_period_start": int(sub.begins),
-            "current_period_end": int(sub.ends), "next_plan": then}  # fmt: skip
+    plan = next(p for p in state.plans.plans() if p["name"] == sub.plan)
+    windows = [
+        {"span": span, "limit_nano_usd": a.limit_nano, "used_nano_usd": a.used_nano, "starts_at": int(a.started) or None,
+         "ends_at": int(a.ends) or None}
+        for (pocket, span), a in sorted(state.plans.allowances(customer).items()) if pocket == "plan"
+    ]  # fmt: skip
+    return {
+        "object": "organization.subscription", "id": sub.id, "plan": sub.plan, "current_period_start": int(sub.begins),
+        "current_period_end": int(sub.ends), "next_plan": None if sub.cancelled else sub.next_plan or sub.plan,
+        "price_nano_usd": plan["price_nano"], "credits_nano_usd": plan["credits_nano"],
+        "credits_left_nano_usd": state.ledger.balances(customer).get("plan", 0), "windows": windows,
+    }  # fmt: skip
 
 
 async def webhook(state: ServiceState, request: Request) -> dict[str, Any]:

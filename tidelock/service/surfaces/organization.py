@@ -59,6 +59,15 @@ _project, _member, _role, _key = (
 )
 
 
+async def profile(state: ServiceState, request: Request) -> dict[str, Any]:
+    """`GET /v1/organization`: who asks, and what the key may do. For every key."""
+    key = authenticate(state, request, "")
+    rows = state.ledger.db.read("SELECT name, created, tax_id FROM organizations WHERE id = ?", (key.customer,))
+    name, created, tax_id = rows[0] if rows else (key.customer, 0, "")
+    return {"object": "organization", "id": key.customer, "name": name, "created_at": int(created), "tax_id": tax_id or None,
+            "api_key": shown_key(key), "operator": key.role == "admin"}  # fmt: skip
+
+
 async def projects(state: ServiceState, request: Request) -> dict[str, Any]:
     key = authenticate(state, request, "admin")
     everything = request.query_params.get("include_archived") == "true"
@@ -68,7 +77,7 @@ async def projects(state: ServiceState, request: Request) -> dict[str, Any]:
 
 async def create_project(state: ServiceState, request: Request) -> dict[str, Any]:
     key, body = await _asked(state, request, _project)
-    with _bad_request():
+    with bad_request():
         return _shown_project(state.accounts.create_project(key.customer, body.name, key.id))
 
 
@@ -79,13 +88,13 @@ async def project(state: ServiceState, request: Request) -> dict[str, Any]:
 
 async def update_project(state: ServiceState, request: Request) -> dict[str, Any]:
     key, body = await _asked(state, request, _project)
-    with _bad_request():
+    with bad_request():
         return _shown_project(state.accounts.rename_project(key.customer, request.path_params["id"], body.name, key.id))
 
 
 async def archive_project(state: ServiceState, request: Request) -> dict[str, Any]:
     key = authenticate(state, request, "admin")
-    with _bad_request():
+    with bad_request():
         return _shown_project(state.accounts.archive_project(key.customer, request.path_params["id"], key.id))
 
 
@@ -103,7 +112,7 @@ async def create_key(state: ServiceState, request: Request) -> dict[str, Any]:
     for own, given, what in ((key.models, body.models, "models"), (key.addresses, body.addresses, "addresses")):
         if own and not set(given) <= set(own):
             raise permission_denied(f"a key that is held to some {what} cannot make one that is not")
-    with _bad_request():
+    with bad_request():
         made, secret = state.keys.create(
             key.customer, body.name, project=found["id"], member=body.member, scopes=body.scopes,
             models=body.models or key.models, addresses=body.addresses or key.addresses, profile=body.profile,
@@ -132,7 +141,7 @@ async def members(state: ServiceState, request: Request) -> dict[str, Any]:
 async def add_member(state: ServiceState, request: Request) -> dict[str, Any]:
     key, body = await _asked(state, request, _member)
     _may_give(key, ROLES.get(body.role, ()))
-    with _bad_request():
+    with bad_request():
         return _shown_member(state.accounts.add_member(key.customer, body.email, body.role, key.id))
 
 
@@ -145,7 +154,7 @@ async def update_member(state: ServiceState, request: Request) -> dict[str, Any]
     key, body = await _asked(state, request, _role)
     found = state.accounts.member(key.customer, request.path_params["id"])
     _may_give(key, (*ROLES[found["role"]], *ROLES.get(body.role, ())))
-    with _bad_request():
+    with bad_request():
         return _shown_member(state.accounts.set_role(key.customer, found["id"], body.role, key.id))
 
 
@@ -153,7 +162,7 @@ async def remove_member(state: ServiceState, request: Request) -> dict[str, Any]
     key = authenticate(state, request, "admin")
     found = state.accounts.member(key.customer, request.path_params["id"])
     _may_give(key, ROLES[found["role"]])
-    with _bad_request():
+    with bad_request():
         state.accounts.remove_member(key.customer, found["id"], key.id)
     return {"object": "organization.user.deleted", "id": found["id"], "deleted": True}
 
@@ -163,13 +172,7 @@ async def audit_logs(state: ServiceState, request: Request) -> dict[str, Any]:
     key = authenticate(state, request, "admin")
     after, limit, _ = files.paging(request)
     entries, more = state.accounts.audit_log(key.customer, after=after, limit=limit)
-    shown = [
-        {"object": "organization.audit_log", "id": e["id"], "type": e["action"], "effective_at": int(e["created"]),
-         "actor": {"type": "api_key" if e["actor"].startswith("key_") else "session", "id": e["actor"]},
-         "target": e["target"], "detail": e["detail"]}
-        for e in entries
-    ]  # fmt: skip
-    return files.listing(shown, more)
+    return files.listing([shown_entry(e) for e in entries], more)
 
 
 async def _asked(state: ServiceState, request: Request, decoder: msgspec.json.Decoder) -> tuple[Key, Any]:
@@ -194,7 +197,7 @@ def _found_key(state: ServiceState, key: Key, request: Request) -> Key:
     raise UnknownId(f"no live key {wanted!r}")
 
 
-class _bad_request:
+class bad_request:
     """What the accounts refuse is the client's to mend (400); what is not there stays a 404."""
 
     def __enter__(self) -> None:
@@ -221,10 +224,20 @@ def _shown_member(m: dict[str, Any]) -> dict[str, Any]:
             "name": m["email"].partition("@")[0], "added_at": int(m["created"])}  # fmt: skip
 
 
+def shown_entry(e: dict[str, Any]) -> dict[str, Any]:
+    """Of the audit log."""
+    return {
+        "object": "organization.audit_log", "id": e["id"], "type": e["action"], "effective_at": int(e["created"]),
+        "actor": {"type": "api_key" if e["actor"].startswith("key_") else "session", "id": e["actor"]},
+        "target": e["target"], "detail": e["detail"],
+    }  # fmt: skip
+
+
 def shown_key(k: Key) -> dict[str, Any]:
     owner = {"type": "user", "user": {"id": k.member}} if k.member else {"type": "service_account"}
     return {
         "object": "organization.project.api_key", "id": k.id, "redacted_value": k.hint, "name": k.name, "project_id": k.project,
         "owner": owner, "created_at": int(k.created), "scopes": list(k.scopes), "models": list(k.models),
         "addresses": list(k.addresses), "profile": k.profile, "training_consent": k.training_consent, "may_grant": k.may_grant,
+        "last_used_at": None if k.last_used is None else int(k.last_used),
     }  # fmt: skip

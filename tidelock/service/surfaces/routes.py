@@ -12,11 +12,12 @@ from tidelock.service.endpoint import Endpoint, Translation
 from tidelock.service.http import Handler, Json
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import (
-    account, batches, billing, chat, compaction, files, messages, models, organization, responses, responses_request, shapes,
-    stored_chat, stored_responses,
+    account, batches, billing, chat, compaction, files, messages, models, organization, receipts, responses,
+    responses_request, shapes, stored_chat, stored_responses, wallet,
 )  # fmt: skip
 
 LISTED = ("after", "limit", "order")
+RECEIVED = (*LISTED, "model", "api_key_id", "project_id", "outcome", "start_time", "end_time")
 BUCKETED = ("start_time", "end_time", "bucket_width", "limit", "page", "group_by")
 
 
@@ -77,6 +78,14 @@ ROUTES = [
     *(Route("GET", f"/v1/organization/usage/{kind}", account.unused, shapes.Page, query=BUCKETED) for kind in account.UNUSED),
     Route("GET", "/v1/organization/costs", account.costs, shapes.Page, query=BUCKETED),
     Route("GET", "/v1/organization/spend_limit", account.spend_limit, shapes.SpendLimit),
+    Route("GET", "/v1/organization", organization.profile, shapes.Organization),
+    Route("GET", "/v1/organization/receipts", receipts.listed, shapes.Listing, query=RECEIVED),
+    Route("GET", "/v1/organization/receipts/stream", receipts.stream, "events", query=("since_ms",)),
+    Route("GET", "/v1/organization/receipts/{id}", receipts.retrieve, shapes.Receipt),
+    Route("GET", "/v1/organization/balance", wallet.balance, shapes.Pockets),
+    Route("GET", "/v1/organization/payments", wallet.payments, shapes.Listing),
+    Route("GET", "/v1/organization/plans", wallet.plans, shapes.Listing),
+    Route("GET", "/v1/organization/plans/{id}/preview", wallet.preview, shapes.PlanChange),
     Route("GET", "/v1/organization/projects", organization.projects, shapes.Listing),
     Route("POST", "/v1/organization/projects", organization.create_project, shapes.Project, organization.ProjectRequest),
     Route("GET", "/v1/organization/projects/{id}", organization.project, shapes.Project),
@@ -93,6 +102,8 @@ ROUTES = [
     Route("DELETE", "/v1/organization/users/{id}", organization.remove_member, shapes.Deleted),
     Route("GET", "/v1/organization/limits", billing.limits, shapes.OrganizationLimits),
     Route("GET", "/v1/organization/subscription", billing.subscription, shapes.Subscription),
+    Route("POST", "/v1/organization/subscription", wallet.change, shapes.Subscription, wallet.PlanRequest),
+    Route("DELETE", "/v1/organization/subscription", wallet.cancel, shapes.Subscription),
     Route("GET", "/v1/organization/invoices", billing.listed, shapes.Listing),
     Route("GET", "/v1/organization/invoices/{id}", billing.retrieve, shapes.Invoice),
     Route("GET", "/v1/organization/audit_logs", organization.audit_logs, shapes.Listing, query=LISTED),

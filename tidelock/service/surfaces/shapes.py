@@ -230,6 +230,48 @@ class SpendLimit(msgspec.Struct):
     enforcement: dict[str, str]
 
 
+class Organization(msgspec.Struct):
+    object: Literal["organization"]
+    id: str
+    name: str
+    created_at: int
+    api_key: dict[str, Any]
+    operator: bool
+
+
+class Receipt(msgspec.Struct):
+    object: Literal["organization.receipt"]
+    id: str
+    created_at: int
+    status: Literal["settled", "refused"]
+    model: str
+    api_key_id: str
+    cost_nano_usd: int
+    transactions: list[dict[str, Any]]
+    sum_nano_usd: int
+
+
+class Pockets(msgspec.Struct):
+    object: Literal["organization.balance"]
+    available_nano_usd: int
+    cash_nano_usd: int
+    voucher_nano_usd: int
+    plan_nano_usd: int
+    extra_nano_usd: int
+    held_nano_usd: int
+    owed_nano_usd: int
+    lots: list[dict[str, Any]]
+
+
+class PlanChange(msgspec.Struct):
+    object: Literal["organization.subscription.preview"]
+    plan: str
+    kind: Literal["subscribe", "upgrade", "downgrade", "keep"]
+    charge_nano_usd: int
+    unused_nano_usd: int
+    effective_at: int
+
+
 class Project(msgspec.Struct):
     id: str
     object: Literal["organization.project"]
