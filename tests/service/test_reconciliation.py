@@ -266,7 +266,7 @@ def test_one_worker_of_many_reconciles_and_raises_the_alarm(db, tmp_path, receiv
     assert [found.checked["usage"] for found in first] == [1, 0, 0] and not any(found.total for found in first)
     assert tick() == [None] * 3 and last(db)["sound"]
     assert "tidelock_reconciliation_drift_nano_usd 0.0" in jobs[2].metrics.text().decode()
-    forced(db, "UPDATE usage SET nano_usd = nano_usd + 41 WHERE request_id = 'later'", "UPDATE usage SET nano_usd = 0 WHERE request_id = 'r0'")
+    forced(db, "UPDATE usage SET nano_usd = nano_usd + 41 WHERE request_id = 'later'", "UPDATE usage SET nano_usd = nano_usd + 5 WHERE request_id = 'r0'")
     now[0] += 3600
     with caplog.at_level(logging.ERROR):
         tick()
