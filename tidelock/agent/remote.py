@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 
 from tidelock.tokens.message import Message, ToolCall
-from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
+from tidelock.tokens.policy import Chunk, PolicyError, Reported, SamplingParams
 from tidelock.tokens.template import Template, canonical
 
 from .sse import Endpoint
@@ -68,8 +68,9 @@ class TextPolicy:
         self.last = {"id": answer.id, "usage": answer.usage, "trace": answer.trace}
         ids = self.template.sampled(canonical([*messages, answer.message()])[-1])
         finish = "length" if answer.finish_reason == "length" else "stop"
-        cached = (answer.usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        yield Chunk(tuple(ids), (0.0,) * len(ids), -1, finish, cached)
+        reported = Reported.of(answer.usage or None)
+        cached = (reported and reported.cached_tokens) or 0
+        yield Chunk(tuple(ids), (0.0,) * len(ids), -1, finish, cached, reported=reported)
 
     def _body(self, messages: Sequence[Message], params: SamplingParams) -> dict[str, Any]:
         body: dict[str, Any] = {

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
-from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
+from tidelock.tokens.policy import Chunk, PolicyError, Reported, SamplingParams
 
 from .sse import Endpoint, numbers
 
@@ -148,18 +148,18 @@ class _Answer:
     def _chunks(self, spans: list[dict[str, Any]]) -> Iterator[Chunk]:
         """The choices that waited, cut where the version changes."""
         waiting, self._waiting = self._waiting, []
-        cached = (self.usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        reported = Reported.of(self.usage or None)
         for choice in waiting:
             ids = numbers(choice.get("token_ids") or [])
             cuts = sorted({0, len(ids), *(s["end"] - self._sent for s in spans if 0 < s["end"] - self._sent < len(ids))})
             for begin, end in zip(cuts, cuts[1:]) if ids else [(0, 0)]:
                 last = end == len(ids) and choice.get("finish_reason") is not None
                 if ids or last:
-                    yield _chunk(choice, begin, end, _version_at(spans, self._sent + begin), last, cached, self._top)
+                    yield _chunk(choice, begin, end, _version_at(spans, self._sent + begin), last, reported, self._top)
             self._sent += len(ids)
 
 
-def _chunk(choice: dict[str, Any], begin: int, end: int, version: int, last: bool, cached: int, n_top: int) -> Chunk:
+def _chunk(choice: dict[str, Any], begin: int, end: int, version: int, last: bool, said: Reported | None, n_top: int) -> Chunk:
     content = numbers((choice.get("logprobs") or {}).get("content") or [])[begin:end]
     ids = tuple(int(i) for i in choice.get("token_ids") or [])[begin:end]
     if [c["token_id"] for c in content] != list(ids):
@@ -173,12 +173,13 @@ def _chunk(choice: dict[str, Any], begin: int, end: int, version: int, last: boo
         tuple(float(c["logprob"]) for c in content),
         version,
         finish,
-        cached if last else 0,
+        (said.cached_tokens or 0) if last and said else 0,
         sampled_logprobs=tuple(map(float, (choice.get("sampled_logprobs") or [])[begin:end])),
         top_logprobs=tuple(_ranked(c)[:n_top] for c in content) if n_top else (),
         kept=tuple(tuple(mask) or None for mask in masks[begin:end]) if masks else (),
         stop=stop if isinstance(stop, str) else None,
         routed_experts=_array(choice["routed_experts"]) if last and choice.get("routed_experts") else None,
+        reported=said if last else None,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from tidelock.service.ask import Ask
 from tidelock.service.stops import StopFilter
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import Chunk
+from tidelock.tokens.policy import Chunk, Reported, Source
 from tidelock.tokens.template import Template, count_calls
 from tidelock.tokens.turn import call_id
 
@@ -78,6 +78,8 @@ class Sample:
     versions: list[tuple[int, int]] = field(default_factory=list)  # (weights version, tokens) spans
     cached_tokens: int = 0
     finish_reason: str | None = None
+    source: Source | None = None  # the upstream, where there are several
+    reported: Reported | None = None  # its own count
     chunks: list[Chunk] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
@@ -89,9 +91,11 @@ class Sample:
                 self.versions[-1] = (chunk.weights_version, self.versions[-1][1] + len(chunk.ids))
             else:
                 self.versions.append((chunk.weights_version, len(chunk.ids)))
+        self.source = chunk.source or self.source
         if chunk.finish_reason:
             self.finish_reason = chunk.finish_reason
             self.cached_tokens = chunk.cached_tokens
+            self.reported = chunk.reported
 
 
 class Choice:

@@ -76,11 +76,22 @@ class Hold:
 
 
 @dataclass(frozen=True)
+class Upstream:
+    """Whose work a request was and what they say it used; stored beside the bill, to be compared with it. None: unsaid."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    name: str | None = None  # None: the engine in this process
+
+
+@dataclass(frozen=True)
 class Metered:
     """What a request turned out to use, and why it ended."""
 
     counts: Counts
     finish_reason: str
+    upstream: Upstream = Upstream()
 
 
 @dataclass
@@ -108,7 +119,8 @@ HOLD_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "m
 HOLD_CHANGES = ("max_tokens", "tools", "nano_usd", "parts", "steps", "progress", "state", "expires")
 USAGE_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "mode", "prompt_tokens", "cached_tokens",
                  "cache_write_5m_tokens", "cache_write_1h_tokens", "completion_tokens", "tools", "nano_usd", "credit_nano",
-                 "finish_reason", "created")  # fmt: skip
+                 "finish_reason", "created",
+                 "upstream_prompt", "upstream_completion", "upstream_cached", "upstream")  # fmt: skip
 TRANSACTION_COLUMNS = ("customer", "seq", "kind", "reference", "detail", "created", "hash")
 
 
@@ -336,7 +348,7 @@ class Books:
             charged = self._tx("SELECT nano_usd FROM usage WHERE request_id = ?", (request_id,)).fetchone()
             return charged[0] if charged else 0
         used = _clamped(metered.counts, hold)
-        return self._settle(hold, used, price.cost_nano(used), metered.finish_reason, "settled")
+        return self._settle(hold, used, price.cost_nano(used), metered.finish_reason, "settled", metered.upstream)
 
     def lose(self, request_id: str) -> int | None:
         """Settles for a request whose server died: what is known to have been sent is charged, the rest is free.
@@ -360,7 +372,9 @@ class Books:
         self.post(hold["customer"], "release", request_id, [(HELD, -hold["nano_usd"]), *back])
         return True
 
-    def _settle(self, hold: dict[str, Any], used: Counts, cost: int, finish_reason: str, state: str) -> int:
+    def _settle(
+        self, hold: dict[str, Any], used: Counts, cost: int, finish_reason: str, state: str, said: Upstream = Upstream()
+    ) -> int:
         cost = min(cost, hold["nano_usd"])
         left, credit, back = cost, 0, []
         for name, nano in _parts(hold):
@@ -372,7 +386,7 @@ class Books:
         row = (
             hold["request_id"], hold["customer"], hold["key_id"], hold["model"], hold["price_version"], hold["mode"],
             used.prompt, used.cached, used.cache_write_5m, used.cache_write_1h, used.completion, _json(used.tools), cost,
-            credit, finish_reason, self.now,
+            credit, finish_reason, self.now, said.prompt_tokens, said.completion_tokens, said.cached_tokens, said.name,
         )  # fmt: skip
         self._usage.append(row)
         self._close(hold, state, used.prompt + used.completion)

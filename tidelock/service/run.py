@@ -23,7 +23,7 @@ from tidelock.service.books import Admission, InsufficientBalance, Metered
 from tidelock.service.keys import Key
 from tidelock.service.limiter import RateLimited
 from tidelock.service.limits import limit_headers
-from tidelock.service.prices import Counts
+from tidelock.service.reported import billed, upstream
 from tidelock.service.state import ServiceState
 from tidelock.service.tab import Tab, opened
 from tidelock.tokens.message import Message
@@ -177,19 +177,18 @@ class Meter:
         return pieces, ended, bill
 
     async def _settle(self, ids: tuple[str, ...], also: Callable[[Any, Bill], None] | None) -> Bill:
-        completion = sum(len(choice.sample.ids) for choice in self.choices)
-        cached = self.choices[0].sample.cached_tokens
         reason = "stop" if self.complete else "abort"
         if self.complete and any(choice.sample.finish_reason == "length" for choice in self.choices):
             reason = "length"
-        counts = Counts(self._turn.prompt_tokens, cached, completion=completion)
-        reasoning = sum(choice.reasoning_tokens for choice in self.choices)
+        samples = [choice.sample for choice in self.choices]
+        counts = billed(self._turn.prompt_tokens, samples, self._state.policy.exact)
+        reasoning = min(sum(choice.reasoning_tokens for choice in self.choices), counts.completion)
 
         def bill(nano_usd: int) -> Bill:
-            return Bill(Usage(counts.prompt, completion, cached, reasoning, nano_usd), ids)
+            return Bill(Usage(counts.prompt, counts.completion, counts.cached, reasoning, nano_usd), ids)
 
         joined = None if also is None else lambda execute, nano_usd: also(execute, bill(nano_usd))
-        return bill(await self.tab.settle(Metered(counts, reason), joined))
+        return bill(await self.tab.settle(Metered(counts, reason, upstream(samples)), joined))
 
 
 @asynccontextmanager
@@ -312,6 +311,7 @@ def _cut(chunk: Chunk, tokens: int) -> Chunk:
     return Chunk(
         chunk.ids[:tokens], chunk.logprobs[:tokens], chunk.weights_version, "length",
         sampled_logprobs=chunk.sampled_logprobs[:tokens], top_logprobs=chunk.top_logprobs[:tokens], kept=chunk.kept[:tokens],
+        source=chunk.source,
     )  # fmt: skip
 
 
@@ -403,11 +403,11 @@ def nodes(state: ServiceState, turn: Turn, meter: Meter) -> tuple[list[Node], li
         "sandbox": turn.ask.origin.sandbox,
         "consent": turn.consent,
         "consent_source": turn.consent_source,
-        "exact": state.policy.exact,
     }
+    exact = state.policy.exact
     parent, new = turn.parent, []
     for given, ids in turn.new:
-        new.append(Node.of(parent, given, ids, **common))
+        new.append(Node.of(parent, given, ids, exact=exact, **common))
         parent = new[-1].id
     answers = []
     sampling = asdict(meter.params)
@@ -426,6 +426,7 @@ def nodes(state: ServiceState, turn: Turn, meter: Meter) -> tuple[list[Node], li
                 weights_versions=tuple(sample.versions),
                 sampling=sampling,
                 finish_reason="stop" if choice.stopped is not None else sample.finish_reason or "abort",
+                exact=sample.source.exact if sample.source else exact,
                 **common,
             )
         )

@@ -78,6 +78,33 @@ def kept_ids(kept: tuple[int, ...] | bytes) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Which of several upstreams sampled a chunk, and whether its ids and log-probabilities are the sampler's own."""
+
+    name: str
+    exact: bool
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What an upstream says one answer used, by its own count and its own tokenizer. None: it does not say (0 is a number)."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+
+    @staticmethod
+    def of(usage: Any) -> Reported | None:
+        """A `usage` object as OpenAI and vLLM send it; what is no count in it counts as unsaid. None: there is none."""
+        if not isinstance(usage, dict):
+            return None
+        details = usage.get("prompt_tokens_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else usage.get("cached_tokens")
+        counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"), cached)
+        return Reported(*(n if type(n) is int and 0 <= n < 2**53 else None for n in counts))
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Some newly sampled tokens. The last chunk of a request, and only it, has a `finish_reason`."""
 
@@ -93,6 +120,8 @@ class Chunk:
     # on the last chunk, where asked for: experts per token from `routed_from` on and per layer (dense ones 0), in the
     # router's order, uint8 or uint16 [prompt + sampled - 1 - routed_from, layers, k]; the last token was never run
     routed_experts: Any = field(default=None, compare=False)
+    source: Source | None = None  # where there are several upstreams
+    reported: Reported | None = None  # on the last chunk, from a remote policy
 
 
 def drawn_from(chunks: Sequence[Chunk]) -> tuple[tuple[float, ...], tuple[Kept, ...]]:
