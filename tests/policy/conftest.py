@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from policies import MODEL, TEMPLATE, Case, engine_of, served
 
-from tidelock.agent import TextPolicy, TokenPolicy
+from tidelock.remote import TextPolicy, TokenPolicy
 from tidelock.models import TransformerLM, preset, save_checkpoint
 
 

@@ -50,7 +50,7 @@ def test_every_answer_is_counted_once_on_both_sides(box, tmp_path, capsys):
 
 def test_llamas_own_route_is_spoken_too():
     """Its events, as b1-0c1e570 sends them; the real thing runs in benchmarks/serving.py."""
-    from tidelock.agent.sse import Endpoint
+    from tidelock.remote.sse import Endpoint
     from tidelock.loop.bench.clients import LlamaClient, Measured
     from tidelock.loop.bench.load import Step
 

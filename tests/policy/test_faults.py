@@ -10,7 +10,7 @@ import torch
 from aiohttp import web
 from policies import TEMPLATE, engine_of
 
-from tidelock.agent import TextPolicy, TokenPolicy
+from tidelock.remote import TextPolicy, TokenPolicy
 from tidelock.tokens.policy import PolicyError, SamplingParams
 
 PROMPT = TEMPLATE.render([], generation_prompt=True)

@@ -8,7 +8,7 @@ import threading
 import httpx2 as httpx
 import pytest
 
-from tidelock.agent.sse import Endpoint
+from tidelock.remote.sse import Endpoint
 from tidelock.service import genai
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.propagation import outgoing

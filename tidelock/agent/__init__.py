@@ -2,7 +2,5 @@
 
 from .episode import Episode
 from .loop import Agent
-from .remote import TextPolicy
-from .tokens import TokenPolicy
 
-__all__ = ["Agent", "Episode", "TextPolicy", "TokenPolicy"]
+__all__ = ["Agent", "Episode"]

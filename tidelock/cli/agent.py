@@ -54,8 +54,9 @@ def run(args) -> dict:
 
 
 async def work(args, tools):
-    from tidelock.agent import Agent, TextPolicy, TokenPolicy
+    from tidelock.agent import Agent
     from tidelock.agent.tools import TOOLSET_NAME
+    from tidelock.remote import TextPolicy, TokenPolicy
     from tidelock.sandbox import ToolHost
     from tidelock.tokens.message import Message
     from tidelock.tokens.policy import SamplingParams

@@ -14,10 +14,11 @@ from typing import Any
 
 import aiohttp
 
-from tidelock.agent import Agent, Episode, TextPolicy
+from tidelock.agent import Agent, Episode
 from tidelock.envs.registry import FAMILIES
 from tidelock.envs.run import INFRASTRUCTURE, episode_seed
 from tidelock.envs.task import Task
+from tidelock.remote import TextPolicy
 from tidelock.sandbox import ToolHost
 from tidelock.tokens.policy import PolicyError, SamplingParams
 from tidelock.tokens.template import Template

@@ -1,7 +1,7 @@
 """The narrow waist: how everything that needs a model talks to one.
 
-Ids in, ids out. Implementations live elsewhere: the in-process engine (`engine`), a text-only OpenAI-compatible
-endpoint (`agent.remote`). The agent, the environments and the service cannot tell them apart.
+Ids in, ids out. Implementations live elsewhere: the in-process engine (`engine`), servers that speak ids or only text
+(`remote`), a pool of those (`service.upstreams`). The agent, the environments and the service cannot tell them apart.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import aiohttp
 
-from tidelock.agent.sse import Endpoint
-from tidelock.agent.tokens import TokenPolicy
+from tidelock.remote.sse import Endpoint
+from tidelock.remote.tokens import TokenPolicy
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.policy import SamplingParams
 

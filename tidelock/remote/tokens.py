@@ -10,14 +10,14 @@ import base64
 import io
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
-import aiohttp
 import numpy as np
 
 from tidelock.tokens.policy import Chunk, PolicyError, Reported, SamplingParams
 
-from .sse import Endpoint, numbers
+from .sse import Endpoint, Patience, Session, numbers
 
 FINISHES = ("stop", "length", "abort", "deadline")
 PREFIX = "generate-tokens-"  # how the server names a request to itself
@@ -25,15 +25,20 @@ STRUCTURED = {"json_schema": "json", "regex": "regex", "lark": "grammar"}
 
 
 class TokenPolicy:
-    """`base_url` is the server's root (a trailing /v1 is taken off); `model` may be left out where only one is served."""
+    """`base_url` is the server's root (a trailing /v1 is taken off); `model` may be left out where only one is served.
+
+    await_versions: hold back what a server says no version of until it does, at the end of the answer; False hands it on
+    at once, as of version -1.
+    """
 
     exact = True
 
     def __init__(
-        self, base_url: str, api_key: str, model: str | None = None, session: aiohttp.ClientSession | None = None
-    ) -> None:
-        self._server = Endpoint(base_url.rstrip("/").removesuffix("/v1"), api_key, session)
-        self.model = model
+        self, base_url: str, api_key: str, model: str | None = None, session: Session = None, *,
+        patience: Patience = Patience(), await_versions: bool = True,
+    ) -> None:  # fmt: skip
+        self._server = Endpoint(base_url.rstrip("/").removesuffix("/v1"), api_key, session, patience)
+        self.model, self._await_versions = model, await_versions
         self.last: dict[str, Any] = {}  # the usage of the last answer
         self._aborted: set[str] = set()
 
@@ -50,15 +55,16 @@ class TokenPolicy:
             "priority": params.priority,
             **({"model": self.model} if self.model else {}),
         }
-        answer = _Answer(params.top_logprobs)
+        answer = _Answer(params.top_logprobs, self._await_versions)
         try:
-            async for event in self._server.events("/inference/v1/generate", body, name):
-                for chunk in answer.take(event):
-                    yield chunk
+            async with aclosing(self._server.events("/inference/v1/generate", body, name)) as events:
+                async for event in events:
+                    for chunk in answer.take(event):
+                        yield chunk
             for chunk in answer.end():
                 yield chunk
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
-            raise self._server.broken(f"an event does not follow the contract ({e!r})") from None
+            raise self._server.broken(f"an event does not follow the contract ({e!r})", "malformed") from None
         if name in self._aborted:
             self._aborted.discard(name)
             if not answer.finished:
@@ -84,6 +90,10 @@ class TokenPolicy:
         await self._server.call("POST", "/finish_weight_update", {"weight_version": str(version)})
 
     # -- beyond Policy ------------------------------------------------------------------------------------------------
+
+    async def alive(self, path: str, within_s: float) -> None:
+        """Raises RemoteError unless the server answers GET `path` with 200 in that time."""
+        await self._server.alive(path, within_s)
 
     async def pause(self, mode: str = "keep") -> None:
         """"keep" | "wait" | "abort"; see the engine's own."""
@@ -124,8 +134,8 @@ def sampling(p: SamplingParams) -> dict[str, Any]:
 class _Answer:
     """Events of one answer to chunks. The last chunk is held until the usage that follows it."""
 
-    def __init__(self, top_logprobs: int) -> None:
-        self.finished = False
+    def __init__(self, top_logprobs: int, await_versions: bool) -> None:
+        self.finished, self._await_versions = False, await_versions
         self._top = top_logprobs
         self.usage: dict[str, Any] = {}
         self._waiting: list[dict[str, Any]] = []  # choices whose version, or whose end, is not known yet
@@ -137,8 +147,8 @@ class _Answer:
             self._waiting.append(choice)
             if choice.get("finish_reason") is not None:
                 self.finished = True
-            elif choice.get("weight_versions") is not None:
-                yield from self._chunks(choice["weight_versions"])
+            elif choice.get("weight_versions") is not None or not self._await_versions:
+                yield from self._chunks(choice.get("weight_versions") or [])
 
     def end(self) -> Iterator[Chunk]:
         """The rest, which had to wait for the whole answer's versions and usage."""

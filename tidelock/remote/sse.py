@@ -1,0 +1,232 @@
+"""Server-sent events of a model server, and everything that can go wrong with them as one `RemoteError`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import email.utils
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from tidelock.tokens.policy import PolicyError
+from tidelock.tokens.propagation import outgoing
+
+NO_STREAM = ("text/html", "text/plain", "application/json")  # what an event stream is not; some servers name it nothing
+Session = aiohttp.ClientSession | Callable[[], aiohttp.ClientSession] | None
+
+
+class RemoteError(PolicyError):
+    """`cause`: what went wrong, in one word.
+
+    "connect" | "first_token" (too long until it) | "stall" | "cut" | "malformed" | "status" (refused with it) |
+    "error_event". retry_after_s: how long the server asks to be left alone.
+    """
+
+    def __init__(
+        self, message: str, *, status: int = 502, kind: str = "connection", cause: str = "cut", retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, status=status, kind=kind)
+        self.cause, self.retry_after_s = cause, retry_after_s
+
+
+@dataclass(frozen=True)
+class Patience:
+    """With a server that says nothing, in seconds; None = for ever. Keep-alives are nothing, only events count."""
+
+    connect_s: float = 30.0
+    first_s: float | None = None  # from the request to its first event
+    idle_s: float | None = None  # from one event to the next
+
+
+class Endpoint:
+    """A base URL with its key, over one session of its own or a given one. Requests in flight can be cut off by name."""
+
+    def __init__(self, base_url: str, api_key: str, session: Session = None, patience: Patience = Patience()) -> None:
+        """`session` may be what returns one, for an endpoint that is made before the event loop runs."""
+        self.base_url, self.api_key, self.patience = base_url.rstrip("/"), api_key, patience
+        self._session = session
+        self._open: dict[str, Callable[[], object]] = {}  # what ends each named request at once
+        self._cut: set[str] = set()
+
+    async def events(self, path: str, body: dict[str, Any], name: str | None = None) -> AsyncIterator[dict[str, Any]]:
+        """The JSON objects of a streamed answer. Ends with the stream, whether or not it said [DONE], and at `cut`.
+
+        Raises RemoteError: the server's own status and words, 502 for what is no answer at all, 504 for none in time.
+        """
+        watch = _Watch(self.patience)
+        try:
+            async with self._request("POST", path, body, name, watch) as response:
+                if response.content_type in NO_STREAM:
+                    raise self.broken(f"an event stream was asked for, and {response.content_type} came", "malformed")
+                async for line in _lines(response, watch):
+                    if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+                        continue
+                    event = self._json(line[5:])
+                    if event.get("error"):
+                        raise refusal(_status(event), line[5:], self.base_url, cause="error_event")
+                    yield event
+                    watch.heard()  # only now: a reader that is slow is not the server's fault
+        except (PolicyError, asyncio.CancelledError):
+            if name not in self._cut:
+                raise
+        finally:
+            self._open.pop(name, None)
+            self._cut.discard(name)
+
+    def cut(self, name: str) -> bool:
+        """Drop the connection of the request `name`, answered yet or not: its events end here. False: there is none."""
+        if (end := self._open.get(name)) is None:
+            return False
+        self._cut.add(name)
+        end()
+        return True
+
+    async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One JSON answer, or {} where the server says no more than that it is done. Raises RemoteError."""
+        async with self._request(method, path, body) as response:
+            return self._json(text) if (text := await response.read()).strip() else {}
+
+    async def alive(self, path: str, within_s: float) -> None:
+        """Asks for `path`, whatever it says. Raises RemoteError unless the answer is 200 within that time."""
+        try:
+            async with asyncio.timeout(within_s), self._request("GET", path, None) as response:
+                await response.read()
+        except TimeoutError:
+            raise self.broken(f"no answer within {within_s:g} s", "first_token") from None
+
+    @contextlib.asynccontextmanager
+    async def _request(
+        self, method: str, path: str, body: Any, name: str | None = None, watch: _Watch | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        session = self._session() if callable(self._session) else self._session or aiohttp.ClientSession()
+        timeout = aiohttp.ClientTimeout(total=None if watch else 600, sock_connect=self.patience.connect_s)
+        headers = {"Authorization": f"Bearer {self.api_key}", **outgoing.get()}
+        options = {"json": body, "headers": headers, "timeout": timeout}
+        try:
+            with self._one_error(watch):
+                opening = asyncio.ensure_future(session.request(method, self.base_url + path, **options))
+                if name is not None:
+                    self._open[name] = opening.cancel
+                async with asyncio.timeout_at(watch.until if watch else None):
+                    response = await opening
+                async with response:
+                    if watch is not None:
+                        watch.answered = True
+                    if name is not None:
+                        self._open[name] = response.close
+                    if response.status != 200:
+                        text = (await response.read())[:1_000_000]
+                        raise refusal(response.status, text, self.base_url, retry_after_s(response.headers))
+                    yield response
+        finally:
+            if self._session is None:
+                await session.close()
+
+    @contextlib.contextmanager
+    def _one_error(self, watch: _Watch | None) -> Iterator[None]:
+        try:
+            yield
+        except (aiohttp.ClientError, OSError) as e:  # a connect that took too long is both of them
+            cause = "cut" if watch and watch.answered else "connect"
+            if isinstance(e, TimeoutError) and not isinstance(e, aiohttp.ClientError):
+                raise self._late(watch) from None
+            raise self.broken(str(e) or type(e).__name__, cause) from None
+
+    def _late(self, watch: _Watch | None) -> RemoteError:
+        if watch is not None and watch.events:
+            what, cause = f"nothing came for {self.patience.idle_s:g} s", "stall"
+        else:
+            what, cause = f"nothing came within {self.patience.first_s or 600:g} s", "first_token"
+        return RemoteError(f"{self.base_url}: {what}", status=504, kind="timeout_error", cause=cause)
+
+    def _json(self, text: bytes) -> dict[str, Any]:
+        try:
+            value = msgspec.json.decode(text)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise self.broken(f"what it sent is no JSON object: {text.strip()[:80].decode(errors='replace')!r}", "malformed")
+        return value
+
+    def broken(self, what: str, cause: str = "cut") -> RemoteError:
+        return RemoteError(f"{self.base_url}: {' '.join(what.split())}", cause=cause)
+
+
+class _Watch:
+    """How long one stream may be waited for now."""
+
+    def __init__(self, patience: Patience) -> None:
+        self._clock, self._idle_s = asyncio.get_running_loop().time, patience.idle_s
+        self.until = None if patience.first_s is None else self._clock() + patience.first_s
+        self.answered = False  # whether a status came
+        self.events = 0
+
+    def heard(self) -> None:
+        self.events += 1
+        self.until = None if self._idle_s is None else self._clock() + self._idle_s
+
+
+async def _lines(response: aiohttp.ClientResponse, watch: _Watch) -> AsyncIterator[bytes]:
+    """Lines of any length (aiohttp's own reader gives up at 128 KiB, and a routing record is longer)."""
+    rest = bytearray()
+    while True:
+        async with asyncio.timeout_at(watch.until):
+            piece = await response.content.readany()
+        if not piece:
+            break
+        rest += piece
+        if b"\n" in piece:
+            *lines, last = bytes(rest).split(b"\n")
+            rest = bytearray(last)
+            for line in lines:
+                yield line
+    if rest:
+        yield bytes(rest)
+
+
+def refusal(
+    status: int, text: bytes, base_url: str, retry_after: float | None = None, cause: str = "status"
+) -> RemoteError:
+    """The server's own words, whichever of the two usual shapes they come in."""
+    try:
+        error = msgspec.json.decode(text)["error"]
+        if isinstance(error, str):
+            message, kind = error, "error"
+        else:
+            message, kind = str(error.get("message", error)), str(error.get("type", "error"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        message = f"{base_url} answered {status}: {' '.join(text.decode(errors='replace').split())[:200]}"
+        kind = "error"
+    return RemoteError(message, status=status, kind=kind, cause=cause, retry_after_s=retry_after)
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """`retry-after-ms`, or Retry-After as seconds or as a date."""
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers[name]) / unit
+            if 0 <= seconds < float("inf"):
+                return seconds
+        except (KeyError, ValueError):
+            pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+def _status(event: dict[str, Any]) -> int:
+    code = event["error"].get("code") if isinstance(event["error"], dict) else None
+    return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+
+def numbers(values: Any) -> Sequence[Any]:
+    """A JSON list, or TypeError."""
+    if not isinstance(values, list):
+        raise TypeError(f"a list was expected, not {type(values).__name__}")
+    return values

@@ -1,0 +1,220 @@
+"""A `Policy` over any OpenAI-compatible chat endpoint.
+
+Text goes in between, so its ids are our own rendering of what came back, each piece rendered as it came: usable to show
+and to fine-tune on, never for RL (`exact` is False, log-probabilities are 0, the weights version is -1). Thought and
+content stream; calls are handed on when the answer is whole, because only then their arguments are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from tidelock.tokens.message import Message, ToolCall
+from tidelock.tokens.policy import Chunk, PolicyError, Reported, SamplingParams
+from tidelock.tokens.template import Template, canonical
+
+from .rendering import Form, Rendering
+from .sse import Endpoint, Patience, Session
+
+FINISHES = {"stop": "stop", "tool_calls": "stop", "function_call": "stop", "length": "length"}
+EFFORT = re.compile(r"`thinking_effort=(\w+)`")
+UNREADABLE = "unreadable_arguments"  # the one argument of a call whose arguments are no JSON object, as ChatML has it
+
+
+def to_wire(message: Message) -> dict[str, Any]:
+    """A message as the chat-completions wire spells it. Tools travel outside the messages."""
+    out: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.reasoning:
+        out["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        out["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": json.dumps(c.arguments)}}
+            for c in message.tool_calls
+        ]
+    if message.role == "tool":
+        out["tool_call_id"] = message.tool_call_id
+    return out
+
+
+class TextPolicy:
+    """`template` turns ids into messages and back; it need not be the server's. `metadata` goes with every request.
+
+    metered: no answer has more ids than its `max_tokens`, for those who bill by them; otherwise that is the server's
+    limit alone, in its own tokens. dialect: "openai", or "kimi", whose servers can leave thinking out and go on with
+    a begun answer.
+    """
+
+    exact = False
+
+    def __init__(
+        self, base_url: str, api_key: str, model: str, template: Template, metadata: dict[str, str] | None = None,
+        session: Session = None, *, patience: Patience = Patience(), metered: bool = False, dialect: str = "openai",
+    ) -> None:  # fmt: skip
+        self._server, self.model = Endpoint(base_url, api_key, session, patience), model
+        self.template, self.metadata = template, metadata or {}
+        self.last: dict[str, Any] = {}  # id, usage and trace of the last answer
+        self._form, self._metered, self._kimi = Form(template), metered, dialect == "kimi"
+        self._aborted: set[str] = set()
+
+    async def generate(
+        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
+    ) -> AsyncIterator[Chunk]:
+        messages, begun, state = self._read(prompt_ids)
+        body = self._body(messages, begun, state, params)
+        answer, turn, name = _Answer(), Rendering(self._form, state), request_id or uuid.uuid4().hex
+        left = params.max_tokens if self._metered else None
+        try:
+            async with aclosing(self._server.events("/chat/completions", body, name)) as events:
+                async for event in events:
+                    for kind, text in answer.take(event):
+                        ids = turn.say(kind, text)
+                        if left is not None and len(ids) > left:
+                            yield _chunk(ids[:left], "length")
+                            return
+                        if ids:
+                            left = None if left is None else left - len(ids)
+                            yield _chunk(ids)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise self._server.broken(f"an event is no chat completion chunk ({e!r})", "malformed") from None
+        except PolicyError:
+            if answer.finish_reason is None:  # what was missing after it is the usage
+                raise
+        if name in self._aborted:
+            self._aborted.discard(name)
+            yield _chunk((), "abort")
+            return
+        if answer.finish_reason is None:
+            raise self._server.broken("the stream ended without a finish reason")
+        if answer.finish_reason not in FINISHES:
+            raise PolicyError(f"the server ended the answer with {answer.finish_reason!r}", status=502, kind="server_error")
+        self.last = {"id": answer.id, "usage": answer.usage, "trace": answer.trace}
+        yield self._last(answer, turn, messages, left)
+
+    def _last(self, answer: _Answer, turn: Rendering, messages: list[Message], left: int | None) -> Chunk:
+        """Calls and closing. A closing that does not fit is left out: whoever reads the turn closes it as well."""
+        finish = FINISHES[answer.finish_reason or ""]
+        calls = canonical([*messages, Message("assistant", tool_calls=answer.tool_calls())])[-1].tool_calls
+        ids = turn.end(calls) if calls or finish == "stop" else []
+        if left is not None and len(ids) > left:
+            ids, finish = (ids[:left], "length") if calls else ([], finish)
+        reported = Reported.of(answer.usage or None)
+        return _chunk(ids, finish, (reported and reported.cached_tokens) or 0, reported)
+
+    def _read(self, prompt_ids: Sequence[int]) -> tuple[list[Message], Message, str]:
+        """(the conversation, what the answer was begun with, where in the turn that leaves off)."""
+        ids, opening = list(prompt_ids), self.template.generation_prompt()
+        at = next((i for i in range(len(ids) - len(opening), -1, -1) if ids[i : i + len(opening)] == opening), None)
+        if at is None:
+            raise PolicyError("the prompt asks for no answer", status=400, kind="invalid_request_error")
+        begun = ids[at + len(opening) :]
+        if not begun:
+            return self.template.parse(ids[:at]), Message("assistant"), "start"
+        parser = self.template.parser()
+        parser.feed(begun)
+        state = parser.sinks.get(parser.state, "content")
+        return self.template.parse(ids[:at]), parser.finish(), state
+
+    def _body(self, messages: Sequence[Message], begun: Message, state: str, params: SamplingParams) -> dict[str, Any]:
+        if params.constraint is not None:
+            raise PolicyError("an endpoint that speaks text cannot be held to a format or a tool", status=400,
+                              kind="invalid_request_error")  # fmt: skip
+        efforts = [m for m in messages if m.name == "thinking-effort"]
+        wire = [to_wire(m) for m in messages if m not in efforts and (m.content or not m.tools)]
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": wire,
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if begun.content or begun.reasoning:
+            if not self._kimi:
+                raise PolicyError("this model's endpoint cannot go on with a begun answer", status=400,
+                                  kind="invalid_request_error")  # fmt: skip
+            wire.append({**to_wire(begun), "partial": True})
+        if state == "content" and self._kimi:
+            body["thinking"] = {"type": "disabled"}
+        if efforts and (stated := EFFORT.search(efforts[-1].content)):
+            body["reasoning_effort"] = stated[1]
+        if params.top_p < 1:  # a server that fixes it (Kimi's contract) refuses to be told
+            body["top_p"] = params.top_p
+        for name in ("presence_penalty", "frequency_penalty"):
+            if penalty := getattr(params, name):
+                body[name] = penalty
+        if tools := [t.openai() for m in messages for t in m.tools]:
+            body["tools"] = tools
+        if params.seed is not None:
+            body["seed"] = params.seed % (1 << 53)
+        if self.metadata:
+            body["metadata"] = self.metadata
+        return body
+
+    async def count(self, prompt_ids: Sequence[int]) -> int:
+        return len(prompt_ids)
+
+    async def abort(self, request_id: str) -> None:
+        """Hangs up, which is the only abort a text endpoint knows."""
+        if self._server.cut(request_id):
+            self._aborted.add(request_id)
+
+    async def swap(self, checkpoint: str, version: int) -> None:
+        raise PolicyError("a text endpoint's weights are its owner's to change", status=400, kind="invalid_request_error")
+
+    async def alive(self, path: str, within_s: float) -> None:
+        """Raises RemoteError unless the server answers GET `path` with 200 in that time."""
+        await self._server.alive(path, within_s)
+
+
+def _chunk(ids: Sequence[int], finish: str | None = None, cached: int = 0, reported: Reported | None = None) -> Chunk:
+    return Chunk(tuple(ids), (0.0,) * len(ids), -1, finish, cached, reported=reported)
+
+
+class _Answer:
+    """The deltas of one streamed completion: text is passed on, calls are collected."""
+
+    def __init__(self) -> None:
+        self.id = ""
+        self.calls: dict[int, dict[str, str]] = {}
+        self.finish_reason: str | None = None
+        self.usage: dict[str, Any] = {}
+        self.trace: dict[str, Any] = {}
+
+    def take(self, event: dict[str, Any]) -> Iterator[tuple[str, str]]:
+        """("reasoning" | "content", text) as it comes."""
+        self.id = event.get("id") or self.id
+        self.usage = event.get("usage") or self.usage
+        self.trace = event.get("trace") or self.trace
+        for choice in event.get("choices") or []:
+            delta = choice.get("delta") or {}
+            yield "reasoning", _text(delta.get("reasoning_content") or delta.get("reasoning"))
+            yield "content", _text(delta.get("content"))
+            for part in delta.get("tool_calls") or []:
+                call = self.calls.setdefault(part.get("index", 0), {"id": "", "name": "", "arguments": ""})
+                function = part.get("function") or {}
+                call["id"] = part.get("id") or call["id"]
+                call["name"] = function.get("name") or call["name"]
+                call["arguments"] += function.get("arguments") or ""
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return tuple(ToolCall(c["id"], c["name"], _arguments(c["arguments"])) for _, c in sorted(self.calls.items()))
+
+
+def _text(value: Any) -> str:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"text was expected, not {type(value).__name__}")
+    return value or ""
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError:
+        value = None
+    return value if isinstance(value, dict) else {UNREADABLE: text}
