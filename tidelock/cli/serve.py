@@ -20,6 +20,8 @@ def add(subparsers) -> None:
     p.add_argument("--max-batch", type=int, default=96, help="requests that run at the same time")
     p.add_argument("--weights", choices=("fp32", "bf16", "fp16", "int8", "int4", "mxfp4"),
                    help="serve a packed copy: faster and smaller; fp32 keeps every bit, the others round the weights")
+    p.add_argument("--upstreams", type=Path, metavar="FILE",
+                   help="let other servers answer: an upstreams.toml (default: DIR/service/upstreams.toml, if it is there)")
     p.add_argument("--lenient", action="store_true",
                    help="for clients written for other APIs: take any model name, and sampling parameters that Kimi fixes")
     p.add_argument("--log", choices=("json", "text", "off"), default="off",
@@ -32,7 +34,6 @@ def add(subparsers) -> None:
 
 
 def run(args) -> dict:
-    from tidelock.engine import Limits
     from tidelock.loop.rundir import RunDir
     from tidelock.sandbox.level import die_with_parent
     from tidelock.service import logs
@@ -44,7 +45,7 @@ def run(args) -> dict:
         if os.getppid() != args.exit_with_parent:  # it died before we could ask to be told
             raise UserError(f"process {args.exit_with_parent}, which started this server, is gone")
     bind(args.host, args.port).close()  # a taken port is said before the model is loaded
-    state = RunDir(args.dir).existing().service_state(Limits(max_batch=args.max_batch), args.weights)
+    state = state_of(RunDir(args.dir).existing(), args)
     state.lenient = args.lenient
     if args.otel:
         from tidelock.service.tracing import Tracing
@@ -57,7 +58,7 @@ def run(args) -> dict:
         for name in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(name, stop.set)
         async with serving(state, args.host, args.port, args.ready_file) as running:
-            print(f"serving {state.model} (weights version {state.weights_version}) at {running.base_url}", flush=True)
+            print(f"serving {state.model} ({answered_by(state)}) at {running.base_url}", flush=True)
             print(f"console at {running.base_url.removesuffix('/v1')}/console/", flush=True)
             waiter = asyncio.create_task(stop.wait())
             await asyncio.wait([waiter, running.task], return_when=asyncio.FIRST_COMPLETED)
@@ -69,3 +70,17 @@ def run(args) -> dict:
     if state.tracing is not None:
         state.tracing.close()
     return {"base_url": url}
+
+
+def state_of(run_dir, args):
+    """The release's own engine, or other servers where a file names them; then nothing here imports PyTorch."""
+    if upstreams := run_dir.upstreams(args.upstreams):
+        return run_dir.gateway_state(upstreams)
+    from tidelock.engine import Limits
+
+    return run_dir.service_state(Limits(max_batch=args.max_batch), args.weights)
+
+
+def answered_by(state) -> str:
+    upstreams = getattr(state.policy, "upstreams", None)
+    return f"upstreams {', '.join(u.name for u in upstreams)}" if upstreams else f"weights version {state.weights_version}"

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tidelock.models import read_config
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.journal import Journal, read_journal
 
@@ -62,6 +61,8 @@ class Registry:
         return self._append(self.directory / earlier[-1].checkpoint, "rollback", {})
 
     def _append(self, checkpoint: str | Path, reason: str, metrics: dict[str, Any]) -> Release:
+        from tidelock.models import read_config  # brings torch along, which those who only read releases do not need
+
         read_config(checkpoint)
         path = Path(checkpoint).resolve()
         inside = path.is_relative_to(self.directory.resolve())

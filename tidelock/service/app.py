@@ -112,12 +112,14 @@ async def swap_weights(state: ServiceState, request: Request) -> dict[str, Any]:
 
 async def health(state: ServiceState, request: Request) -> dict[str, Any]:
     numerics = getattr(state.policy, "exactness", None)  # what an engine's self-test found at its start
+    routed = getattr(state.policy, "health", None)  # a pool's upstreams
     return {
         "status": "ok",
         "model": state.model,
         "weights_version": state.weights_version,
         "exact": state.policy.exact,
         **({"numerics": numerics.numerics, "max_abs_dlogp": numerics.max_abs_dlogp} if numerics else {}),
+        **(routed() if routed else {}),
     }
 
 
@@ -132,13 +134,14 @@ def _lifespan(state: ServiceState) -> Callable[[Any], Any]:
         sweeper = asyncio.create_task(upkeep.run(state))
         batches = asyncio.create_task(batch_worker.work(state))
         slowly = asyncio.create_task(upkeep.slowly(state))
+        own = getattr(state.policy, "run", None)  # a pool looks after its upstreams
+        watching = [asyncio.create_task(own())] if own else []
         try:
             yield
         finally:
-            sweeper.cancel()
-            batches.cancel()
-            slowly.cancel()
-            await asyncio.gather(batches, slowly, return_exceptions=True)
+            for task in (sweeper, batches, slowly, *watching):
+                task.cancel()
+            await asyncio.gather(batches, slowly, *watching, return_exceptions=True)
             await asyncio.to_thread(upkeep.leave, state)
 
     return lifespan

@@ -69,6 +69,8 @@ class Observed:
         metrics.version.set(version)
         if dataclasses.is_dataclass(getattr(policy, "stats", None)):
             metrics.registry.register(EngineStats(policy))
+        if collector := getattr(policy, "collector", None):  # a pool's upstreams
+            metrics.registry.register(collector())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._policy, name)

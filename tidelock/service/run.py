@@ -118,6 +118,8 @@ def _check_allowed(state: ServiceState, key: Key, ask: Ask) -> None:
     """A model that the key may not use is one that is not there."""
     if not key.sees(state.model):
         raise errors.not_found(f"no model {ask.model!r} here; /v1/models lists them", "model", "model_not_found")
+    if ask.logprobs and not state.policy.exact:
+        raise errors.invalid_request("this model's server speaks text and tells no log-probabilities", "logprobs")
 
 
 def opening(template: Template, ask: Ask) -> tuple[int, ...]:

@@ -1,0 +1,166 @@
+"""`upstreams.toml`: the upstreams of a service as a person writes them. Keys of upstreams stay in the environment.
+
+    [pool]                        # all of it may be left out
+    choice = "affinity"           # or "least-loaded", "round-robin"
+    retries = 2                   # on other upstreams, before the first token only
+    max_waiting = 256             # requests in line
+    wait_s = 60                   # in line, at most
+    spread = 1.5                  # times its share before an upstream's conversations go elsewhere
+    probe_s = 5
+    model = "tide-nano"           # what clients ask for; it has to be in the price book
+    context_length = 262144       # if it is not the release's
+
+    [[upstream]]
+    name = "gpu-1"
+    url = "http://10.0.0.5:8000"
+    kind = "tokens"               # Tidelock or vLLM, by token ids; "chat" = any OpenAI-compatible server, by text
+    model = "tide-nano"           # as it is called there; may be left out for tokens
+    api_key_env = "GPU_1_KEY"     # the environment variable with the key; left out: no key
+    max_in_flight = 64
+    weight = 1.0
+    connect_s = 5                 # what is waited for: a connection, the first event, the next event
+    first_token_s = 120
+    idle_s = 30
+    probe = "/health"             # "" = none; chat: "/models"
+    dialect = "openai"            # chat: "kimi" can leave thinking out and go on with a begun answer
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from tidelock.remote import Patience, TextPolicy, TokenPolicy
+from tidelock.service.upstreams.pool import CHOICES, Options, Pool
+from tidelock.service.upstreams.upstream import Upstream
+from tidelock.tokens.errors import UserError
+from tidelock.tokens.template import Template
+
+KEEP_ALIVE_S = 4.0  # below the 5 s after which uvicorn drops an idle connection, so that none is used as it closes
+FIELDS: dict[str, tuple[type, Any]] = {  # of an upstream: type, default (... = there has to be one)
+    "name": (str, ...), "url": (str, ...), "kind": (str, ...), "model": (str, ""), "api_key_env": (str, ""),
+    "max_in_flight": (int, 64), "weight": (float, 1.0), "connect_s": (float, 5.0), "first_token_s": (float, 120.0),
+    "idle_s": (float, 30.0), "probe": (str, None), "dialect": (str, "openai"),
+}  # fmt: skip
+POOL = {"choice": str, "retries": int, "max_waiting": int, "wait_s": float, "spread": float, "probe_s": float,
+        "context_length": int, "model": str}  # fmt: skip
+WORDS = {str: "text", int: "a whole number", float: "a number"}
+
+
+@dataclass(frozen=True)
+class Front:
+    """A pool, and what the file says of the model it stands for."""
+
+    pool: Pool
+    model: str | None = None
+    context_length: int | None = None
+
+
+def read_upstreams(path: str | Path, template: Template, environment: Mapping[str, str] = os.environ) -> Front:
+    """Opens no connection. Raises UserError that names the field."""
+    try:
+        data = tomllib.loads(Path(path).read_text())
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the upstreams {path}: {error}") from error
+    try:
+        return _pool(data, template, environment)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _pool(data: dict[str, Any], template: Template, environment: Mapping[str, str]) -> Front:
+    listed = data.get("upstream")
+    if not isinstance(listed, list) or not listed or not all(isinstance(u, dict) for u in listed):
+        raise UserError("there have to be [[upstream]] tables, one for each upstream")
+    if unknown := sorted(set(data) - {"pool", "upstream"}):
+        raise UserError(f"unknown table {unknown[0]}")
+    said = _typed("[pool]", data.get("pool", {}), POOL)
+    options = Options(**{f.name: said[f.name] for f in fields(Options) if f.name in said})
+    if options.choice not in CHOICES:
+        raise UserError(f"[pool]: choice is one of {', '.join(CHOICES)}, not {options.choice!r}")
+    for name in said:
+        least = {"retries": 0, "max_waiting": 0, "spread": 1.0, "wait_s": 0.0}.get(name)
+        if name not in ("choice", "model") and (said[name] <= 0 if least is None else said[name] < least):
+            raise UserError(f"[pool]: {name} is {said[name]}, which is too small")
+    session = _Sessions()
+    upstreams = [_upstream(u, template, environment, session) for u in listed]
+    names = [u.name for u in upstreams]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise UserError(f"two upstreams are called {twice[0]}")
+    pool = Pool(upstreams, options, template.generation_prompt())
+    pool.closers.append(session.close)
+    return Front(pool, said.get("model"), said.get("context_length"))
+
+
+def _upstream(
+    data: dict[str, Any], template: Template, environment: Mapping[str, str], session: Callable[[], aiohttp.ClientSession]
+) -> Upstream:
+    where = f"upstream {data.get('name', '?')}"
+    said = {name: default for name, (_, default) in FIELDS.items() if default is not ...}
+    said |= _typed(where, data, {name: kind for name, (kind, _) in FIELDS.items()})
+    for name in ("name", "url", "kind"):
+        if not said.get(name):
+            raise UserError(f"{where}: {name} is missing")
+    if said["kind"] not in ("tokens", "chat"):
+        raise UserError(f"{where}: kind is \"tokens\" or \"chat\", not {said['kind']!r}")
+    if not said["url"].startswith(("http://", "https://")):
+        raise UserError(f"{where}: url begins with http:// or https://")
+    if said["kind"] == "chat" and not said["model"]:
+        raise UserError(f"{where}: model is missing (what this endpoint calls it)")
+    if said["dialect"] not in ("openai", "kimi"):
+        raise UserError(f"{where}: dialect is \"openai\" or \"kimi\", not {said['dialect']!r}")
+    for name in ("max_in_flight", "weight", "connect_s", "first_token_s", "idle_s"):
+        if said[name] <= 0:
+            raise UserError(f"{where}: {name} has to be positive")
+    key = "none"
+    if said["api_key_env"]:
+        key = environment.get(said["api_key_env"], "").strip()
+        if not key:
+            raise UserError(f"{where}: the environment has no {said['api_key_env']}")
+    patience = Patience(said["connect_s"], said["first_token_s"], said["idle_s"])
+    if said["kind"] == "tokens":
+        policy: Any = TokenPolicy(said["url"], key, said["model"] or None, session, patience=patience, await_versions=False)
+    else:
+        policy = TextPolicy(said["url"], key, said["model"], template, None, session, patience=patience, metered=True,
+                            dialect=said["dialect"])  # fmt: skip
+    probe = said["probe"] if said["probe"] is not None else "/health" if said["kind"] == "tokens" else "/models"
+    return Upstream(said["name"], policy, said["kind"], said["max_in_flight"], said["weight"], probe)
+
+
+def _typed(where: str, data: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise UserError(f"{where} has to be a table")
+    out = {}
+    for name, value in data.items():
+        if name not in kinds:
+            raise UserError(f"{where}: unknown field {name}; there are {', '.join(kinds)}")
+        kind = kinds[name]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise UserError(f"{where}: {name} is {WORDS[kind]}, not {value!r}")
+        out[name] = value
+    return out
+
+
+class _Sessions:
+    """One HTTP session for all upstreams, opened in the event loop that first needs it."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+
+    def __call__(self) -> aiohttp.ClientSession:
+        if self._session is None or self._session.closed:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        return self._session
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
