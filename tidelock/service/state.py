@@ -82,7 +82,8 @@ class ServiceState:
 
     def inexact(self, upstream: str) -> bool:
         """Whether an upstream counts other tokens than we do, so that its counts can only be compared in sum."""
-        return not self.policy.exact
+        named = getattr(self.policy, "inexact", None)  # a pool knows it of each
+        return named(upstream) if named else not self.policy.exact
 
     @property
     def hold_lifetime_s(self) -> float:

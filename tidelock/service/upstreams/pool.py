@@ -161,6 +161,11 @@ class Pool:
         status = "ok" if working == len(self.upstreams) else "degraded" if working else "down"
         return {"status": status, "weights_version": self.version, "upstreams": [u.status() for u in self.upstreams]}
 
+    def inexact(self, names: str) -> bool:
+        """Whether one of the upstreams that a usage row names speaks text; of one that is gone, whether any here does."""
+        exact = {u.name: u.exact for u in self.upstreams}
+        return not all(exact.get(name, self.exact) for name in names.split(","))
+
     def collector(self) -> Collector:
         return Collector(self)
 
