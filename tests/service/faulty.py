@@ -42,7 +42,8 @@ class Faulty:
     words: Callable[[int], int] = lambda n: 12
     pause_s: float = 0.0
     after: int = 40  # tokens or letters, before a late fault
-    gate: asyncio.Event | None = None  # waited for after the first event
+    gate: asyncio.Event | None = None  # waited for after the event that begins with the token `gate_at`
+    gate_at: int = 0
     version: int = 7
     retry_after: str | None = None
     usage: bool = True
@@ -141,7 +142,7 @@ class Faulty:
                 else:
                     sent.text += part
                 await self._say(response, event(part, end, start))
-                if self.gate is not None and start == 0:
+                if self.gate is not None and start == self.gate_at:
                     await self.gate.wait()
                 await asyncio.sleep(self.pause_s)
             if self.usage:

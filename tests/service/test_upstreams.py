@@ -15,7 +15,7 @@ from tidelock.service.upstreams.pool import Options
 from tidelock.tokens.message import Message
 from tidelock.tokens.policy import Constraint, PolicyError, SamplingParams
 
-PATIENCE = Patience(connect_s=0.5, first_s=0.25, idle_s=0.25)
+PATIENCE = Patience(connect_s=0.5, first_s=1.0, idle_s=1.0)
 
 
 def prompt(text="hi", turns=()):

@@ -188,9 +188,10 @@ class _Answer:
     def take(self, event: dict[str, Any]) -> Iterator[tuple[str, str]]:
         """("reasoning" | "content", text) as it comes."""
         self.id = event.get("id") or self.id
-        self.usage = event.get("usage") or self.usage
+        self.usage = event.get("usage") or self.usage  # Kimi puts it into the last choice, too
         self.trace = event.get("trace") or self.trace
         for choice in event.get("choices") or []:
+            self.usage = self.usage or choice.get("usage") or {}
             delta = choice.get("delta") or {}
             yield "reasoning", _text(delta.get("reasoning_content") or delta.get("reasoning"))
             yield "content", _text(delta.get("content"))
