@@ -101,9 +101,14 @@ class Torture:
 
     # ---- clients -----------------------------------------------------------------------------------------------
 
-    async def customer(self, session: aiohttp.ClientSession, name: str) -> None:
+    async def customer(self, name: str) -> None:
+        """From an address of its own: who uses a revoked key is taken for somebody who guesses keys."""
         low, high = (int(n) for n in self.args.streams.split("-"))
-        await asyncio.gather(*(self.request(session, name, n) for n in range(self.rng.randint(low, high))))
+        number = int(name[1:])
+        connector = aiohttp.TCPConnector(limit=0, local_addr=(f"127.0.{1 + number // 250}.{1 + number % 250}", 0))
+        timeout = aiohttp.ClientTimeout(total=self.args.patience)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            await asyncio.gather(*(self.request(session, name, n) for n in range(self.rng.randint(low, high))))
 
     async def request(self, session: aiohttp.ClientSession, customer: str, n: int) -> None:
         rng = random.Random(f"{self.args.seed} {customer} {n}")
@@ -208,14 +213,12 @@ class Torture:
         began = time.perf_counter()
         chaos = [asyncio.create_task(self.killer()), asyncio.create_task(self.outage())] if not self.args.calm else []
         gate = asyncio.Semaphore(self.args.at_once)
-        timeout = aiohttp.ClientTimeout(total=self.args.patience)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
 
-            async def in_turn(name: str) -> None:
-                async with gate:
-                    await self.customer(session, name)
+        async def in_turn(name: str) -> None:
+            async with gate:
+                await self.customer(name)
 
-            await asyncio.gather(*(in_turn(name) for name in self.organizations))
+        await asyncio.gather(*(in_turn(name) for name in self.organizations))
         wall_s = time.perf_counter() - began
         self.done = True
         await asyncio.gather(*chaos)

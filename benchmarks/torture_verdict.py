@@ -25,6 +25,7 @@ def must_be_zero(seen: Iterable[Any], ledger: Ledger, sent: Counter[str], paid: 
     """`seen`: what clients know of their requests. `sent`: tokens by request, as the upstream wrote it down."""
     seen, db, audit = list(seen), ledger.db, ledger.audit()
     rows = {row["request_id"]: row for row in db.read("SELECT request_id, customer, completion_tokens, nano_usd FROM usage")}
+    charged = {request_id for request_id, row in rows.items() if row["nano_usd"]}
     spent: Counter[str] = Counter()
     for row in rows.values():
         spent[row["customer"]] += row["nano_usd"]
@@ -39,7 +40,7 @@ def must_be_zero(seen: Iterable[Any], ledger: Ledger, sent: Counter[str], paid: 
         "leaked_holds": db.read("SELECT COUNT(*) FROM holds WHERE state = 'open'")[0][0],
         "leaked_limit_reservations": _wrong_levels(db),
         "limits_not_free_after_a_day": _still_limited(db),
-        "charged_though_refused": sum(known.end.startswith("4") and known.request_id in rows for known in seen),
+        "charged_though_refused": sum(known.end[:1] in ("4", "5") and known.request_id in charged for known in seen),
         "sum_nano": audit.sum_nano,
         "broken_links": audit.broken_links,
         "other_audit_faults": audit.unbalanced + audit.wrong_balances + audit.unmetered + abs(audit.held_nano),
