@@ -210,7 +210,7 @@ def test_money_that_ends_before_there_was_anything_to_show_is_not_taken(service,
     answer = post(service, "/chat/completions", body, secret)
     rows = [row for row in usage_rows(service) if row["customer"] == "bob"]
     if answer.status_code == 200:
-        assert tokens == 30 and "balance_exhausted" in answer.text and rows[0]["completion_tokens"] == tokens
+        assert tokens == 30 and "insufficient_quota" in answer.text and rows[0]["completion_tokens"] == tokens
     else:
         assert answer.status_code == 429 and tokens < 30 and not rows
         service.wait(lambda: service.state.ledger.balance("bob") == prompt * 300 + tokens * 1500)
