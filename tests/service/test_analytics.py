@@ -127,8 +127,7 @@ class Play:
     def term(self, customer, plan, months):
         with self.db.transaction() as tx:
             ends = month(shifted(month_of(self.now).name, months)).starts  # at a month's end, where it matters
-            row = (f"t{self.count}", customer, plan[0], self.now, ends, months, plan[1] * 10**9)
-            tx("INSERT INTO plan_terms VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            facts.sell(tx, facts.Term(f"t{self.count}", customer, plan[0], self.now, ends, months, plan[1] * 10**9 + self.count))
 
     def refuse(self, cause, times):
         with self.db.transaction() as tx:

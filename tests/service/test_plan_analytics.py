@@ -43,3 +43,14 @@ def test_the_bridge_moves_as_subscriptions_do_and_fees_are_no_longer_deferred(db
     assert found["payers.usage_or_plan"]["2026-02", ""] == 3 and found["payers.usage_or_plan"]["2026-03", ""] == 2
     cash = sum(ledger.balances(customer)["cash"] for customer in paid_in)
     assert found["deferred"]["2026-04", ""] == cash == sum(paid_in.values()) * USD - sum(found["plans.fees"].values())
+    # every fee that was taken is earned in the end, month by month, and until then it is deferred
+    billed = earned = 0
+    for name in ("2026-01", "2026-02", "2026-03", "2026-04"):
+        billed += sum(nano for (m, _), nano in found["plans.fees"].items() if m == name)
+        earned += sum(nano for (m, _), nano in found["plans.recognised"].items() if m == name)
+        assert billed - earned == found["plans.deferred"].get((name, ""), 0) >= 0
+    assert found["plans.recognised"]["2026-01", "large"] == 99 * USD * 22 // 31  # sold on the tenth for a month
+    with db.snapshot() as read:
+        later = figures(read, months_until(read, "2026-08"), "2026-01")
+    assert sum(later["plans.recognised"].values()) == sum(later["plans.fees"].values())
+    assert {key: value for key, value in later["plans.recognised"].items() if key[0] <= "2026-04"} == found["plans.recognised"]
