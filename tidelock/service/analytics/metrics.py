@@ -4,18 +4,8 @@ left out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-USD, COUNT, SECONDS = "nano-USD", "count", "seconds"
-
-
-@dataclass(frozen=True)
-class Metric:
-    name: str
-    definition: str
-    sql: str
-    unit: str
-
+from tidelock.service.analytics.metric import COUNT, SECONDS, USD, Metric
+from tidelock.service.analytics.selling import SELLING
 
 # ---- who pays ------------------------------------------------------------------------------------------------------
 
@@ -317,7 +307,7 @@ FROM refusals r JOIN months m ON r.hour >= m.starts AND r.hour < m.ends GROUP BY
     ),
 ]
 
-METRICS = (*PAYERS, *REVENUE, _retention(1, "the month"), _retention(12, "the month a year"), *PLANS, *MODELS)
+METRICS = (*PAYERS, *REVENUE, _retention(1, "the month"), _retention(12, "the month a year"), *PLANS, *SELLING, *MODELS)
 
 # The parts that some queries spread their sums over.
 PARTS = """,

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+from tidelock.service.analytics.replay_selling import selling
+
 MONEY, CREDIT = ("cash", "extra"), ("voucher", "plan")
 
 
@@ -26,6 +28,7 @@ def replayed(read: Callable[..., list[Any]], last: str, base: str) -> dict[str, 
     _retention(money, out, names)
     _plans(read, out, names)
     _recognised(read, out, names)
+    selling(read, out, list(zip(names, [_begin(name) for name in names], [_end(name) for name in names], strict=True)))
     _models(read, money, out, names)
     for name, totals in money.totals.items():
         out[name].update({(month, part): nano for (month, part), nano in totals.items() if month in names})
@@ -40,6 +43,10 @@ def _name(when: float) -> str:
 def _end(name: str) -> float:
     year, month = int(name[:4]), int(name[5:])
     return datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC).timestamp()
+
+
+def _begin(name: str) -> float:
+    return datetime(int(name[:4]), int(name[5:]), 1, tzinfo=UTC).timestamp()
 
 
 def _months(read: Callable[..., list[Any]], last: str) -> list[str]:
