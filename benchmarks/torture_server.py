@@ -16,7 +16,7 @@ import aiohttp
 from tidelock.service.prices import Price, PriceBook
 from tidelock.service.server import serving
 from tidelock.service.state import open_state
-from tidelock.tokens.policy import Chunk, PolicyError
+from tidelock.tokens.policy import Chunk, PolicyError, Reported, Source
 from tidelock.tokens.template import get_template
 from tidelock.tokens.tokenizer import ByteTokenizer
 
@@ -26,18 +26,19 @@ BOOK = PriceBook("torture", {"tide": Price(input_nano=300, cached_input_nano=30,
 class Upstream:
     """A policy behind HTTP. Everything that can go wrong on the way is a PolicyError."""
 
-    exact = False
+    exact = True  # ids come out of it, and ids are billed
 
     def __init__(self, url: str, patience_s: float) -> None:
         self._url, self._patience_s = url, patience_s
         self._session: aiohttp.ClientSession | None = None
+        self._source = Source("torture", True)
         self._running: dict[str, aiohttp.ClientResponse] = {}
 
     async def generate(self, prompt_ids, params, request_id=None) -> AsyncIterator[Chunk]:
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_read=self._patience_s)
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
-        asked = {"request_id": request_id, "max_tokens": params.max_tokens}
+        asked = {"request_id": request_id, "max_tokens": params.max_tokens, "prompt_tokens": len(prompt_ids)}
         try:
             async with self._session.post(f"{self._url}/generate", json=asked) as response:
                 if response.status != 200:
@@ -46,7 +47,8 @@ class Upstream:
                 async for line in response.content:
                     said = json.loads(line)
                     ids = tuple(said.get("ids", ()))
-                    yield Chunk(ids, (-0.5,) * len(ids), 1, said.get("finish"))
+                    reported = Reported.of(said.get("usage"))
+                    yield Chunk(ids, (-0.5,) * len(ids), 1, said.get("finish"), source=self._source, reported=reported)
                     if "finish" in said:
                         return
         except TimeoutError:

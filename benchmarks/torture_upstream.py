@@ -50,7 +50,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
             sent += len(part)  # counted before the write: what may have arrived may be charged
             await response.write(json.dumps({"ids": list(part)}).encode() + b"\n")
             await asyncio.sleep(app["pause_s"])
-        await response.write(json.dumps({"finish": ended}).encode() + b"\n")
+        usage = {"prompt_tokens": asked.get("prompt_tokens"), "completion_tokens": sent}
+        await response.write(json.dumps({"finish": ended, "usage": usage}).encode() + b"\n")
         return response
     except ConnectionError:  # the server hung up, or was killed
         return response

@@ -31,10 +31,12 @@ from tidelock.service.analytics.replay import replayed
 from tidelock.service.analytics.report import identities
 from tidelock.service.books import Metered
 from tidelock.service.db import Database, StorageDown
+from tidelock.service.ladder import Ladder, Limits
 from tidelock.service.ledger import InsufficientBalance, Ledger
 from tidelock.service.prices import Counts, Price, PriceBook
 from tidelock.service.rating import rerate
 from tidelock.service.tally import Tally, add, cause
+from tidelock.service.tiers import Tiers
 from tidelock.tokens.errors import UserError
 
 START, MONTHS = month("2025-11").starts, 4
@@ -73,6 +75,8 @@ class Play:
         self.holds: list = []
         for version, prices in BOOKS.items():
             PriceBook(version, prices).register(db)
+        PriceBook("later", BOOKS["v1"], effective=START + 35 * 86400.0).register(db)
+        Tiers(db).set_ladder(Ladder("steep", ((1, Limits()), (1_500_000, Limits()), (4_000_000, Limits()), (4_000_001, Limits()))))
         rates = {(name, "CNY"): 137_000_000 + 1_000_001 * n for n, name in enumerate(("2025-11", "2025-12", "2026-01"))}
         for customer in CUSTOMERS:
             self.ledger.open_account(customer)
@@ -127,8 +131,7 @@ class Play:
     def term(self, customer, plan, months):
         with self.db.transaction() as tx:
             ends = month(shifted(month_of(self.now).name, months)).starts  # at a month's end, where it matters
-            row = (f"t{self.count}", customer, plan[0], self.now, ends, months, plan[1] * 10**9)
-            tx("INSERT INTO plan_terms VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            facts.sell(tx, facts.Term(f"t{self.count}", customer, plan[0], self.now, ends, months, plan[1] * 10**9 + self.count))
 
     def refuse(self, cause, times):
         with self.db.transaction() as tx:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import sqlite3
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,28 @@ def test_admin_rerates_from_the_command_line(tmp_path, capsys):
         args = parser().parse_args(["admin", *words])
         result = args.run(args)
     assert result["charged_nano"] == 10 * 13_500 + 6 * 2_700 + 4 * 270 and "charged" in capsys.readouterr().out
+
+
+def test_backup_audit_and_restore_hold_a_few_rows_at_a_time(tmp_path, target, request):
+    """What is in memory at once does not grow with the tables."""
+    db = Database(target)
+    ledger = Ledger(db)
+    ledger.open_account("ann")
+    peaks = []
+    for rows in (2000, 8000):
+        for n in range(0, rows, 500):
+            with ledger.books(["ann"]) as books:
+                for m in range(500):
+                    books.post("ann", "topup", f"{rows}-{n + m}", [(("outside", ""), -5), (("cash", ""), 5)], "x" * 200)
+        file = tmp_path / f"{rows}.gz"
+        tracemalloc.start()
+        backup(db, file)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.reset_peak()
+        into = str(tmp_path / f"{rows}.sqlite") if db.name == "sqlite" else request.getfixturevalue("postgres").database()
+        restore(file, into)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    db.close()
+    small, large = max(peaks[:2]), max(peaks[2:])
+    assert large < 1.5 * small and large < 6 << 20, peaks

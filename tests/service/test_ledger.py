@@ -12,6 +12,7 @@ from tidelock.service.books import Metered
 from tidelock.service.db import Conflict, Database
 from tidelock.service.ledger import Hold, InsufficientBalance, Ledger
 from tidelock.service.prices import Counts, Price, PriceBook, format_usd
+from tidelock.service.rating import rerate
 from tidelock.service.workers import Worker
 from tidelock.tokens.errors import UserError
 
@@ -288,3 +289,34 @@ def test_a_file_that_is_no_database_is_one_clear_line(tmp_path):
 def test_usd_text_is_exact():
     assert format_usd(1_500_000_001) == "1.500000001"
     assert format_usd(-1) == "-0.000000001"
+
+
+def test_closed_holds_go_after_a_while_and_nothing_that_counts_with_them(db, monkeypatch):
+    price = Price(300, 30, 1500)
+    PriceBook("v1", {"tide": price}).register(db)
+    PriceBook("v2", {"tide": Price(300, 30, 1400)}).register(db)
+    now = [1000.0]
+    ledger = Ledger(db, clock=lambda: now[0])
+    ledger.open_account("ann")
+    ledger.topup("ann", 10**9)
+
+    def hold(name):
+        return ledger.hold("ann", "k", name, model="tide", price=price, price_version="v1", prompt_tokens=5, max_tokens=9, lifetime_s=1e9)
+
+    for n in range(700):
+        held = hold(f"r{n:03}")
+        if n % 3:
+            ledger.settle(held, cached_tokens=0, completion_tokens=4, finish_reason="stop")
+        elif n % 2:
+            ledger.release(held.request_id)
+        now[0] += 1
+    before, open_before = ledger.balances("ann"), db.read("SELECT COUNT(*) FROM holds WHERE state = 'open'")[0][0]
+    assert ledger.prune(1e6) == 0
+    monkeypatch.setattr("tidelock.service.ledger.PRUNED_AT_A_TIME", 200)
+    assert ledger.prune(350.0, most=1) <= 200 and ledger.prune(350.0) > 0 and ledger.prune(350.0) == 0
+    left = db.read("SELECT state, created FROM holds")
+    assert sum(row["state"] == "open" for row in left) == open_before == 117
+    assert all(row["created"] >= now[0] - 350 for row in left if row["state"] != "open")
+    assert ledger.balances("ann") == before and ledger.audit().sound
+    assert rerate(ledger, 0, 2000, "v2").changed == 466 and ledger.audit().sound
+    assert ledger.settle(hold("new"), cached_tokens=0, completion_tokens=4, finish_reason="stop") > 0

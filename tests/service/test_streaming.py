@@ -196,3 +196,21 @@ def test_a_hundred_streams_at_once_each_get_their_own(service):
 
     assert all("[DONE]" in text for text in asyncio.run(all_of_them()))
     assert len(usage_rows(service)) == 100
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 30])
+def test_money_that_ends_before_there_was_anything_to_show_is_not_taken(service, tokens):
+    """The first tokens of an answer may be marks of its form. Who is refused with a plain error has paid nothing; who was
+    sent the beginning of an answer has paid for that."""
+    service.policy.turns, service.policy.per_chunk = [Message("assistant", "word " * 60)], 1
+    body = {**BODIES["/chat/completions"], "stream": True, "max_tokens": 400}
+    post(service, "/chat/completions", {**body, "max_tokens": 1, "stream": False})
+    prompt = usage_rows(service)[0]["prompt_tokens"]
+    secret = service.key("bob", nano_usd=prompt * 300 + tokens * 1500)
+    answer = post(service, "/chat/completions", body, secret)
+    rows = [row for row in usage_rows(service) if row["customer"] == "bob"]
+    if answer.status_code == 200:
+        assert tokens == 30 and "insufficient_quota" in answer.text and rows[0]["completion_tokens"] == tokens
+    else:
+        assert answer.status_code == 429 and tokens < 30 and not rows
+        service.wait(lambda: service.state.ledger.balance("bob") == prompt * 300 + tokens * 1500)

@@ -191,18 +191,19 @@ def test_many_streams_on_one_small_balance_use_it_up_and_not_a_token_more(till, 
     assert sum(charge for _, charge in served) == 5_000_000 - ledger.balance("ann")
 
 
-@pytest.mark.parametrize("streaming", [True, False])
-def test_a_tab_that_is_left_without_a_bill_charges_what_was_sent_and_nothing_else(till, ledger, streaming):
+@pytest.mark.parametrize(("streaming", "delivered"), [(True, True), (True, False), (False, False)])
+def test_a_tab_that_is_left_without_a_bill_charges_what_was_sent_and_nothing_else(till, ledger, streaming, delivered):
     ledger.topup("ann", 10**9)
 
     async def main() -> None:
         with pytest.raises(RuntimeError):
             async with opened(till, ask("r1", most=4000), streaming) as tab:
                 await tab.take(100)
+                tab.delivered = delivered
                 raise RuntimeError
 
     asyncio.run(main())
     till.close()
-    charged = (10 * 300 + 100 * 1500) * streaming
+    charged = (10 * 300 + 100 * 1500) * delivered
     assert ledger.balance("ann") == 10**9 - charged and open_holds(ledger.db) == 0
-    assert ledger.db.read("SELECT COUNT(*) FROM usage")[0][0] == streaming
+    assert ledger.db.read("SELECT COUNT(*) FROM usage")[0][0] == delivered

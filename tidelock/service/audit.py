@@ -3,14 +3,14 @@ entries, no projection believed, every hash chain followed from its start."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from tidelock.service import chain
 from tidelock.service.books import USAGE_COLUMNS, usage_detail
-from tidelock.service.db import Database
+from tidelock.service.db import Database, Reading
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,13 @@ class Audit:
         return not any((*faults, self.held_nano, self.broken_links))
 
 
-Read = Callable[..., list[Any]]
-
-
 def audit(db: Database) -> Audit:
     """Of the books as they stand at one moment; requests may go on meanwhile."""
     with db.snapshot() as read:
         return _audit(read)
 
 
-def _audit(read: Read) -> Audit:
+def _audit(read: Reading) -> Audit:
     def one(sql: str) -> int:
         return read(sql)[0][0]
 
@@ -72,21 +69,26 @@ def _audit(read: Read) -> Audit:
     )
 
 
-def _unmetered(read: Read) -> int:
+def _unmetered(read: Reading) -> int:
     """Settlements without their usage row or with other numbers in it, usage rows without a settlement, and customers
     whose revenue is not the sum of their usage and its adjustments."""
-    settled = dict(map(tuple, read("SELECT reference, detail FROM transactions WHERE kind = 'settle'")))
-    rows = read(f"SELECT {', '.join(USAGE_COLUMNS)} FROM usage")
-    wrong = sum(settled.pop(row[0], None) != usage_detail(row) for row in rows)
+    columns = ", ".join(f"u.{name}" for name in USAGE_COLUMNS)
+    settled = "transactions t ON t.kind = 'settle' AND t.reference = u.request_id"
+    rows = read.stream(f"SELECT {columns}, t.detail AS detail FROM usage u LEFT JOIN {settled}")
+    wrong = sum(row["detail"] != usage_detail(row) for row in rows)
+    without = read(
+        "SELECT COUNT(*) FROM transactions t LEFT JOIN usage u ON u.request_id = t.reference "
+        "WHERE t.kind = 'settle' AND u.request_id IS NULL"
+    )[0][0]
     revenue = read(
         "SELECT COUNT(*) FROM (SELECT customer FROM (SELECT customer, nano_usd FROM usage UNION ALL "
         "SELECT customer, nano_usd FROM adjustments UNION ALL SELECT customer, -nano_usd FROM entries WHERE kind = 'revenue') "
         "AS sides GROUP BY customer HAVING SUM(nano_usd) <> 0) AS wrong"
     )[0][0]
-    return wrong + len(settled) + revenue
+    return wrong + without + revenue
 
 
-def _broken_links(read: Read) -> int:
+def _broken_links(read: Reading) -> int:
     """Follows every customer's chain from its start to the head that `customers` names."""
     heads = {row[0]: (row[1], row[2]) for row in read("SELECT customer, seq, hash FROM customers")}
     broken, at = 0, {customer: (0, "") for customer in heads}
@@ -99,17 +101,23 @@ def _broken_links(read: Read) -> int:
     return broken + sum(at[customer] != head for customer, head in heads.items()) + len(at.keys() - heads.keys())
 
 
-def audit_and_root(read: Read) -> tuple[Audit, str]:
+def audit_and_root(read: Reading) -> tuple[Audit, str]:
     """The audit, and `chain.root`, of one snapshot."""
     return _audit(read), chain.root(map(tuple, read("SELECT customer, seq, hash FROM customers")))
 
 
-def _transactions(read: Read) -> Iterator[tuple[str, Any, list[tuple]]]:
-    """(customer, transaction, its entries as (kind, lot, nano)) in chain order."""
-    moved = read("SELECT customer, seq, kind, lot, nano_usd FROM entries ORDER BY customer, seq, n")
-    entries = {key: [tuple(row)[2:] for row in rows] for key, rows in groupby(moved, key=lambda row: (row[0], row[1]))}
-    for t in read("SELECT * FROM transactions ORDER BY customer, seq"):
-        yield t["customer"], t, entries.get((t["customer"], t["seq"]), [])
+def _transactions(read: Reading) -> Iterator[tuple[str, Any, list[tuple]]]:
+    """(customer, transaction, its entries as (kind, lot, nano)) in chain order: two streams side by side, so that memory
+    does not grow with the books. Entries without a transaction cannot be (the schema refuses them)."""
+    moved = read.stream("SELECT customer, seq, kind, lot, nano_usd FROM entries ORDER BY customer, seq, n")
+    groups = groupby(moved, key=lambda row: (row[0], row[1]))
+    key, rows = next(groups, (None, ()))
+    for t in read.stream("SELECT * FROM transactions ORDER BY customer, seq"):
+        entries: list[tuple] = []
+        if key == (t["customer"], t["seq"]):
+            entries = [tuple(row)[2:] for row in rows]
+            key, rows = next(groups, (None, ()))
+        yield t["customer"], t, entries
 
 
 def statement(db: Database) -> list[dict[str, Any]]:

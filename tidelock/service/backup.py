@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,10 +41,11 @@ def backup(db: Database, path: str | Path) -> tuple[Audit, str]:
                 out = _Digested(file)
                 out.line({"format": FORMAT, "version": version, "root": root})
                 for table in _tables(db, read):
-                    rows = read(f"SELECT * FROM {table}")
-                    columns = list(rows[0].keys()) if rows else []
-                    out.line({"table": table, "columns": columns, "rows": len(rows)})
-                    for row in rows:
+                    count = read(f"SELECT COUNT(*) FROM {table}")[0][0]
+                    rows = read.stream(f"SELECT * FROM {table}")
+                    first = next(rows, None)
+                    out.line({"table": table, "columns": list(first.keys()) if first is not None else [], "rows": count})
+                    for row in chain(() if first is None else (first,), rows):
                         out.line(list(row))
                 file.write(json.dumps({"sha256": out.digest.hexdigest()}).encode() + b"\n")
             with open(temporary, "rb") as done:
@@ -61,7 +63,8 @@ def restore(path: str | Path, target: str) -> tuple[Audit, str]:
     A file of an older schema is brought up to date. Raises UserError if the file is damaged, the database is not empty,
     or the books come out otherwise than they went in; an SQLite file then does not appear at all.
     """
-    header, tables = _read(Path(path))
+    path = Path(path)
+    header = _checked(path)
     is_file = "://" not in target
     if is_file and Path(target).exists():
         raise UserError(f"{target} exists; a backup is restored into a new file")
@@ -70,7 +73,7 @@ def restore(path: str | Path, target: str) -> tuple[Audit, str]:
         _remove(working)
     db = Database(working, version=header["version"])
     try:
-        _fill(db, tables)
+        _fill(db, path)
         db.migrate()
         with db.snapshot() as read:
             found, root = audit_and_root(read)
@@ -87,49 +90,62 @@ def restore(path: str | Path, target: str) -> tuple[Audit, str]:
         raise
 
 
-def _fill(db: Database, tables: list[tuple[str, list[str], list[list[Any]]]]) -> None:
-    """Tables refer to each other: whatever cannot go in yet is tried again after the others."""
-    if any(db.read(f"SELECT 1 FROM {table} LIMIT 1") for table, _, _ in tables if table != "migrations"):
-        raise UserError("the database is not empty; a backup is restored into a new one")
-    waiting = [(table, columns, rows) for table, columns, rows in tables if rows and table != "migrations"]
-    while waiting:
-        refused = []
-        for table, columns, rows in waiting:
+def _fill(db: Database, path: Path) -> None:
+    """Tables refer to each other: whatever cannot go in yet is tried again, with the file read once more, after the others."""
+    done, left = {"migrations"}, -1
+    while left:
+        before, left = left, 0
+        for table, columns, rows in _sections(path):
+            if table in done or not columns:
+                continue
+            if before < 0 and db.read(f"SELECT 1 FROM {table} LIMIT 1"):
+                raise UserError("the database is not empty; a backup is restored into a new one")
             try:
                 with db.transaction() as tx:
-                    for start in range(0, len(rows), ROWS_PER_INSERT):
-                        tx.insert(table, columns, rows[start : start + ROWS_PER_INSERT])
+                    while some := list(islice(rows, ROWS_PER_INSERT)):
+                        tx.insert(table, columns, some)
+                done.add(table)
             except Conflict as error:
-                refused.append((table, columns, rows))
-                reason = error
-        if len(refused) == len(waiting):
+                left, reason = left + 1, error
+        if left == before:
             raise UserError(f"the backup does not fit its own schema: {reason}")
-        waiting = refused
 
 
 def _tables(db: Database, read: Any) -> list[str]:
     return sorted(row[0] for row in read(db.list_tables))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[tuple[str, list[str], list[list[Any]]]]]:
+def _checked(path: Path) -> dict[str, Any]:
+    """The header of a file that is whole. Raises UserError."""
     try:
+        digest, last, header = hashlib.sha256(), None, {}
         with gzip.open(path, "rb") as file:
-            *lines, last = file.read().splitlines()
-        digest = hashlib.sha256(b"".join(line + b"\n" for line in lines)).hexdigest()
-        header, rest = json.loads(lines[0]), iter(lines[1:])
-        if json.loads(last).get("sha256") != digest or header.get("format") != FORMAT:
+            for line in file:
+                if last is not None:
+                    digest.update(last)
+                    header = header or json.loads(last)
+                last = line
+        if json.loads(last or b"null").get("sha256") != digest.hexdigest() or header.get("format") != FORMAT:
             raise ValueError("its digest does not fit")
         if header["version"] > max(migrations.steps()):
             raise UserError(f"{path} was made by a newer program (schema {header['version']})")
-        return header, list(_sections(rest))
-    except (OSError, EOFError, ValueError, IndexError, KeyError) as error:
+        return header
+    except (OSError, EOFError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{path} is no backup, or a damaged one: {error}") from error
 
 
-def _sections(lines: Iterator[bytes]) -> Iterator[tuple[str, list[str], list[list[Any]]]]:
-    for line in lines:
-        section = json.loads(line)
-        yield section["table"], section["columns"], [json.loads(next(lines)) for _ in range(section["rows"])]
+def _sections(path: Path) -> Iterator[tuple[str, list[str], Iterator[list[Any]]]]:
+    """(table, columns, rows); rows that were not taken are passed over."""
+    with gzip.open(path, "rb") as file:
+        next(file)
+        for line in file:
+            section = json.loads(line)
+            if "table" not in section:
+                return
+            rows = map(json.loads, islice(file, section["rows"]))
+            yield section["table"], section["columns"], rows
+            for _ in rows:
+                pass
 
 
 def _remove(path: str) -> None:

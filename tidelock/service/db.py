@@ -72,6 +72,10 @@ class Backend(Protocol):
     def migration(self) -> AbstractContextManager[Transaction]:
         """A transaction that no other process can run beside ours."""
 
+    def oldest(self, table: str, most: int) -> str:
+        """What to select from to find old rows without reading the whole table: the first that were written, or all where
+        an index by age does that."""
+
     def append_only(self, table: str) -> Iterable[str]:
         """Statements after which rows of the table can be neither changed nor removed."""
 
@@ -98,6 +102,7 @@ class Database:
         except (StorageDown, Conflict) as error:
             raise UserError(f"cannot open the service database {_shown(self.target)}: {error}") from error
         self.name, self.writers, self.list_tables = self._backend.name, self._backend.writers, self._backend.list_tables
+        self.oldest = self._backend.oldest
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="db-read")
 
     def migrate(self) -> None:

@@ -26,6 +26,7 @@ from tidelock.tokens.errors import UserError
 __all__ = ["MAX_NANO", "Audit", "Hold", "InsufficientBalance", "Ledger"]
 
 MAX_NANO = 2**62  # far from the 64-bit overflow, which SQLite would silently turn into a float
+PRUNED_AT_A_TIME = 500
 CONTRA, BREAKAGE = ("contra", ""), ("breakage", "")
 
 
@@ -168,6 +169,20 @@ class Ledger:
             with self.books([row[0] for row in rows], [row[1] for row in rows]) as books:
                 lost += sum(books.lose(row[1]) is not None for row in rows)
         return lost
+
+    def prune(self, older_than_s: float, most: int = 50_000) -> int:
+        """Removes holds that were closed and are older than this, a few at a time so that nobody waits long; returns how
+        many. Nothing is rated from them: what was metered is in the usage rows and the transactions, which stay."""
+        cutoff, pruned = self.clock() - older_than_s, 0
+        sql = f"SELECT request_id FROM {self.db.oldest('holds', PRUNED_AT_A_TIME)} AS h WHERE h.state <> 'open' AND h.created < ? LIMIT ?"
+        while pruned < most:
+            old = [row[0] for row in self.db.read(sql, (cutoff, PRUNED_AT_A_TIME))]
+            if not old:
+                break
+            with self.db.transaction() as tx:
+                tx(f"DELETE FROM holds WHERE state <> 'open' AND request_id IN ({', '.join('?' * len(old))})", old)
+            pruned += len(old)
+        return pruned
 
     # ---- reading -----------------------------------------------------------------------------------------------
 

@@ -157,8 +157,9 @@ class Plans:
             elif new.price_nano > old.price_nano:
                 moved = {**seats, old.name: -1}
                 _seats(books, customer, {**moved, new.name: moved.get(new.name, 0) + 1})
-                _pay(books, sub, new.price_nano - _unused(books, sub, old))
-                _end_lot(books, sub)
+                credited = _unused(books, sub, old)
+                _pay(books, sub, new.price_nano - credited)
+                _end_lot(books, sub, credited)
                 sub.plan, sub.anchor, sub.period = new.name, books.now, 0
                 _allocate(books, sub, new, books.now)
                 _windows(books, sub, new, fresh=True)
@@ -333,10 +334,11 @@ def _allocate(books: Books, sub: Subscription, plan: Plan, since: float) -> None
     books.post(sub.customer, "plan_grant", sub.lot, [(CONTRA, -plan.credits_nano), (("plan", sub.lot), plan.credits_nano)], plan.name)
 
 
-def _end_lot(books: Books, sub: Subscription) -> None:
-    """What is left of the credits is gone; what a running request brings back later goes the same way."""
+def _end_lot(books: Books, sub: Subscription, credited_nano: int = 0) -> None:
+    """What is left of the credits is gone; what a running request brings back later goes the same way. `credited_nano`: of
+    the price, what pays for the plan that comes now."""
     name = ("plan", sub.lot)
-    cut_short(books.execute, sub.lot, books.now)
+    cut_short(books.execute, sub.lot, books.now, credited_nano)
     left = books.balance(sub.customer, name)
     books.end_pocket(sub.customer, name)
     if left:

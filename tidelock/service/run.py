@@ -163,8 +163,16 @@ class Meter:
             constraint=turn.constraint,
             tenant=turn.key.customer,
         )
-        self.delivered = False  # whether the client has been sent any of it
         self.asked, self.first = time.monotonic(), None  # the model; when its first token came
+
+    @property
+    def delivered(self) -> bool:
+        """Whether the client has been sent any of it: only then it is charged."""
+        return self.tab.delivered
+
+    @delivered.setter
+    def delivered(self, value: bool) -> None:
+        self.tab.delivered = value
 
     @property
     def complete(self) -> bool:
@@ -270,6 +278,7 @@ async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncI
         deadline = asyncio.get_running_loop().time() + state.request_timeout_s
         tasks = [asyncio.create_task(_pump(state, turn, meter, choice, inbox)) for choice in meter.choices]
         rest: list[Piece] = []
+        failure: Exception | None = None
         failed: ApiError | None = None
         try:
             running = len(tasks)
@@ -295,7 +304,8 @@ async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncI
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            meter.delivered |= meter.complete or left.is_set()
+            # cut at the end of the money before there was anything to show, it is whole and yet was not sent
+            meter.delivered |= (meter.complete and failure is None) or left.is_set()
             if meter.delivered and any(choice.sample.ids for choice in meter.choices):
                 rest, ended, bill = await meter.finish()
                 if failed is not None:

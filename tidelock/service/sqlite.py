@@ -71,6 +71,9 @@ class Sqlite:
             connection.execute("PRAGMA query_only = ON")
             yield from _frozen(connection)
 
+    def oldest(self, table: str, most: int) -> str:
+        return f"(SELECT * FROM {table} ORDER BY rowid LIMIT {most})"
+
     def append_only(self, table: str) -> list[str]:
         return [
             f"CREATE TRIGGER {table}_{verb}_never BEFORE {verb} ON {table} "

@@ -27,6 +27,7 @@ class Tab:
         self._till, self.hold, self._streaming = till, hold, streaming
         self._asked, self._covered, self._taken = asked_tokens, hold.max_tokens, 0
         self._ahead: asyncio.Task[int] | None = None
+        self.delivered = False  # the client has been sent something of it: set by who sends
         self.exhausted = False  # the balance did not cover what was to come
         self.charge: int | None = None  # nano-USD, once settled
 
@@ -63,7 +64,7 @@ class Tab:
         if self.charge is None:
             self.charge = 0
             try:
-                if self._streaming and self._taken:
+                if self.delivered and self._taken:
                     with step("settle"):
                         self.charge = await self._till.settle(self.hold, metered := Metered(self.counts(), "abort"))
                     self._billed(metered)

@@ -69,6 +69,7 @@ def sweep(state: ServiceState) -> None:
     state.plans.turn()
     state.ledger.expire_pockets()
     state.idempotency.sweep()
+    state.ledger.prune(state.keep_holds_s)
     notices.sweep(state.ledger.db, state.ledger.clock())
     state.refused.sweep()
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,14 @@ def write(tx: Transaction, facts: Facts) -> None:
 
 
 def sell(tx: Transaction, term: Term) -> None:
-    tx.insert("plan_terms", tuple(Term.__dataclass_fields__), [tuple(term.__dict__.values())])
+    columns = (*Term.__dataclass_fields__, "begins_s", "planned_s")
+    tx.insert("plan_terms", columns, [(*term.__dict__.values(), floor(term.starts), floor(term.ends))])
 
 
-def cut_short(tx: Transaction, reference: str, now: float) -> None:
-    """The term ends now: it was given back, or another one takes its place."""
-    tx("UPDATE plan_terms SET ends = ? WHERE reference = ? AND starts < ? AND ends > ?", (now, reference, now, now))
+def cut_short(tx: Transaction, reference: str, now: float, credited_nano: int = 0) -> None:
+    """The term ends now: it was given back, or another one takes its place, which so much of its price pays for."""
+    tx("UPDATE plan_terms SET ends = ?, cut_s = ?, credited_nano = ? WHERE reference = ? AND starts < ? AND ends > ?",
+       (now, floor(now), credited_nano, reference, now, now))  # fmt: skip
 
 
 def _pair(customer: str, pair: Any) -> tuple[str, str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tidelock.service.analytics import selling
 from tidelock.service.analytics.calendar import Month, month_of, span
-from tidelock.service.analytics.metrics import METRICS, PARTS, SECONDS, Metric
+from tidelock.service.analytics.metric import SECONDS, Metric
+from tidelock.service.analytics.metrics import METRICS, PARTS
 from tidelock.service.analytics.relations import with_clause
 
 Read = Callable[..., list[Any]]
@@ -23,7 +26,7 @@ def months_until(read: Read, last: str) -> list[Month]:
 
 def figures(read: Read, months: Sequence[Month], base: str) -> Figures:
     """All metrics of all `months`, which must begin with the first one of the books (cohorts need it)."""
-    head = query_head(months, base)
+    head = query_head(months, base, ladder(read))
     out: dict[str, dict[tuple[str, str], int]] = {metric.name: {} for metric in METRICS}
     for metrics in _of_one_type():
         # one statement, so that what several metrics stand on is computed once
@@ -39,5 +42,11 @@ def _of_one_type() -> list[list[Metric]]:
     return [[metric for metric in METRICS if (metric.unit == SECONDS) == seconds] for seconds in (False, True)]
 
 
-def query_head(months: Sequence[Month], base: str) -> str:
-    return with_clause(months, base) + PARTS
+def ladder(read: Read) -> list[int]:
+    """From which recharge each tier of the ladder in force begins; none without a ladder."""
+    rows = read("SELECT value FROM settings WHERE name = 'ladder'")
+    return [from_nano for from_nano, _ in json.loads(rows[0][0])["tiers"]] if rows else []
+
+
+def query_head(months: Sequence[Month], base: str, thresholds: Sequence[int]) -> str:
+    return with_clause(months, base) + selling.tiers(thresholds) + selling.RELATIONS + PARTS

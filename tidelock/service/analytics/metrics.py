@@ -4,18 +4,8 @@ left out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-USD, COUNT, SECONDS = "nano-USD", "count", "seconds"
-
-
-@dataclass(frozen=True)
-class Metric:
-    name: str
-    definition: str
-    sql: str
-    unit: str
-
+from tidelock.service.analytics.metric import COUNT, SECONDS, USD, Metric
+from tidelock.service.analytics.selling import SELLING
 
 # ---- who pays ------------------------------------------------------------------------------------------------------
 
@@ -228,6 +218,21 @@ JOIN months m ON t.created >= m.starts AND t.created < m.ends WHERE t.kind = 'pl
         USD,
     ),
     Metric(
+        "plans.recognised",
+        "Plan fees earned in the month, by plan: each term's price evenly by the second over the term as it was sold. Where an "
+        "upgrade cut a term short, what was not credited to the new plan is earned then; the new plan's whole price, paid "
+        "partly by that credit, is earned over its own term.",
+        "SELECT month, plan, CAST(SUM(at_end - at_start) AS BIGINT) FROM earned GROUP BY month, plan",
+        USD,
+    ),
+    Metric(
+        "plans.deferred",
+        "Plan fees billed and not earned yet at the end of the month, a liability beside `deferred`.",
+        """SELECT month, '', CAST(SUM(CASE WHEN is_over = 1 THEN 0 ELSE price_nano - at_end END) AS BIGINT)
+FROM earned WHERE begun = 1 GROUP BY month""",
+        USD,
+    ),
+    Metric(
         "plans.active",
         "Paid plan terms in force at the last instant of the month, by plan.",
         """SELECT m.month, t.plan, COUNT(*) FROM terms t JOIN months m ON t.starts < m.ends AND t.ends >= m.ends
@@ -302,7 +307,7 @@ FROM refusals r JOIN months m ON r.hour >= m.starts AND r.hour < m.ends GROUP BY
     ),
 ]
 
-METRICS = (*PAYERS, *REVENUE, _retention(1, "the month"), _retention(12, "the month a year"), *PLANS, *MODELS)
+METRICS = (*PAYERS, *REVENUE, _retention(1, "the month"), _retention(12, "the month a year"), *PLANS, *SELLING, *MODELS)
 
 # The parts that some queries spread their sums over.
 PARTS = """,

@@ -30,6 +30,23 @@ class Ratio:
         return Fraction(total(figures, self.top, month), bottom) if bottom else None
 
 
+@dataclass(frozen=True)
+class Elasticity(Ratio):
+    """Arc elasticity: the relative change of the tokens over that of their mean price, each against the mean of before and
+    after, by model. `top` and `bottom`: tokens and money after; those before have the same names but for the end."""
+
+    def parts(self, figures: Figures, month: str) -> dict[str, Fraction]:
+        def pair(metric: str, model: str) -> tuple[int, int]:
+            return tuple(figures[f"{metric}_{side}"].get((month, model), 0) for side in ("before", "after"))
+
+        found = {}
+        for model in sorted({part for m, part in figures[self.bottom[0]] if m == month}):
+            (q0, q1), (l0, l1) = pair("price_change.tokens", model), pair("price_change.list", model)
+            if q0 and q1 and l1 * q0 != l0 * q1:
+                found[model] = Fraction(q1 - q0, q1 + q0) / Fraction(l1 * q0 - l0 * q1, l1 * q0 + l0 * q1)
+        return found
+
+
 def total(figures: Figures, term: Term, month: str) -> int:
     name, parts = term
     return sum(value for (m, part), value in figures[name].items() if m == month and (not parts or part in parts))
@@ -58,6 +75,10 @@ RATIOS = (
           ("retention.12m", ("net",)), ("retention.12m", ("base",))),
     Ratio("grr_12m", "Gross revenue retention year on year: kept / base of retention.12m.",
           ("retention.12m", ("kept",)), ("retention.12m", ("base",))),
+    Ratio("capacity_use", "capacity.served of capacity.sold, by plan.", ("capacity.served", ()), ("capacity.sold", ()), each=True),
+    Elasticity("price_elasticity", "Arc elasticity of demand, by model: the change of settled tokens over the change of their mean "
+               "list price, from the last whole month before a price change to the first after. Growth of other causes is in it.",
+               ("price_change.tokens_after", ()), ("price_change.list_after", ()), each=True),
     Ratio("mrr_churn", "MRR churned and contracted in the month, of the MRR at its start.",
           ("mrr", ("churn", "contraction")), ("mrr", ("start",))),
 )  # fmt: skip

@@ -65,6 +65,24 @@ region_months (month, region, currency, paid_nano, payers) AS MATERIALIZED (
 terms (customer, plan, starts, ends, mrr_nano) AS (
     SELECT customer, plan, starts, ends, price_nano / months FROM plan_terms WHERE price_nano > 0
 ),
+-- of each term's price, what was earned by the start and by the end of each month: evenly by the second over the term as it
+-- was sold; a term that was cut short is earned at that moment, less what was credited to the plan that took its place.
+-- (price / d * x + price % d * x / d) is floor(price * x / d) within 64 bits
+earned (month, plan, begun, price_nano, at_start, at_end, is_over) AS MATERIALIZED (
+    SELECT m.month, t.plan, CASE WHEN t.begins_s < m.ends THEN 1 ELSE 0 END, t.price_nano,
+           CASE WHEN m.starts >= t.cut_s THEN t.price_nano - t.credited_nano
+                WHEN m.starts <= t.begins_s THEN 0
+                WHEN m.starts >= t.planned_s THEN t.price_nano
+                ELSE t.price_nano / NULLIF(t.planned_s - t.begins_s, 0) * (m.starts - t.begins_s)
+                   + t.price_nano % NULLIF(t.planned_s - t.begins_s, 0) * (m.starts - t.begins_s) / NULLIF(t.planned_s - t.begins_s, 0) END,
+           CASE WHEN m.ends >= t.cut_s THEN t.price_nano - t.credited_nano
+                WHEN m.ends <= t.begins_s THEN 0
+                WHEN m.ends >= t.planned_s THEN t.price_nano
+                ELSE t.price_nano / NULLIF(t.planned_s - t.begins_s, 0) * (m.ends - t.begins_s)
+                   + t.price_nano % NULLIF(t.planned_s - t.begins_s, 0) * (m.ends - t.begins_s) / NULLIF(t.planned_s - t.begins_s, 0) END,
+           CASE WHEN m.ends >= t.cut_s THEN 1 ELSE 0 END
+    FROM plan_terms t CROSS JOIN months m WHERE t.price_nano > 0
+),
 -- recurring revenue in force at the last instant of each month
 mrr (n, customer, nano) AS (
     SELECT m.n, t.customer, CAST(SUM(t.mrr_nano) AS BIGINT)

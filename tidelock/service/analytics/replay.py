@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
+from tidelock.service.analytics.replay_selling import selling
+
 MONEY, CREDIT = ("cash", "extra"), ("voucher", "plan")
 
 
@@ -25,6 +27,8 @@ def replayed(read: Callable[..., list[Any]], last: str, base: str) -> dict[str, 
     _revenue(read, money, out, names, base)
     _retention(money, out, names)
     _plans(read, out, names)
+    _recognised(read, out, names)
+    selling(read, out, list(zip(names, [_begin(name) for name in names], [_end(name) for name in names], strict=True)))
     _models(read, money, out, names)
     for name, totals in money.totals.items():
         out[name].update({(month, part): nano for (month, part), nano in totals.items() if month in names})
@@ -39,6 +43,10 @@ def _name(when: float) -> str:
 def _end(name: str) -> float:
     year, month = int(name[:4]), int(name[5:])
     return datetime(year + month // 12, month % 12 + 1, 1, tzinfo=UTC).timestamp()
+
+
+def _begin(name: str) -> float:
+    return datetime(int(name[:4]), int(name[5:]), 1, tzinfo=UTC).timestamp()
 
 
 def _months(read: Callable[..., list[Any]], last: str) -> list[str]:
@@ -245,6 +253,34 @@ def _plans(read: Any, out: Any, names: list[str]) -> None:
                 out["mrr"][name, "expansion" if has > was else "contraction"] += abs(has - was)
         seen |= {customer for customer, nano in now.items() if nano}
         before = now
+
+
+def _recognised(read: Any, out: Any, names: list[str]) -> None:
+    """What an upgrade credited is told by the ledger: the new plan's price less the fee that was taken for it."""
+    fees: Counter[str] = Counter()
+    for reference, nano in read(
+        "SELECT t.reference, e.nano_usd FROM transactions t LEFT JOIN entries e ON e.customer = t.customer AND e.seq = t.seq "
+        "AND e.kind = 'fees' WHERE t.kind = 'plan_fee'"
+    ):
+        fees[reference] += nano or 0
+    rows = read("SELECT reference, customer, plan, starts, ends, planned_s, price_nano FROM plan_terms WHERE price_nano > 0")
+    credited = {(row["customer"], row["starts"]): row["price_nano"] - fees[row["reference"]] for row in rows if row["reference"] in fees}
+    for row in rows:
+        begins, ends, price = int(row["starts"] // 1), int(row["ends"] // 1), row["price_nano"]
+        whole = price
+        if ends < row["planned_s"]:
+            whole -= credited.get((row["customer"], row["ends"]), 0)
+        before = 0
+        for name in names:
+            at = int(_end(name))
+            if at >= ends:
+                now = whole
+            else:
+                now = price * (at - begins) // (row["planned_s"] - begins) if at > begins else 0
+            out["plans.recognised"][name, row["plan"]] += now - before
+            if begins < at < ends:
+                out["plans.deferred"][name, ""] += price - now
+            before = now
 
 
 def _models(read: Any, money: _Money, out: Any, names: list[str]) -> None:

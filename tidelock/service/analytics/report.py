@@ -10,8 +10,9 @@ from typing import Any
 from tidelock import charts
 from tidelock.service.analytics import growth as g
 from tidelock.service.analytics.calendar import Month, month, month_of, shifted
-from tidelock.service.analytics.figures import Figures, Read, figures, months_until, query_head
-from tidelock.service.analytics.metrics import METRICS, USD
+from tidelock.service.analytics.figures import Figures, Read, figures, ladder, months_until, query_head
+from tidelock.service.analytics.metric import USD
+from tidelock.service.analytics.metrics import METRICS
 from tidelock.service.analytics.ratios import RATIOS, Ratio, total
 from tidelock.service.prices import NANO_PER_USD
 from tidelock.tokens.errors import UserError
@@ -42,7 +43,7 @@ def report(read: Read, name: str, base: str | None = None, now: float | None = N
         "base": base,
         "complete": months[-1].ends <= now,
         "months": names,
-        "with": query_head(months, base),
+        "with": query_head(months, base, ladder(read)),
         "metrics": [
             {"name": metric.name, "definition": metric.definition, "unit": metric.unit, "sql": metric.sql,
              "value": _parts(found, metric.name, name), "series": {m: _parts(found, metric.name, m) for m in names}}
