@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,13 @@ def lay_out(directory: Path) -> None:
 
 
 class AgentScript:
-    """A `Policy`. `tools`: the names that were declared, for whoever wants to know."""
+    """A `Policy` that answers a conversation with what `answer` makes of it, the repair unless told otherwise.
+    `tools`: the names that were declared, for whoever wants to know."""
 
     exact = True
 
-    def __init__(self, template: Template) -> None:
-        self._template = template
+    def __init__(self, template: Template, answer: Callable[[Sequence[Message]], Message] | None = None) -> None:
+        self._template, self._answer = template, answer or repair
         self.tools: set[str] = set()
         self._aborted: set[str] = set()
 
@@ -57,7 +58,7 @@ class AgentScript:
         if messages[-1].role == "assistant":  # the turn that is to be sampled, empty as yet
             messages.pop()
         self.tools |= {tool.name for tool in declared_tools(messages)}
-        ids = self._template.sampled(_answer(messages))[: params.max_tokens]
+        ids = self._template.sampled(self._answer(messages))[: params.max_tokens]
         for start in range(0, len(ids), PER_CHUNK):
             await asyncio.sleep(PAUSE_S)
             if request_id in self._aborted:
@@ -78,7 +79,7 @@ class AgentScript:
         raise PolicyError("a script has no weights")
 
 
-def _answer(messages: Sequence[Message]) -> Message:
+def repair(messages: Sequence[Message]) -> Message:
     tools = {tool.name: tool for tool in declared_tools(messages)}
     said = "\n".join(m.content for m in messages if m.role == "user")
     places = re.findall(r"The repository (\S+) has a failing test", said)

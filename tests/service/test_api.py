@@ -369,7 +369,13 @@ def test_only_an_admin_swaps_weights_and_health_tells_the_version(service):
 
 KILLED_SERVER = """
 import asyncio, sys
-from conftest import PRICE, ByteTokenizer, Message, PriceBook, ScriptedPolicy, get_template, open_state, serving
+from scripted import PRICE, ScriptedPolicy
+from tidelock.service.prices import PriceBook
+from tidelock.service.server import serving
+from tidelock.service.state import open_state
+from tidelock.tokens.message import Message
+from tidelock.tokens.template import get_template
+from tidelock.tokens.tokenizer import ByteTokenizer
 
 async def main():
     template = get_template("xtml", ByteTokenizer())

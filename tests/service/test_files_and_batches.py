@@ -126,7 +126,13 @@ def test_a_cancelled_batch_keeps_what_was_answered_and_begins_nothing_more(servi
 
 SERVER = """
 import asyncio, sys
-from conftest import PRICE, ByteTokenizer, Message, PriceBook, ScriptedPolicy, get_template, open_state, serving
+from scripted import PRICE, ScriptedPolicy
+from tidelock.service.prices import PriceBook
+from tidelock.service.server import serving
+from tidelock.service.state import open_state
+from tidelock.tokens.message import Message
+from tidelock.tokens.template import get_template
+from tidelock.tokens.tokenizer import ByteTokenizer
 
 async def main():
     template = get_template("xtml", ByteTokenizer())

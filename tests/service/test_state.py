@@ -1,9 +1,13 @@
 """Opening a service: what cannot keep its promises is refused before the first request."""
 
 import pytest
-from conftest import PRICE, ByteTokenizer, PriceBook, ScriptedPolicy, get_template, open_state
+from scripted import PRICE, ScriptedPolicy
 
+from tidelock.service.prices import PriceBook
+from tidelock.service.state import open_state
 from tidelock.tokens.errors import UserError
+from tidelock.tokens.template import get_template
+from tidelock.tokens.tokenizer import ByteTokenizer
 
 
 def test_a_template_that_forgets_is_not_served(tmp_path):

@@ -125,7 +125,7 @@ def test_a_directory_we_may_not_write_to_is_one_clear_line(tmp_path):
 
 
 def test_a_service_directory_names_its_database_and_its_prices(tmp_path, postgres):
-    from conftest import ScriptedPolicy
+    from scripted import ScriptedPolicy
 
     from tidelock.service.state import open_state
     from tidelock.tokens.template import get_template

@@ -9,9 +9,12 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tidelock.service.stops import StopFilter
-from tidelock.tokens.message import Message
+from tidelock.tokens.message import Message, ToolCall
+from tidelock.tokens.stops import StopFinder
 
 BODIES = {
     "/chat/completions": {"model": "tide", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2000},
@@ -178,6 +181,45 @@ def test_the_filter_holds_back_only_what_might_become_a_stop_string():
     ]:
         stop = StopFilter(stops)
         assert [stop.feed(piece) for piece in pieces] == shown
+
+
+@given(
+    st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3), st.lists(st.integers(0, 12), max_size=5)
+)
+def test_the_filter_and_the_engine_find_the_same_stop_in_any_pieces(text, stops, cuts):
+    finder, found = StopFinder(stops), None
+    for end, character in enumerate(text, 1):
+        if found := finder.feed(character.encode()):
+            break
+    stop, edges = StopFilter(stops), sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    shown = "".join(stop.feed(text[a:b]) for a, b in zip(edges, edges[1:], strict=False)) + stop.finish()
+    assert stop.found == found and shown == (text[: end - len(found)] if found else text)
+
+
+def test_a_stop_string_in_the_reasoning_stops_nothing(service):
+    """Neither here nor in the engine: a stop is about what the client was going to show."""
+    service.policy.turns = [Message("assistant", "an answer", reasoning="to STOP or not")]
+    body = {**BODIES["/chat/completions"], "stop": ["STOP"]}
+    said = post(service, "/chat/completions", body, service.key()).json()["choices"][0]["message"]
+    assert (said["reasoning_content"], said["content"]) == ("to STOP or not", "an answer")
+    prompt = service.policy.prompts[-1]
+    reader, finder = service.policy.template.text_reader(prompt), StopFinder(["STOP"])
+    assert not any(finder.feed(reader(token)) for token in service.policy.sampled[-1])
+
+
+@pytest.mark.parametrize("template", ["chatml"], indirect=True)
+def test_a_call_that_says_only_a_number_is_understood_by_the_tools_declared(service):
+    """K2's bare call ids name no tool; which one takes these arguments, the declarations say."""
+    call = ToolCall("functions.look:0", "look", {"where": "here"})
+    ids = service.policy.template.sampled(Message("assistant", "", tool_calls=(call,)))
+    whole, bare = map(service.policy.template.tokenizer.encode, (call.id, "0"))
+    at = next(n for n in range(len(ids)) if ids[n : n + len(whole)] == whole)
+    service.policy.literal = [*ids[:at], *bare, *ids[at + len(whole) :]]
+    tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {field: {}}, "required": [field],
+              "additionalProperties": False}}} for name, field in (("add", "a"), ("look", "where"))]  # fmt: skip
+    body = {**BODIES["/chat/completions"], "tools": tools}
+    calls = post(service, "/chat/completions", body, service.key()).json()["choices"][0]["message"]["tool_calls"]
+    assert [call["function"]["name"] for call in calls] == ["look"]
 
 
 def test_a_hundred_streams_at_once_each_get_their_own(service):

@@ -1,4 +1,9 @@
-"""Stop strings as a client sees them: text up to the first one found, and never half of one."""
+"""Stop strings as a client sees them: text up to the first one found, and never half of one.
+
+They are looked for in the answer's content, as the engine does it (`tokens.stops`), and never in its reasoning or the
+arguments of calls: a client's stop string is about what it was going to show. Of several the one that ends first
+counts, then the one that began first, so that it does not matter in which pieces the text comes.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +22,9 @@ class StopFilter:
         if not self._stops or self.found is not None:
             return "" if self.found is not None else text
         text = self._held + text
-        hits = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
-            at, self.found = min(hits)
+            _, at, self.found = min(hits)
             self._held = ""
             return text[:at]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
