@@ -71,6 +71,6 @@ def seed(state: ServiceState, customer: str = "aurora", days: int = 40, a_day: i
                 took = Latency(wait, wait + prompt // 150, wait + prompt // 150 + answer * 12)
                 used = Counts(prompt, cached, completion=answer)
                 books.now += took.total_ms / 1000
-                spent += books.settle(newest, price, Metered(used, "length" if rng.random() < 0.06 else "stop", took))
+                spent += books.settle(newest, price, Metered(used, "length" if rng.random() < 0.06 else "stop", latency=took))
             books.write()
     return Seeded(customer, owner, operator, count, spent, newest)

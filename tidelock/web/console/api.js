@@ -8,12 +8,13 @@ export class ApiError extends Error {
   }
 }
 
-// JSON strings are matched first, so that digits inside them are left alone.
-const LONG = /"(?:[^"\\]|\\.)*"|-?\d{16,}(?![\d.eE])/g;
+// Strings are matched too, so that digits inside them are left alone.
+const WORDS = /"(?:[^"\\]|\\.)*"|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?/g;
+const LONG = /^-?\d{16,}$/;
 
 /** JSON in which whole numbers too long for a double become decimal strings (BigInt takes them). */
 export function parseExact(text) {
-  return JSON.parse(text.replace(LONG, (found) => (found[0] === '"' ? found : `"${found}"`)));
+  return JSON.parse(text.replace(WORDS, (found) => (LONG.test(found) ? `"${found}"` : found)));
 }
 
 export class Api {

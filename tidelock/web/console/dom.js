@@ -61,7 +61,7 @@ export function download(name, type, content) {
 const ICONS = {
   overview: "M3 12a9 9 0 1 1 18 0M12 12l4-4M3 16h18",
   receipts: "M6 3h12v18l-3-2-3 2-3-2-3 2zM9 8h6M9 12h6",
-  keys: "M14 10a4 4 0 1 0-3.5 3.97L12 15.5h2V18h2.5v2H20v-3.5L13.6 11.6M9 9h.01",
+  keys: "M8.5 13a4.5 4.5 0 1 0 0-9 4.5 4.5 0 0 0 0 9zM11.7 11.7L20 20M16.5 16.5l2.3-2.3M13.8 13.8l1.6-1.6",
   usage: "M4 20V10M10 20V4M16 20v-7M21 20H3",
   billing: "M3 6h18v12H3zM3 10h18M7 15h4",
   limits: "M12 13l4-5M4 18a9 9 0 1 1 16 0",

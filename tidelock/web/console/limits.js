@@ -9,14 +9,14 @@ export const KINDS = [["concurrency", "Requests at the same time"], ["requests",
 
 /** The bars of one scope of `now`. */
 export function bars(now) {
-  return KINDS.map(([id, name]) => {
+  return h("div.gauges", KINDS.map(([id, name]) => {
     const { limit, used, reset_ms: reset } = now[id];
     if (limit === null) return h("div.gauge", h("div.bar", h("span", name), h("span.muted", used === null ? "no limit" : `${whole(used)}, no limit`)));
     const part = limit ? used / limit : 1;
     return h("div.gauge", h("div.bar", h("span", name), h("span.money", h("strong", whole(Math.max(0, limit - used))), ` of ${whole(limit)} left`)),
       meter(part, `${name}: ${used} of ${limit} used`, part > 0.95 ? "bad" : part > 0.8 ? "warn" : ""),
       h("span.hint", reset ? `all free again in ${duration(reset)}` : used ? "frees with the end of a request" : "all of it is free"));
-  });
+  }));
 }
 
 export function ladder({ ladder: { name, tiers }, tier, recharged_nano_usd: recharged }) {

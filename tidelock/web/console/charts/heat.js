@@ -8,7 +8,7 @@ const [LEFT, TOP, CELL] = [74, 22, 26];
 /** rows: {name, cells: [{share: 0..1, text, title}]}; `columns`: names above. */
 export function heat({ title, unit, note, rows, columns, actions }) {
   const draw = (width) => {
-    const wide = Math.min(72, (width - LEFT) / columns.length);
+    const wide = Math.min(96, (width - LEFT) / columns.length);
     const points = [];
     const svg = s("svg.heat", { width, height: TOP + rows.length * CELL, viewBox: `0 0 ${width} ${TOP + rows.length * CELL}` },
       s("g.labels", columns.map((name, n) => s("text", { x: LEFT + wide * (n + 0.5), y: 13, "text-anchor": "middle" }, name))),

@@ -1,9 +1,9 @@
 // From numbers to places: the arithmetic of the charts, without a document.
 
-/** Round values from at or below `low` to at or above `high`, about `count` of them; 0 is one if it lies between. */
-export function ticks(low, high, count = 4) {
+/** Round values from at or below `low` to at or above `high`, about `count` of them, at least `least` apart; 0 is one if it lies between. */
+export function ticks(low, high, count = 4, least = 0) {
   if (!(high > low)) high = low + (Math.abs(low) || 1);
-  const rough = (high - low) / count;
+  const rough = Math.max((high - low) / count, least);
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((candidate) => candidate >= rough * 0.999);
   const first = Math.floor(low / step + 1e-9);

@@ -7,8 +7,8 @@ import { linear, stacked, thinned, ticks } from "./scale.js";
 const [TOP, BOTTOM, RIGHT] = [10, 26, 10];
 
 /**
- * {title, unit, labels, series: [{name, values, tone, dashed, area}], shown(raw) -> text, size(raw) -> Number, axis(Number) -> text}
- * Values may be BigInt or null (no value); `size` turns one into what is drawn, `shown` into what is read.
+ * {title, unit, labels, least, series: [{name, values, tone, dashed, area}], shown(raw) -> text, size(raw) -> Number, axis(Number) -> text}
+ * `least`: how far the marks of the axis are apart at least (1 for what is counted). Values may be BigInt or null (no value); `size` turns one into what is drawn, `shown` into what is read.
  */
 export function lines(options) {
   return xy({ ...options, kind: "lines" });
@@ -18,11 +18,11 @@ export function columns(options) {
   return xy({ ...options, kind: "columns" });
 }
 
-function xy({ kind, title, unit, note, labels, series, shown, size = Number, axis = shown, height = 220, whole = true, actions, titles = labels }) {
+function xy({ kind, title, unit, note, labels, series, shown, size = Number, axis = shown, height = 220, least = 0, actions, titles = labels }) {
   const drawn = series.map((one) => ({ ...one, values: one.values.map((v) => (v === null ? null : size(v))) }));
   const stacks = kind === "columns" ? stacked(drawn, labels.length) : null;
-  const flat = (stacks ? stacks.flat(2) : drawn.flatMap((one) => one.values.filter((v) => v !== null))).concat(whole ? [0] : []);
-  const marks = ticks(Math.min(...flat), Math.max(...flat));
+  const flat = (stacks ? stacks.flat(2) : drawn.flatMap((one) => one.values.filter((v) => v !== null))).concat([0]);
+  const marks = ticks(Math.min(...flat), Math.max(...flat), 4, least);
   const total = series.length > 1 && kind === "columns";
 
   const points = (x, y) => labels.map((_, n) => {

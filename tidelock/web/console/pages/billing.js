@@ -68,7 +68,7 @@ function plansCard(api, me, sub, plans, again) {
     { name: "In 5 hours", right: true, class: "w1", cell: (p) => window(p.five_hours_nano_usd) },
     { name: "In 7 days", right: true, class: "w1", cell: (p) => window(p.week_nano_usd) },
     { name: "", right: true, cell: (p) => (p.id === sub?.plan && sub.next_plan === sub.plan ? "" : p.available || p.id === sub?.plan
-      ? h("button.quiet", { onclick: () => preview(api, me, p, sub, again), "aria-label": `${sub ? "Change to" : "Subscribe to"} ${p.id}` }, sub ? "Change…" : "Subscribe…")
+      ? h("button", { onclick: () => preview(api, me, p, sub, again), "aria-label": `${sub ? "Change to" : "Subscribe to"} ${p.id}` }, sub ? "Change…" : "Subscribe…")
       : badge("sold out", "warn")) },
   ];
   const shown = table(columns, plans, { caption: "Plans" });
@@ -111,7 +111,7 @@ function invoices(data) {
       [...i.lines, { text: "Tax", quantity: "", nano_usd: i.tax_nano_usd }, { text: "Total", quantity: "", nano_usd: i.total_nano_usd }], { caption: "Lines" }),
   ]);
   return table([
-    { name: "No.", cell: (i) => h("button.quiet", { onclick: () => open(i), "aria-label": `Open invoice ${i.number}` }, String(i.number)) },
+    { name: "No.", cell: (i) => h("button.open", { onclick: () => open(i), "aria-label": `Open invoice ${i.number}` }, String(i.number)) },
     { name: "Date", class: "nowrap", cell: (i) => day(i.created_at) },
     { name: "For", cell: (i) => [KINDS[i.kind] ?? i.kind, h("small", i.reference)] },
     { name: "Net", right: true, class: "w1", cell: (i) => exact(i.net_nano_usd) }, { name: "Tax", right: true, class: "w1", cell: (i) => exact(i.tax_nano_usd) },

@@ -19,7 +19,7 @@ export async function render({ api, me, signal, again }) {
   const columns = [
     { name: "Name", class: "clip", cell: (k) => [h("strong", k.name || "unnamed"), h("small", h("code", k.redacted_value))] },
     { name: "Project", class: "clip w1", cell: (k) => [k.project, h("small", k.owner.user ? names.get(k.owner.user.id) ?? k.owner.user.id : "a program's")] },
-    { name: "May", class: "w2", cell: (k) => k.scopes.map((scope) => badge(scope, scope === "admin" ? "warn" : "")) },
+    { name: "May", class: "w2", cell: (k) => h("span.badges", k.scopes.map((scope) => badge(scope, scope === "admin" ? "warn" : ""))) },
     { name: "Only", class: "w3", cell: restrictions },
     { name: "Training", class: "w2", cell: (k) => badge(...(k.training_consent ? ["yes", "good"] : k.may_grant ? ["by request", ""] : ["no", ""])) },
     { name: "Last used", class: "nowrap", cell: (k) => (k.last_used_at ? h("span", { title: day(k.last_used_at) }, ago(k.last_used_at)) : h("span.muted", "never")) },
@@ -40,7 +40,7 @@ function restrictions(k) {
 
 function own(key) {
   return [heading("API keys", "This key may not manage keys; that needs the scope admin. This is what it may itself."), card(key.name || "This key",
-    h("dl.pairs.left", h("dt", "Key"), h("dd", h("code", key.redacted_value)), h("dt", "May"), h("dd", key.scopes.map((scope) => badge(scope))),
+    h("dl.pairs.left", h("dt", "Key"), h("dd", h("code", key.redacted_value)), h("dt", "May"), h("dd", h("span.badges", key.scopes.map((scope) => badge(scope)))),
       h("dt", "Models"), h("dd", key.models.join(", ") || "all"), h("dt", "Addresses"), h("dd", key.addresses.join(", ") || "any"),
       h("dt", "Training consent"), h("dd", key.training_consent ? "unless a request says no" : key.may_grant ? "only requests that say so" : "never")))];
 }

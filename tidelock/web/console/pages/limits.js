@@ -14,7 +14,7 @@ export async function render({ api, signal }) {
   const places = new Map();
   const scopes = (now) => Object.keys(now);
   const cards = scopes(limits.now).map((scope) => {
-    const place = h("div", { style: { display: "grid", gap: "16px" } }, bars(limits.now[scope]));
+    const place = h("div", bars(limits.now[scope]));
     places.set(scope, place);
     return card(scope === "" ? "Whole organisation" : h("h2", scope.startsWith("proj") ? "Project " : "Key ", h("code", shortId(scope))), place);
   });

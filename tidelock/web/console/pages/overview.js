@@ -77,7 +77,10 @@ function spendCurve(month, before) {
   });
 }
 
-export const axisUsd = (v) => `$${v >= 1000 ? compact(v) : Number(v.toPrecision(3))}`;
+export function axisUsd(v) {
+  const size = Math.abs(v);
+  return `${v < 0 ? "−" : ""}$${size >= 1000 ? compact(size) : Number(size.toPrecision(3))}`;
+}
 
 const axes = (days) => ({ labels: days.map((d) => shortDay(d.start)) });
 
@@ -87,7 +90,7 @@ const tokenChart = (days) => columns({
 });
 
 const requestChart = (days) => columns({
-  title: "Requests", unit: "settled, 30 days", ...axes(days), shown: whole, axis: compact, series: [{ name: "Requests", tone: "a", values: days.map((d) => d.requests) }],
+  title: "Requests", unit: "settled, 30 days", ...axes(days), least: 1, shown: whole, axis: compact, series: [{ name: "Requests", tone: "a", values: days.map((d) => d.requests) }],
 });
 
 const cacheChart = (days) => lines({

@@ -3,7 +3,7 @@
 import { columns } from "../charts/xy.js";
 import { download, h } from "../dom.js";
 import { compact, csv, isoDay, percent, shortDay, whole } from "../format.js";
-import { exact, nano, toNumber } from "../money.js";
+import { exact, nano, toNumber, usd } from "../money.js";
 import { add, CLASSES, input, ofUsage } from "../tokens.js";
 import { amount, card, choice, heading, stat, table } from "../ui.js";
 import { axisUsd } from "./overview.js";
@@ -32,7 +32,7 @@ export async function render({ api, query, signal }) {
   return [
     heading("Usage", "Settled requests, by UTC day.", choice(ROUNDS, days, turn("days"), "Time"), save),
     h("dl.stats",
-      stat("Cost at list price", amount(all.cost), `${exact(all.cost - all.credit)} in money, ${exact(all.credit)} in credits`),
+      stat("Cost at list price", amount(all.cost), `${usd(all.cost - all.credit)} in money, ${usd(all.credit)} in credits`),
       stat("Requests", whole(all.requests)),
       stat("Input tokens", compact(input(all.tokens)), input(all.tokens) ? `${percent(all.tokens.cached / input(all.tokens))} from the cache` : null),
       stat("Output tokens", compact(all.tokens.output))),
@@ -67,7 +67,7 @@ function chart(days, rows, groups, what) {
   if (!series.length) series = [{ name: "", tone: "a", values: days.map(() => zero) }];
   const money = what === "cost";
   return columns({
-    title: { cost: "Cost", requests: "Requests", tokens: "Tokens" }[what], unit: money ? "USD at list price, by day" : "by day", height: 260,
+    title: { cost: "Cost", requests: "Requests", tokens: "Tokens" }[what], unit: money ? "USD at list price, by day" : "by day", height: 260, least: what === "cost" ? 0 : 1,
     labels: days.map(shortDay), series, shown: money ? exact : whole, axis: money ? axisUsd : compact,
     size: money ? (v) => (typeof v === "number" ? v : toNumber(v)) : Number,
   });
