@@ -26,6 +26,8 @@ class Page:
         self._socket, self._waiting, self._count = socket, {}, 0
         self.problems: list[str] = []  # console errors, uncaught exceptions, what a policy blocked
         self.requests: list[str] = []
+        self.answers: dict[str, tuple[int, Any]] = {}  # by a path's end: (status, JSON) instead of the server's, once `replacing`
+        self._tasks: list[asyncio.Task] = []
         self._reader = asyncio.create_task(self._read())
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
@@ -54,12 +56,26 @@ class Page:
             self.problems.append(" ".join(str(a.get("value") or a.get("description")) for a in params["args"]))
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.problems.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
-        elif method == "Audits.issueAdded":
+        elif method == "Audits.issueAdded" and "NavigationEntryMarkedSkippable" not in str(params):  # nobody clicked: a script did
             self.problems.append(json.dumps(params["issue"]))
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
+        elif method == "Fetch.requestPaused":
+            self._tasks.append(asyncio.create_task(self._answer(params)))
         elif method == "Page.javascriptDialogOpening":
             self.problems.append(f"a dialog: {params['message']}")
+
+    async def replacing(self, answers: dict[str, tuple[int, Any]]) -> None:
+        """Answers some requests itself: for what this server does not have, or not yet."""
+        self.answers = answers
+        await self.call("Fetch.enable", patterns=[{"urlPattern": f"*{end}"} for end in answers])
+
+    async def _answer(self, params: dict[str, Any]) -> None:
+        url = params["request"]["url"]
+        status, body = next(answer for end, answer in self.answers.items() if url.endswith(end))
+        data = base64.b64encode(json.dumps(body).encode()).decode()
+        headers = [{"name": "content-type", "value": "application/json"}]
+        await self.call("Fetch.fulfillRequest", requestId=params["requestId"], responseCode=status, body=data, responseHeaders=headers)
 
     async def run(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited."""

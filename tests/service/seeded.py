@@ -53,10 +53,11 @@ def seed(state: ServiceState, customer: str = "aurora", days: int = 40, a_day: i
     payments = Payments(ledger)
     payments.manual(customer, 500 * USD, f"wire-{customer}-1", actor="seed")
     payments.manual(customer, 40 * USD, f"card-{customer}-2", pocket="extra", actor="seed")
-    ledger.grant(customer, 25 * USD, lot="welcome", expires=now + 20 * DAY_S)
-    Plans(Ledger(state.ledger.db, clock=lambda: now - 9 * DAY_S)).subscribe(customer, "starter", "seed")
+    ledger.grant(customer, USD // 5, lot="welcome", expires=now + 20 * DAY_S)
     price, version, spent, count, newest = state.prices.now.price(state.model), state.prices.now.version, 0, 0, ""
     for n in range(days):
+        if n == max(0, days - 9):  # until here the voucher and then cash pay; from here on the plan's credits
+            Plans(Ledger(state.ledger.db, clock=lambda: begun + n * DAY_S)).subscribe(customer, "starter", "seed")
         with state.ledger.db.transaction() as tx:
             books = Books(tx, [customer], now=begun + n * DAY_S)
             today = max(1, round(a_day * (0.5 + n / days) * rng.uniform(0.6, 1.3)))
@@ -73,4 +74,5 @@ def seed(state: ServiceState, customer: str = "aurora", days: int = 40, a_day: i
                 books.now += took.total_ms / 1000
                 spent += books.settle(newest, price, Metered(used, "length" if rng.random() < 0.06 else "stop", latency=took))
             books.write()
+    ledger.grant(customer, 5 * USD, lot="sorry-for-november", expires=now + 20 * DAY_S)
     return Seeded(customer, owner, operator, count, spent, newest)

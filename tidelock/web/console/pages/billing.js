@@ -8,12 +8,8 @@ import { amount, badge, card, confirm, dialog, emptyState, exactAmount, heading,
 const SPANS = { "5h": "5-hour window", "7d": "7-day window" };
 
 export async function render({ api, me, signal, again }) {
-  const [plans, subscription] = await Promise.all([
-    api.get("/v1/organization/plans", {}, signal),
-    api.get("/v1/organization/subscription", {}, signal).catch((error) => {
-      if (error.status === 404) return null;
-      throw error;
-    })]);
+  const plans = await api.get("/v1/organization/plans", {}, signal);
+  const subscription = plans.subscribed && await api.get("/v1/organization/subscription", {}, signal);
   return [
     heading("Billing", me.tax_id ? `${me.name}, tax number ${me.tax_id}` : me.name),
     h("div.columns", subscriptionCard(api, me, subscription, plans.data, again), lotsCard(api, me, signal)),
@@ -52,7 +48,7 @@ function lotsCard(api, me, signal) {
   return h("section.card.flush", h("h2", "Balance"), me.api_key.scopes.includes("usage") ? later(async () => {
     const b = await api.get("/v1/organization/balance", {}, signal);
     const rows = [["Cash", b.cash_nano_usd], ["Extra usage", b.extra_nano_usd], ...b.lots.map((lot) =>
-      [lot.kind === "plan" ? "Plan credits" : `Voucher ${lot.lot}`, lot.nano_usd, lot.expires_at]), ["Held for running requests", b.held_nano_usd]];
+      [lot.kind === "plan" ? "Plan credits" : `Voucher ${lot.lot}`, lot.nano_usd, lot.expires_at]), ["Held now", b.held_nano_usd, null]];
     return table([{ name: "Pocket", class: "clip", cell: ([name]) => name },
       { name: "Expires", class: "nowrap", cell: ([, , at]) => (at ? day(at) : h("span.muted", "never")) },
       { name: "Amount", right: true, cell: ([, value]) => exactAmount(value) }], rows, { caption: "Balance by pocket" });

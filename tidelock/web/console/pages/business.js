@@ -104,7 +104,7 @@ function cohorts(report, year) {
       return { share: left / size, text: percent(left / size, 0), title: `${cohort}, ${lag} month${lag === 1 ? "" : "s"} later: ${whole(left)} of ${whole(size)}` };
     }) };
   }).filter(Boolean);
-  if (!rows.length) return emptyState("No cohort yet: nobody has paid.");
+  if (!rows.length) return [h("h2", "Cohorts"), emptyState("No cohort yet: nobody has paid.")];
   return heat({ title: "Cohorts", unit: "share that still pays, by month of first payment and months since", columns: year.map((_, n) => String(n)), rows,
     actions: [explain(report, "cohorts.payers")] });
 }
