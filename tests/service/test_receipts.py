@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -13,11 +14,14 @@ from hypothesis import strategies as st
 
 from tidelock.service import errors, receipts
 from tidelock.service.books import Latency, Metered
+from tidelock.service.gauges import gauges
+from tidelock.service.keys import KeyStore
 from tidelock.service.ladder import Limits
 from tidelock.service.ledger import Ledger
 from tidelock.service.prices import Counts, Price, PriceBook
 from tidelock.service.rating import rerate
-from tidelock.service.refused import MOST_OF_ONE
+from tidelock.service.refused import MOST_OF_ONE, Refused
+from tidelock.service.surfaces import operator, wallet
 from tidelock.service.surfaces import receipts as surface
 from tidelock.tokens.message import Message
 
@@ -149,6 +153,35 @@ def test_both_databases_page_and_tell_of_rerating_alike(db):
     assert [a["nano_usd"] for a in one["adjustments"]] == [-(60 * 100 + 40 * 10 + 20 * 500)]
     with pytest.raises(Exception, match="no receipt"):
         receipts.one(db, "ann", "r8")
+
+
+def test_both_databases_answer_the_live_query_and_the_operator_alike(db):
+    ledger, keys = Ledger(db), KeyStore(db, b"x" * 32)
+    PriceBook("v1", {"tide": Price(300, 30, 1500)}).register(db)
+    key, _ = keys.create("a_nn", "k")
+    keys.create("bob")
+    ledger.topup("a_nn", 10**9)
+    ledger.grant("a_nn", 50, lot="gone", expires=time.time() - 1)
+    cost = settle(ledger, "a_nn", "r1")
+    refused = Refused(db)
+    refused.note("r2", key, "tide", errors.insufficient_balance())
+    refused.note("r1", key, "tide", errors.balance_exhausted())  # cut short: settled, with a cause
+    refused.flush()
+
+    def since(when):
+        return asyncio.run(receipts.since(db, key, when, 10))
+
+    assert {(r["id"], r["status"], r["cause"]) for r in since(0)} == {("r1", "settled", "balance"), ("r2", "refused", "balance")}
+    settled = next(r for r in since(0) if r["id"] == "r1")
+    assert settled == next(r for r in receipts.page(db, "a_nn", {})[0] if r["id"] == "r1") and settled["cost_nano_usd"] == cost
+    assert since(time.time() + 1) == []
+    keys.revoke(key.id)
+    assert since(0) == []
+    found = operator._organizations(db, "A_", "", 10)["data"]
+    assert [(o["id"], o["available_nano_usd"], o["spent_30d_nano_usd"], o["requests_30d"]) for o in found] == [("a_nn", 10**9 - cost, cost, 1)]
+    assert operator._organizations(db, "%", "", 10)["data"] == []
+    assert wallet.pockets(db, "a_nn", time.time())["available_nano_usd"] == 10**9 - cost
+    assert gauges(db, "a_nn", {"": Limits(requests=5)}, time.time())[""]["requests"]["used"] == 0
 
 
 @settings(max_examples=40, deadline=None)

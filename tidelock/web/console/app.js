@@ -6,7 +6,7 @@ import { errorState, loading } from "./ui.js";
 
 const STORED = "tidelock.key";
 const root = document.getElementById("app");
-let [api, me, leaving, frame] = [null, null, new AbortController(), null];
+let [api, me, leaving, frame, shownPath] = [null, null, new AbortController(), null, null];
 
 // id, name, who may (a scope of the key, or "operator")
 const PAGES = [
@@ -94,7 +94,8 @@ async function show() {
     else link.removeAttribute("aria-current");
   }
   document.title = `${page[1]} · Tidelock console`;
-  replace(frame.main, h("div", loading(6)));
+  // what is there stays until the new page is ready, unless that takes long
+  const waiting = setTimeout(() => !signal.aborted && frame && replace(frame.main, h("div", loading(6))), 250);
   const run = async () => {
     try {
       const { render } = await import(`./pages/${page[0]}.js`);
@@ -105,8 +106,13 @@ async function show() {
     }
   };
   await run();
+  clearTimeout(waiting);
   if (!signal.aborted && frame) {
-    window.scrollTo(0, 0);
+    if (path !== shownPath) {
+      window.scrollTo(0, 0);
+      frame.main.focus({ preventScroll: true });
+      shownPath = path;
+    }
     frame.main.dataset.ready = page[0];
   }
 }
