@@ -171,11 +171,6 @@ class Accounts:
         rows = self._db.read(f"SELECT * FROM audit_log WHERE {where} ORDER BY id DESC LIMIT {int(limit) + 1}", args)
         return [{**row, "detail": json.loads(row["detail"])} for row in _dicts(rows)[:limit]], len(rows) > limit
 
-    def note(self, organization: str, actor: str, action: str, target: str, detail: dict[str, Any]) -> None:
-        """A line about what was done elsewhere."""
-        with self._db.transaction() as tx:
-            log(tx, organization, actor, action, target, detail, self._clock())
-
     def _change(
         self, sql: str, args: tuple, what: str, organization: str, actor: str, action: str, target: str,
         detail: dict[str, Any] | None = None,

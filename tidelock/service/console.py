@@ -57,7 +57,7 @@ def routes() -> list[Route]:
     files = load()
 
     def serve(request: Request) -> Response:
-        file = files.get(request.path_params["path"] or "index.html")
+        file = files.get(request.path_params.get("path", "index.html"))
         if file is None:
             return Response("there is no such page", 404, HEADERS, "text/plain")
         headers = {**HEADERS, "etag": file.etag}
@@ -70,4 +70,5 @@ def routes() -> list[Route]:
     def home(request: Request) -> Response:
         return RedirectResponse("/console/")
 
-    return [Route("/console", home, methods=["GET"]), Route("/console/{path:path}", serve, methods=["GET"])]
+    table = {"/console": home, "/console/": serve, "/console/{path:path}": serve}
+    return [Route(path, answer, methods=["GET"]) for path, answer in table.items()]

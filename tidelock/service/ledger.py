@@ -68,14 +68,18 @@ class Ledger:
         return self._once(customer, "topup", nano_usd, reference, entries)
 
     def grant(
-        self, customer: str, nano_usd: int, *, kind: str = "voucher", lot: str, expires: float | None = None
-    ) -> bool:
-        """Gives a voucher, or the credits of a plan period. `lot` names it, and is granted once."""
+        self, customer: str, nano_usd: int, *, kind: str = "voucher", lot: str, expires: float | None = None,
+        also: Callable[[Books], None] | None = None,
+    ) -> bool:  # fmt: skip
+        """Gives a voucher, or the credits of a plan period. `lot` names it, and is granted once; `also` is done with it, in the
+        same transaction."""
         if kind not in ("voucher", "plan"):
             raise UserError(f"a grant is a voucher or of a plan, not {kind!r}")
 
         def entries(books: Books) -> list[tuple[AccountName, int]]:
             books.open_pocket(customer, (kind, lot), expires)
+            if also is not None:
+                also(books)
             return [(CONTRA, -nano_usd), ((kind, lot), nano_usd)]
 
         return self._once(customer, f"{kind}_grant", nano_usd, lot, entries)

@@ -15,9 +15,10 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from tidelock.service import receipts, wire
-from tidelock.service.accounts import UnknownId
+from tidelock.service.accounts import UnknownId, log
 from tidelock.service.audit import audit_and_root
 from tidelock.service.auth import authenticate
+from tidelock.service.books import Books
 from tidelock.service.db import Database
 from tidelock.service.errors import conflict, invalid_request
 from tidelock.service.http import Json, read_body
@@ -139,13 +140,15 @@ async def grant(state: ServiceState, request: Request) -> dict[str, Any]:
     customer = _known(state, request.path_params["id"])["id"]
     if not body.name or len(body.name) > 128:
         raise invalid_request("a voucher needs a name of at most 128 characters", "name")
+    expires = None if body.expires_at is None else float(body.expires_at)
+
+    def logged(books: Books) -> None:
+        log(books.execute, customer, key.id, "voucher.granted", body.name, {"usd": body.usd}, books.now)
+
     with bad_request():
-        given = await asyncio.to_thread(
-            state.ledger.grant, customer, nano(body.usd), lot=body.name, expires=None if body.expires_at is None else float(body.expires_at)
-        )
+        given = await asyncio.to_thread(state.ledger.grant, customer, nano(body.usd), lot=body.name, expires=expires, also=logged)
     if not given:
         raise conflict(f"the voucher {body.name!r} was given before; nothing changed", "voucher_exists")
-    state.accounts.note(customer, key.id, "voucher.granted", body.name, {"usd": body.usd})
     return {"object": "voucher", "name": body.name, "balance": wallet.pockets(state.ledger.db, customer, state.ledger.clock())}
 
 

@@ -65,9 +65,10 @@ def shown_payment(p: dict[str, Any]) -> dict[str, Any]:
 
 
 async def plans(state: ServiceState, request: Request) -> dict[str, Any]:
-    """`GET /v1/organization/plans`: what is sold, and whether there is a seat."""
-    authenticate(state, request, "billing")
-    return files.listing([shown_plan(p) for p in state.plans.plans()], False)
+    """`GET /v1/organization/plans`: what is sold, whether there is a seat, and which one the organisation has."""
+    key = authenticate(state, request, "billing")
+    has = state.plans.subscription(key.customer)
+    return {**files.listing([shown_plan(p) for p in state.plans.plans()], False), "subscribed": has.plan if has else None}
 
 
 def shown_plan(p: dict[str, Any]) -> dict[str, Any]:
