@@ -6,7 +6,6 @@
 #include "packed.h"
 
 typedef uint32_t uw __attribute__((vector_size(VW * 4), aligned(4)));
-typedef int32_t iw __attribute__((vector_size(VW * 4), aligned(4)));
 typedef uint8_t bw __attribute__((vector_size(VW), aligned(1)));
 typedef int8_t sw __attribute__((vector_size(VW), aligned(1)));
 
