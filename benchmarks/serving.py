@@ -1,10 +1,14 @@
-"""Our server beside llama.cpp's, same weights, one run: Poisson arrivals and agent tool loops with shared prefixes.
+"""Our server beside llama.cpp's, same weights at the same bits, one run: agent tool loops with shared prefixes and branches.
 
-    python -m benchmarks.serving [--preset small-k2] [--dtype bfloat16] [--threads 2] [--rounds 3] [--llama BUILD_DIR]
-                                 [--out DIR] [-- options of `tidelock bench serve`]
+    python -m benchmarks.serving [--model 469m|10m|PRESET] [--weights bf16] [--threads 2] [--rounds 3] [--llama BUILD_DIR]
+                                 [--out DIR] [--models DIR] [-- options of `tidelock bench serve`]
 
-A random model of the preset is written as a run directory and as GGUF; each server is a process of its own with the same
-threads; `tidelock bench serve` then takes them in turn. Without llama.cpp (see benchmarks/llama.py) ours is measured alone.
+A random model is written as a run directory and as GGUF; each server is a process of its own with the same threads;
+`tidelock bench serve` then takes them in turn, round after round: 16 conversations at a time of up to 6 turns, behind 4
+openings, every seventh turn going two ways. Writes its table and plots, and the ratio of total tokens per second. Ours
+serves packed weights (`tidelock serve --weights`), llama-server the same numbers: 16 slots over one unified cache, prompt
+cache in host memory, prompts reused from any slot (`BEST` says the options; the others that were tried were slower).
+Without llama.cpp (see benchmarks/llama.py) ours is measured alone.
 """
 
 from __future__ import annotations
@@ -19,63 +23,100 @@ from contextlib import ExitStack
 from pathlib import Path
 
 CONTEXT = 2048
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+BEST = ("-cb", "-kvu", "--cache-reuse", "256", "-b", "2048", "-ub", "512", "--slot-prompt-similarity", "0.02")
 
 
-def write_run(path: Path, preset_name: str) -> tuple[object, int]:
-    """A run directory with a random release; (its config, the id that ends a message)."""
+def model_of(name: str):
+    from benchmarks.engines import SHAPES, random_model
+    from tidelock.models import TransformerLM, preset
+
+    if name in SHAPES:
+        return random_model(name)
+    return TransformerLM(preset(name) if not name.startswith("nano") else preset(name, 1024), seed=0)
+
+
+def write_run(path: Path, name: str) -> None:
+    """A run directory with a random release."""
     from tidelock.loop.rundir import RunDir
-    from tidelock.models import TransformerLM, preset, save_checkpoint
+    from tidelock.models import save_checkpoint
     from tidelock.tokens.tokenizer import BPETokenizer
     from tidelock.train.corpus import read_texts, stdlib_files
 
     tokenizer = BPETokenizer.train(read_texts(stdlib_files(), 200_000), 512)
     tokenizer.save(path / "tokenizer")
-    config = preset(preset_name) if not preset_name.startswith("nano") else preset(preset_name, 1024)
-    save_checkpoint(path / "checkpoints" / "random", TransformerLM(config, seed=0))
-    run = RunDir(path)
-    run.registry.release(path / "checkpoints" / "random")
-    return config, run.template().stop_ids[0]
+    save_checkpoint(path / "checkpoints" / "random", model_of(name))
+    RunDir(path).registry.release(path / "checkpoints" / "random")
 
 
 def tidelock(*argv: str, env: dict[str, str]) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "tidelock", *argv], env=env, check=True, stdout=subprocess.PIPE, text=True)
 
 
+def ratio(result: dict) -> str:
+    """By load: our total tokens per second over llama-server's, median and range of the rounds' own ratios."""
+    import statistics
+
+    lines = []
+    for load in dict.fromkeys(r["load"] for r in result["rounds"]):
+        rounds: dict[int, dict[str, float]] = {}
+        for r in result["rounds"]:
+            if r["load"] == load:
+                rounds.setdefault(r["round"], {})[r["kind"]] = r["total_per_s"]
+        found = sorted(r["tokens"] / r["llama"] for r in rounds.values() if len(r) == 2)
+        if found:
+            lines.append(f"{load}: {statistics.median(found):.2f} times llama-server's total tokens per second "
+                         f"({found[0]:.2f} to {found[-1]:.2f} in {len(found)} rounds)")  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="nano-k2")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the GGUF's matrices")
+    parser.add_argument("--model", default="469m", help="469m or 10m (the shapes of benchmarks/engines.py), or a preset")
+    parser.add_argument("--weights", default="bf16", choices=DTYPES, help="of both servers")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--slots", type=int, default=16, help="of llama-server")
     parser.add_argument("--llama", help="build directory of llama.cpp (default $TIDELOCK_LLAMA, else the PATH)")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--llama-options", default=" ".join(BEST), help="of llama-server, beside threads, slots and context")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("bench"))
+    parser.add_argument("--models", type=Path, metavar="DIR", help="keep the model's files here, and use those that are there")
     parser.add_argument("rest", nargs="*", help="more options of `tidelock bench serve`, behind --")
     args = parser.parse_args()
     from benchmarks.llama import find_server, llama_server
 
+    from tidelock.loop.rundir import RunDir
     from tidelock.loop.server_process import served
     from tidelock.models.hf import convert
+    from tidelock.models.hf.convert import read_any_config
     from tidelock.models.hf.gguf import llama_options
 
     env = dict(os.environ, OMP_NUM_THREADS=str(args.threads), TIDELOCK_THREADS=str(args.threads))
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
-        path = Path(scratch) / "run"
-        config, end_id = write_run(path, args.preset)
+        home = args.models or Path(scratch)
+        path, checkpoint = home / f"run-{args.model}", home / f"run-{args.model}" / "checkpoints" / "random"
+        if not checkpoint.exists():
+            write_run(path, args.model)
         made = tidelock("keys", "create", "--dir", str(path / "service"), "--customer", "bench", "--admin", "--json", "-", env=env)
         key = json.loads(made.stdout[made.stdout.index("{") :])["secret"]
-        servers = ["tokens:" + stack.enter_context(served(path, args.threads)).removesuffix("/v1")]
+        servers = ["tokens:" + stack.enter_context(served(path, args.threads, options=("--weights", args.weights)))
+                   .removesuffix("/v1")]  # fmt: skip
         if (binary := find_server(args.llama)) is None:
             print("no llama-server: measuring ours alone")
         else:
-            gguf = convert(path / "checkpoints" / "random", Path(scratch) / "m.gguf", "gguf", args.dtype)
-            url = stack.enter_context(llama_server(binary, gguf, threads=args.threads, slots=args.slots, context=CONTEXT,
-                                                   options=tuple(llama_options(config))))  # fmt: skip
-            servers.append(f"llama:{url}")
-        done = tidelock("bench", "serve", *servers, "--api-key", key, "--end-id", str(end_id), "--context", str(CONTEXT),
-                        "--rounds", str(args.rounds), "--out", str(args.out), *args.rest, env=env)  # fmt: skip
-        print(f"{args.preset}, {args.threads} threads, GGUF {args.dtype}, load average {os.getloadavg()[0]:.1f}\n")
-        print(done.stdout)
+            gguf = home / f"{args.model}-{args.weights}.gguf"
+            if not gguf.exists():
+                convert(checkpoint, gguf, "gguf", DTYPES[args.weights])
+            options = (*args.llama_options.split(), *llama_options(read_any_config(checkpoint)))
+            servers.append("llama:" + stack.enter_context(
+                llama_server(binary, gguf, threads=args.threads, slots=args.slots, context=CONTEXT, options=options)))  # fmt: skip
+        tidelock("bench", "serve", *servers, "--api-key", key, "--end-id", str(RunDir(path).template().stop_ids[0]),
+                 "--context", str(CONTEXT), "--rounds", str(args.rounds), "--load", "agents", "--out", str(args.out),
+                 *args.rest, env=env)  # fmt: skip
+        text = (f"# {args.model}, {args.weights} weights, {args.threads} threads, load average {os.getloadavg()[0]:.1f}\n\n"
+                f"{(args.out / 'bench.md').read_text()}\n{ratio(json.loads((args.out / 'bench.json').read_text()))}\n")  # fmt: skip
+        (args.out / "serving.md").write_text(text)
+        print(text)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ from tidelock.tokens.errors import UserError
 
 
 @contextmanager
-def served(directory: Path, threads: int = 1, patience_s: float = 60.0) -> Iterator[str]:
-    """The base URL of a server over `directory`, on a free port of the loopback interface."""
+def served(directory: Path, threads: int = 1, patience_s: float = 60.0, options: tuple[str, ...] = ()) -> Iterator[str]:
+    """The base URL of a server over `directory`, on a free port of the loopback interface; `options` of `tidelock serve`."""
     ready, log = directory / "server.ready", directory / "server.log"
     ready.unlink(missing_ok=True)
     env = dict(os.environ, OMP_NUM_THREADS=str(threads), TIDELOCK_THREADS=str(threads))
     argv = [sys.executable, "-m", "tidelock", "serve", str(directory), "--port", "0", "--lenient",
-            "--ready-file", str(ready), "--exit-with-parent", str(os.getpid())]  # fmt: skip
+            "--ready-file", str(ready), "--exit-with-parent", str(os.getpid()), *options]  # fmt: skip
     with open(log, "ab") as output:
         process = subprocess.Popen(argv, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=env)
     try:

@@ -65,14 +65,14 @@ def pack(w: Tensor, kind: str) -> PackedWeight:
         coded = _panels(w)
     elif kind == "bf16":
         coded = _panels(w.to(torch.bfloat16))
-        coded = _pairs(coded.view(torch.int16).int(), 16)
+        coded = _pairs(coded)
     elif kind == "fp16":
         coded = _panels(w.half())
         if not coded.isfinite().all():
             raise UserError(f"fp16 cannot hold weights as large as {w.abs().max():.3g}; use bf16")
     elif kind == "int8":
         codes, scale = _int8(w)
-        coded, scale = _panels(codes), _panels(scale)
+        coded, scale = _words(_panels((codes.short() + 128).to(torch.uint8), 4)), _panels(scale)
     else:
         return from_published(quant.pack(w, kind))
     return PackedWeight(kind, matrices, n, k, coded, scale)
@@ -87,8 +87,9 @@ def from_published(p: quant.Packed) -> PackedWeight:
     else:  # bf16 has fp32's exponents, so it holds UE8M0 exactly
         codes = torch.stack([p.packed & 15, p.packed >> 4], -1).flatten(-2)
         scale = torch.ldexp(torch.ones(p.scale.shape), p.scale.int() - 127).to(torch.bfloat16)
-    coded = _pairs(_panels(codes).int(), 4).to(torch.uint8)
-    scale = _pairs(_panels(scale).view(torch.int16).int(), 16)
+    coded = _panels(codes)
+    coded = _words(coded[..., 0::2, :] | coded[..., 1::2, :] << 4)
+    scale = _pairs(_panels(scale))
     matrices, n, k = p.shape
     return PackedWeight(p.format, matrices, n, k, coded, scale)
 
@@ -137,19 +138,25 @@ def _p(t: Tensor) -> ctypes.c_void_p:
 
 
 def _int8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [..., n, k] and scales fp32 [..., n, 1]."""
+    """Codes int8 [..., n, k] and scales fp32 [..., n, 1], rounded up to 22 bits (why: `decoded` in c/packed.c)."""
     scale = w.abs().amax(-1, keepdim=True) / 127
+    scale = ((scale.view(torch.int32) + 3) & ~3).view(torch.float32)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return (w / scale).round().to(torch.int8), scale
 
 
-def _panels(x: Tensor) -> Tensor:
-    """[matrices, n, k] -> [matrices, panels, k, 32], zero rows added."""
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % PANEL))
-    return padded.view(x.shape[0], -1, PANEL, x.shape[2]).transpose(2, 3).contiguous()
+def _panels(x: Tensor, inputs: int = 1) -> Tensor:
+    """[matrices, n, k] -> [matrices, panels, k, 32], zero rows added, and inputs up to a multiple of `inputs`."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[2] % inputs, 0, -x.shape[1] % PANEL))
+    return padded.view(x.shape[0], -1, PANEL, padded.shape[2]).transpose(2, 3).contiguous()
 
 
-def _pairs(x: Tensor, bits: int) -> Tensor:
-    """int32 codes [..., 32] -> [..., 16]: output i in the low bits, output i + 16 above it."""
-    low, high = x[..., : PANEL // 2], x[..., PANEL // 2 :]
-    return (low & ((1 << bits) - 1)) | (high << bits)
+def _words(x: Tensor) -> Tensor:
+    """Bytes [..., rows, 32] -> int32 words [..., rows / 4, 32], the first row's byte the lowest."""
+    return x.unflatten(-2, (-1, 4)).transpose(-1, -2).contiguous().view(torch.int32)[..., 0]
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """bf16 [..., 32] -> int32 [..., 16]: output i in the low half, output i + 16 above it."""
+    bits = x.view(torch.int16).int()
+    return (bits[..., : PANEL // 2] & 0xFFFF) | (bits[..., PANEL // 2 :] << 16)

@@ -52,26 +52,32 @@ typedef v8 vw;
 INLINE vw fmaw(vw a, vw b, vw c) { return fma8(a, b, c); }
 INLINE vw splatw(float x) { return splat(x); }
 #endif
+typedef int32_t iw __attribute__((vector_size(VW * 4), aligned(4)));
 INLINE vw loadw(const float *p) { return *(const vw *)p; }
 INLINE void storew(float *p, vw x) { *(vw *)p = x; }
 
-/* exp to 1-2 ulp on [-87, 88], clamped outside (Cephes polynomial). */
-INLINE v8 vexp(v8 x) {
-    x = pick(x > splat(88.0f), splat(88.0f), x);
-    x = pick(x < splat(-87.0f), splat(-87.0f), x);
-    v8 n = fma8(x, splat(1.44269504088896341f), splat(12582912.0f)) - splat(12582912.0f);
-    v8 r = fma8(n, splat(-0.693359375f), x);
-    r = fma8(n, splat(2.12194440e-4f), r);
-    v8 p = splat(1.9875691500e-4f);
-    p = fma8(p, r, splat(1.3981999507e-3f));
-    p = fma8(p, r, splat(8.3334519073e-3f));
-    p = fma8(p, r, splat(4.1665795894e-2f));
-    p = fma8(p, r, splat(1.6666665459e-1f));
-    p = fma8(p, r, splat(5.0000001201e-1f));
-    v8 y = fma8(p, r * r, r) + splat(1.0f);
-    i8 e = (__builtin_convertvector(n, i8) + 127) << 23;
-    return y * (v8)e;
-}
+INLINE vw pickw(iw mask, vw a, vw b) { return (vw)(((iw)a & mask) | ((iw)b & ~mask)); }
+
+/* exp to 1-2 ulp on [-87, 88], clamped outside (Cephes polynomial): vexp of 8 lanes, vexpw of VW. */
+#define EXP(name, vector, ints, fill, fused, pick)                                                                     \
+    INLINE vector name(vector x) {                                                                                     \
+        x = pick(x > fill(88.0f), fill(88.0f), x);                                                                     \
+        x = pick(x < fill(-87.0f), fill(-87.0f), x);                                                                   \
+        vector n = fused(x, fill(1.44269504088896341f), fill(12582912.0f)) - fill(12582912.0f);                        \
+        vector r = fused(n, fill(-0.693359375f), x);                                                                   \
+        r = fused(n, fill(2.12194440e-4f), r);                                                                         \
+        vector p = fill(1.9875691500e-4f);                                                                             \
+        p = fused(p, r, fill(1.3981999507e-3f));                                                                       \
+        p = fused(p, r, fill(8.3334519073e-3f));                                                                       \
+        p = fused(p, r, fill(4.1665795894e-2f));                                                                       \
+        p = fused(p, r, fill(1.6666665459e-1f));                                                                       \
+        p = fused(p, r, fill(5.0000001201e-1f));                                                                       \
+        vector y = fused(p, r * r, r) + fill(1.0f);                                                                    \
+        ints e = (__builtin_convertvector(n, ints) + 127) << 23;                                                       \
+        return y * (vector)e;                                                                                          \
+    }
+EXP(vexp, v8, i8, splat, fma8, pick)
+EXP(vexpw, vw, iw, splatw, fmaw, pickw)
 INLINE v8 vsigmoid(v8 x) { return splat(1.0f) / (splat(1.0f) + vexp(-x)); }
 /* tanh to a few ulp: a polynomial near zero (Cephes), where 2 sigmoid(2x) - 1 would cancel all its digits. */
 INLINE v8 vtanh(v8 x) {

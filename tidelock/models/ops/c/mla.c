@@ -59,61 +59,73 @@ INLINE const float *key_at(const Keys *kv, long s, long base, long j, long D, lo
     return kv->pages + (kv->table[s * kv->maxp + j / kv->P] * kv->P + j % kv->P) * D;
 }
 
-/* J keys against one vector of query rows: a lane is a row, so keys are read as they lie and only q is transposed.
+/* J keys against N vectors of query rows: a lane is a row, so keys are read as they lie and only q is transposed.
  * st[j, lane] = sum_d key_j[d] qt[d, lane], d ascending. */
-#define SCORES(name, vector, read, write, fill, fused)                                                                 \
-    INLINE void name##_of(const int J, long D, const float *key, const float *qt, long Q, float *st) {                 \
-        vector acc[8];                                                                                                 \
-        for (int j = 0; j < J; j++) acc[j] = fill(0);                                                                  \
-        for (long d = 0; d < D; d++) {                                                                                 \
-            vector q = read(qt + d * Q);                                                                               \
-            for (int j = 0; j < J; j++) acc[j] = fused(fill(key[j * D + d]), q, acc[j]);                               \
-        }                                                                                                              \
-        for (int j = 0; j < J; j++) write(st + j * Q, acc[j]);                                                         \
-    }                                                                                                                  \
-    static void name(long n, long D, const float *key, const float *qt, long Q, float *st) {                           \
-        long j = 0;                                                                                                    \
-        for (; j + 8 <= n; j += 8) name##_of(8, D, key + j * D, qt, Q, st + j * Q);                                    \
-        for (; j + 4 <= n; j += 4) name##_of(4, D, key + j * D, qt, Q, st + j * Q);                                    \
-        for (; j < n; j++) name##_of(1, D, key + j * D, qt, Q, st + j * Q);                                            \
+INLINE void scores_of(const int J, const int N, long D, const float *key, const float *qt, long Q, float *st) {
+    vw acc[8][3];
+    for (int j = 0; j < J; j++)
+        for (int i = 0; i < N; i++) acc[j][i] = splatw(0);
+    for (long d = 0; d < D; d++) {
+        vw q[3];
+        for (int i = 0; i < N; i++) q[i] = loadw(qt + d * Q + i * VW);
+        for (int j = 0; j < J; j++) {
+            vw k = splatw(key[j * D + d]);
+            for (int i = 0; i < N; i++) acc[j][i] = fmaw(k, q[i], acc[j][i]);
+        }
     }
-SCORES(scores_8, v8, load, store, splat, fma8)
-#if VW > 8
-SCORES(scores_w, vw, loadw, storew, splatw, fmaw)
+    for (int j = 0; j < J; j++)
+        for (int i = 0; i < N; i++) storew(st + j * Q + i * VW, acc[j][i]);
+}
+#define SCORES(N, J)                                                                                                   \
+    static void scores_##N(long n, long D, const float *key, const float *qt, long Q, float *st) {                     \
+        long j = 0;                                                                                                    \
+        for (; j + J <= n; j += J) scores_of(J, N, D, key + j * D, qt, Q, st + j * Q);                                 \
+        for (; j < n; j++) scores_of(1, N, D, key + j * D, qt, Q, st + j * Q);                                         \
+    }
+#if VW == 16
+SCORES(1, 8) SCORES(2, 8) SCORES(3, 8)
+#else
+SCORES(1, 8) SCORES(2, 4) SCORES(3, 4)
 #endif
 
-/* Softmax down the columns of st [T, Q] in place, eight rows at a time; row i sees keys 0..last[i]. The sums run in the
- * order of softmax_row. top receives the largest scores. */
+/* Softmax down the columns of st [T, Q] in place, a vector of rows at a time; row i sees keys 0..last[i]. The sums run in
+ * the order of softmax_row. top receives the largest scores. */
 static void softmax_columns(long T, long Q, const int32_t *last, float *st, float *top) {
-    for (long i = 0; i < Q; i += 8) {
-        i8 end = *(const i8 *)(last + i);
-        v8 mx = load(st + i), sum[8];
+    for (long i = 0; i < Q; i += VW) {
+        iw end = *(const iw *)(last + i);
+        vw mx = loadw(st + i), sum[8];
         for (long j = 1; j < T; j++) {
-            v8 x = load(st + j * Q + i);
-            mx = pick(((int32_t)j <= end) & (x > mx), x, mx);
+            vw x = loadw(st + j * Q + i);
+            mx = pickw(((int32_t)j <= end) & (x > mx), x, mx);
         }
-        for (int c = 0; c < 8; c++) sum[c] = splat(0);
-        for (long j = 0; j < T; j++) {
-            v8 e = pick((int32_t)j <= end, vexp(load(st + j * Q + i) - mx), splat(0));
-            store(st + j * Q + i, e);
-            sum[j % 8] += e;
-        }
-        v8 total = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
-        v8 inv = splat(1.0f) / total;
-        for (long j = 0; j < T; j++) store(st + j * Q + i, load(st + j * Q + i) * inv);
-        store(top + i, mx);
+        for (int c = 0; c < 8; c++) sum[c] = splatw(0);
+        for (long j = 0; j < T; j += 8)
+            for (int c = 0; c < 8 && j + c < T; c++) {
+                float *at = st + (j + c) * Q + i;
+                vw e = pickw((int32_t)(j + c) <= end, vexpw(loadw(at) - mx), splatw(0));
+                storew(at, e);
+                sum[c] += e;
+            }
+        vw total = ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+        vw inv = splatw(1.0f) / total;
+        for (long j = 0; j < T; j++) storew(st + j * Q + i, loadw(st + j * Q + i) * inv);
+        storew(top + i, mx);
     }
 }
 
-/* out[i, c..] = sum_j st[j, i] key_j[c..] for N query rows and one strip of columns, j ascending. */
+/* out[i, c..] += sum of st[j, i] key_j[c..] over keys from..upto, for N query rows and one strip of columns, j ascending.
+ * The sum begins at 0 with key 0. */
 #define WEIGH(name, vector, lanes, read, write, fill, fused)                                                           \
-    INLINE void name##_of(const int N, const Keys *kv, long s, long base, long T, long D, long Q, const float *st,     \
-                          long c, float *out, long R) {                                                                \
+    INLINE void name##_of(const int N, const Keys *kv, long s, long base, long from, long upto, long D, long Q,        \
+                          const float *st, long c, float *out, long R) {                                               \
         vector a[12], b[12];                                                                                           \
-        for (int i = 0; i < N; i++) a[i] = b[i] = fill(0);                                                             \
-        for (long j = 0, run; j < T; j += run) {                                                                       \
+        for (int i = 0; i < N; i++) {                                                                                  \
+            a[i] = from ? read(out + i * R + c) : fill(0);                                                             \
+            b[i] = from ? read(out + i * R + c + lanes) : fill(0);                                                     \
+        }                                                                                                              \
+        for (long j = from, run; j < upto; j += run) {                                                                 \
             const float *key = key_at(kv, s, base, j, D, &run) + c;                                                    \
-            run = MIN(run, T - j);                                                                                     \
+            run = MIN(run, upto - j);                                                                                  \
             for (long t = 0; t < run; t++) {                                                                           \
                 vector x = read(key + t * D), y = read(key + t * D + lanes);                                           \
                 for (int i = 0; i < N; i++) {                                                                          \
@@ -128,19 +140,21 @@ static void softmax_columns(long T, long Q, const int32_t *last, float *st, floa
             write(out + i * R + c + lanes, b[i]);                                                                      \
         }                                                                                                              \
     }                                                                                                                  \
-    static void name(long n, const Keys *kv, long s, long base, long T, long D, long Q, const float *st, long c,       \
-                     float *out, long R) {                                                                             \
+    static void name(long n, const Keys *kv, long s, long base, long from, long upto, long D, long Q, const float *st, \
+                     long c, float *out, long R) {                                                                     \
         long i = 0;                                                                                                    \
-        for (; i + WIDE <= n; i += WIDE) name##_of(WIDE, kv, s, base, T, D, Q, st + i, c, out + i * R, R);             \
-        for (; i + 4 <= n; i += 4) name##_of(4, kv, s, base, T, D, Q, st + i, c, out + i * R, R);                      \
-        for (; i < n; i++) name##_of(1, kv, s, base, T, D, Q, st + i, c, out + i * R, R);                              \
+        if (lanes == 16 && n % 12 != 4) /* 16 rows are 8 + 8 */                                                        \
+            for (; i + 12 <= n; i += 12) name##_of(12, kv, s, base, from, upto, D, Q, st + i, c, out + i * R, R);      \
+        for (; i + WIDE <= n; i += WIDE) name##_of(WIDE, kv, s, base, from, upto, D, Q, st + i, c, out + i * R, R);    \
+        for (; i + 4 <= n; i += 4) name##_of(4, kv, s, base, from, upto, D, Q, st + i, c, out + i * R, R);             \
+        for (; i < n; i++) name##_of(1, kv, s, base, from, upto, D, Q, st + i, c, out + i * R, R);                     \
     }
 #if VW > 8
-#define WIDE 12
+#define WIDE 8
 WEIGH(weigh_w, vw, VW, loadw, storew, splatw, fmaw)
-#else
-#define WIDE 6
+#undef WIDE
 #endif
+#define WIDE 6
 typedef float v4 __attribute__((vector_size(16), aligned(4)));
 INLINE v4 load4(const float *p) { return *(const v4 *)p; }
 INLINE void store4(float *p, v4 x) { *(v4 *)p = x; }
@@ -152,32 +166,36 @@ INLINE v4 fma4(v4 a, v4 b, v4 c) {
 WEIGH(weigh_8, v8, 8, load, store, splat, fma8)
 WEIGH(weigh_4, v4, 4, load4, store4, splat4, fma4)
 
+#define NEAR 128 /* keys whose strip of columns, and whose weights, lie in the first cache for all rows of a tile */
+
 /* Query rows i0..i0+n of sequence s (row = token * H + head): scores, softmax, weighted sum. */
 static void attend(const Keys *kv, long s, long base, long start, long H, long D, long R, long i0, long n, const float *q,
                    float *out, float *top) {
-    const long Q = (n + 7) / 8 * 8, T = start + (i0 + n - 1) / H + 1;
+    const long Q = (n + VW - 1) / VW * VW, T = start + (i0 + n - 1) / H + 1;
     float *qt = tl_scratch(Q * (D + T)), *st = qt + D * Q;
     int32_t last[QT];
-    for (long i = 0; i < Q; i++) {
-        last[i] = start + (i0 + MIN(i, n - 1)) / H;
-        for (long d = 0; d < D; d++) qt[d * Q + i] = i < n ? q[i * D + d] : 0;
-    }
+    for (long i = 0; i < Q; i++) last[i] = start + (i0 + MIN(i, n - 1)) / H;
+    for (long d = 0; d < D; d++)
+        for (long i = 0; i < Q; i++) qt[d * Q + i] = i < n ? q[i * D + d] : 0;
     for (long j = 0, run; j < T; j += run) {
         const float *key = key_at(kv, s, base, j, D, &run);
         run = MIN(run, T - j);
-        long i = 0;
-#if VW > 8
-        for (; i + VW <= Q; i += VW) scores_w(run, D, key, qt + i, Q, st + j * Q + i);
-#endif
-        for (; i < Q; i += 8) scores_8(run, D, key, qt + i, Q, st + j * Q + i);
+        for (long i = 0; i < Q;) {
+            long left = (Q - i) / VW;
+            (left >= 3 ? scores_3 : left == 2 ? scores_2 : scores_1)(run, D, key, qt + i, Q, st + j * Q + i);
+            i += MIN(left, 3) * VW;
+        }
     }
     softmax_columns(T, Q, last, st, top);
-    long c = 0;
+    for (long j = 0; j < T; j += NEAR) {
+        const long end = MIN(j + NEAR, T);
+        long c = 0;
 #if VW > 8
-    for (; c + 2 * VW <= R; c += 2 * VW) weigh_w(n, kv, s, base, T, D, Q, st, c, out, R);
+        for (; c + 2 * VW <= R; c += 2 * VW) weigh_w(n, kv, s, base, j, end, D, Q, st, c, out, R);
 #endif
-    for (; c + 16 <= R; c += 16) weigh_8(n, kv, s, base, T, D, Q, st, c, out, R);
-    for (; c < R; c += 8) weigh_4(n, kv, s, base, T, D, Q, st, c, out, R);
+        for (; c + 16 <= R; c += 16) weigh_8(n, kv, s, base, j, end, D, Q, st, c, out, R);
+        for (; c < R; c += 8) weigh_4(n, kv, s, base, j, end, D, Q, st, c, out, R);
+    }
 }
 
 /* max_logit [S, H] (or NULL) receives the largest score per head, for QK-Clip. */

@@ -6,9 +6,6 @@
 #include "packed.h"
 
 typedef uint32_t uw __attribute__((vector_size(VW * 4), aligned(4)));
-typedef int32_t iw __attribute__((vector_size(VW * 4), aligned(4)));
-typedef uint8_t bw __attribute__((vector_size(VW), aligned(1)));
-typedef int8_t sw __attribute__((vector_size(VW), aligned(1)));
 
 #define STRIP (2 * VW) /* outputs of a panel that are computed at once */
 #if VW == 16
@@ -16,30 +13,16 @@ typedef int8_t sw __attribute__((vector_size(VW), aligned(1)));
 #else
 #define ROWS 6
 #endif
-#define AHEAD 4096 /* bytes: with many products per weight, the processor's own prefetch is not far enough ahead */
+
+#define AHEAD 4096 /* bytes: the processor's own prefetch is not far enough ahead; half the time, from memory, without */
 #define MANY 48 /* rows from which weights are unpacked into memory once, and no more in registers for every tile */
 
-static const int row_bytes[] = {128, 64, 64, 32, 16, 16};
+/* Inputs that share a word: every lane of a row of words is an output, its first input in the lowest bits. */
+#define PER(kind) (kind == INT8 ? 4 : kind > INT8 ? 8 : 1)
+#define ROW(kind) (kind == F32 || kind >= INT8 ? 128 : 64) /* bytes, of PER inputs */
 
-/* Bytes to words, by name: the compiler's own way round is ten times slower. */
-INLINE uw from_u8(const char *p) {
-#if VW == 16
-    return (uw)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
-#elif defined(__AVX2__)
-    return (uw)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
-#else
-    return __builtin_convertvector(*(const bw *)p, uw);
-#endif
-}
-INLINE vw from_i8(const char *p) {
-#if VW == 16
-    return (vw)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
-#elif defined(__AVX2__)
-    return (vw)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p)));
-#else
-    return __builtin_convertvector(__builtin_convertvector(*(const sw *)p, iw), vw);
-#endif
-}
+INLINE long panel_bytes(const int kind, long K) { return (K + PER(kind) - 1) / PER(kind) * ROW(kind); }
+INLINE long scale_bytes(const int kind, long K) { return kind > INT8 ? K / GROUP * 64 : 128; }
 
 INLINE vw bf16_low(uw x) { return (vw)(x << 16); }
 INLINE vw bf16_high(uw x) { return (vw)(x & 0xffff0000u); }
@@ -63,25 +46,37 @@ INLINE vw from_f16(const char *p) {
 }
 
 static const float e2m1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
-static const float int4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
-/* Values of 4-bit codes. */
-INLINE vw nibbles(const int kind, uw code) {
+/* x's bits `mask` moved to the left by `shift`, under the exponent of `one`: a code u of n bits becomes 2^n + u. */
+INLINE vw mantissa(uw x, const int shift, const uint32_t mask, const uint32_t one) {
+    x = shift >= 0 ? x << shift : x >> -shift;
 #if VW == 16
-    return (vw)_mm512_permutexvar_ps((__m512i)code, _mm512_loadu_ps(kind == INT4 ? int4 : e2m1));
+    return (vw)_mm512_ternarylogic_epi32((__m512i)x, _mm512_set1_epi32(mask), _mm512_set1_epi32(one), 0xea); /* a & b | c */
 #else
-    if (kind == INT4) return __builtin_convertvector((iw)(code & 15) - 8, vw);
-#ifdef __AVX2__
-    return (vw)((uw)_mm256_permutevar8x32_ps(_mm256_loadu_ps(e2m1), (__m256i)code) | (code & 8) << 28);
-#else
-    vw out;
-    for (int i = 0; i < VW; i++) out[i] = e2m1[code[i] & 15];
-    return out;
-#endif
+    return (vw)((x & mask) | one);
 #endif
 }
 
-/* The STRIP weights at `row` of a panel, columns strip * STRIP on, before scaling. */
+/* Input j of words that hold codes, times s. INT8 and INT4 hold them plus half their range; t is what that half and the
+ * exponent add, -(2^n + 2^(n - 1)) s. It is exact, as is the product inside the fma, so one rounding is left: that of
+ * code * s. (INT8's scales have 22 bits for that; with 4 bits even code * s is exact.) */
+INLINE vw decoded(const int kind, const int j, uw x, vw s, vw t) {
+    if (kind == INT8) return fmaw(mantissa(x, 15 - 8 * j, 0x007f8000, 0x43800000), s, t);
+    if (kind == INT4) return fmaw(mantissa(x, 19 - 4 * j, 0x00780000, 0x41800000), s, t);
+#if VW == 16
+    return (vw)_mm512_permutexvar_ps((__m512i)(x >> 4 * j), _mm512_loadu_ps(e2m1)) * s;
+#elif defined(__AVX2__)
+    uw code = x >> 4 * j;
+    return (vw)((uw)_mm256_permutevar8x32_ps(_mm256_loadu_ps(e2m1), (__m256i)code) | (code & 8) << 28) * s;
+#else
+    vw out;
+    for (int i = 0; i < VW; i++) out[i] = e2m1[x[i] >> 4 * j & 15];
+    return out * s;
+#endif
+}
+INLINE vw offset(const int kind, vw s) { return s * splatw(kind == INT8 ? -384.0f : -24.0f); }
+
+/* The STRIP weights at `row` of a panel, columns strip * STRIP on, of the kinds that are not coded. */
 INLINE void unpack_row(const int kind, const char *row, const int strip, vw *a, vw *b) {
     const int c = strip * STRIP;
     if (kind == F32) {
@@ -90,75 +85,99 @@ INLINE void unpack_row(const int kind, const char *row, const int strip, vw *a, 
     } else if (kind == F16) {
         *a = from_f16(row + 2 * c);
         *b = from_f16(row + 2 * (c + VW));
-    } else if (kind == INT8) {
-        *a = from_i8(row + c);
-        *b = from_i8(row + c + VW);
     } else if (VW == 16) { /* both halves of what was loaded once */
-        if (kind == BF16) {
-            uw x = *(const uw *)row;
-            *a = bf16_low(x);
-            *b = bf16_high(x);
-        } else {
-            uw x = from_u8(row);
-            *a = nibbles(kind, x);
-            *b = nibbles(kind, x >> 4);
-        }
+        uw x = *(const uw *)row;
+        *a = bf16_low(x);
+        *b = bf16_high(x);
     } else { /* strip 0: the low halves of the row, strip 1: the high ones */
-        if (kind == BF16) {
-            uw x = *(const uw *)row, y = *(const uw *)(row + 4 * VW);
-            *a = strip ? bf16_high(x) : bf16_low(x);
-            *b = strip ? bf16_high(y) : bf16_low(y);
-        } else {
-            uw x = from_u8(row), y = from_u8(row + VW);
-            *a = nibbles(kind, x >> 4 * strip);
-            *b = nibbles(kind, y >> 4 * strip);
-        }
+        uw x = *(const uw *)row, y = *(const uw *)(row + 4 * VW);
+        *a = strip ? bf16_high(x) : bf16_low(x);
+        *b = strip ? bf16_high(y) : bf16_low(y);
     }
 }
 
-/* Scales of a strip: one per output (int8) or one per output and group of inputs. */
-INLINE void scales(const int kind, const char *s, const int strip, vw *a, vw *b) {
-    unpack_row(kind == INT8 ? F32 : BF16, s, strip, a, b);
+/* One strip's scales and what `decoded` adds: one per output (INT8) or one per output and group of inputs. */
+INLINE void scales(const int kind, const char *s, const int strip, vw *scale, vw *off) {
+    unpack_row(kind == INT8 ? F32 : BF16, s, strip, scale, scale + 1);
+    off[0] = offset(kind, scale[0]), off[1] = offset(kind, scale[1]);
 }
 
-/* R rows of x against P panels, one strip of each. */
+typedef struct { /* R rows of x against P panels, one strip of each */
+    vw c[4][ROWS][2];
+} Sums;
+
+INLINE void add_products(const int R, const int p, Sums *sums, const float *x, long xr, vw w0, vw w1) {
+    for (int r = 0; r < R; r++) {
+        vw a = splatw(x[r * xr]);
+        sums->c[p][r][0] = fmaw(a, w0, sums->c[p][r][0]);
+        sums->c[p][r][1] = fmaw(a, w1, sums->c[p][r][1]);
+    }
+}
+
+/* Of P panels read abreast the one behind a panel is being read already; what comes next lies behind all of them. */
+INLINE void ahead(const int kind, const int P, long k, const char *row, long wp) {
+    const char *next = row + AHEAD + (P > 1 && k / PER(kind) * ROW(kind) + AHEAD >= wp ? (P - 1) * wp : 0);
+    __builtin_prefetch(next);
+    if (ROW(kind) > 64) __builtin_prefetch(next + 64);
+}
+
+/* Inputs k .. k + n of codes, n at most PER. */
+INLINE void add_words(const int kind, const int R, const int P, const int strip, const int n, long k, Sums *sums,
+                      const float *x, long xr, const char *w, long wp, vw (*s)[2], vw (*t)[2]) {
+    uw words[4][2];
+    for (int p = 0; p < P; p++) {
+        const char *row = w + p * wp + k / PER(kind) * ROW(kind);
+        ahead(kind, P, k, row, wp);
+        words[p][0] = *(const uw *)(row + 4 * strip * STRIP);
+        words[p][1] = *(const uw *)(row + 4 * (strip * STRIP + VW));
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < n; j++)
+        for (int p = 0; p < P; p++)
+            add_products(R, p, sums, x + k + j, xr, decoded(kind, j, words[p][0], s[p][0], t[p][0]),
+                         decoded(kind, j, words[p][1], s[p][1], t[p][1]));
+}
+
 INLINE void strip_product(const int kind, const int R, const int P, const int strip, long K, const float *x, long xr,
                           const char *w, long wp, const char *s, long sp, float *out, long outr, long cols) {
-    vw c[4][ROWS][2], s0[4], s1[4]; /* of which P, R: as variable-length arrays they would live in memory */
-    const int rb = row_bytes[kind], grouped = kind == INT4 || kind == MXFP4;
-    for (int p = 0; p < P; p++) {
-        for (int r = 0; r < R; r++) c[p][r][0] = c[p][r][1] = splatw(0);
-        if (kind == INT8) scales(kind, s + p * sp, strip, s0 + p, s1 + p);
-    }
-    for (long g = 0; g < K; g += grouped ? GROUP : K) {
-        if (grouped)
-            for (int p = 0; p < P; p++) scales(kind, s + p * sp + g / GROUP * 64, strip, s0 + p, s1 + p);
-        long end = grouped ? g + GROUP : K;
-        for (long k = g; k < end; k++)
+    Sums sums;
+    vw scale[4][2], off[4][2];
+    for (int p = 0; p < P; p++)
+        for (int r = 0; r < R; r++) sums.c[p][r][0] = sums.c[p][r][1] = splatw(0);
+    if (kind < INT8)
+        for (long k = 0; k < K; k++)
             for (int p = 0; p < P; p++) {
+                const char *row = w + p * wp + k * ROW(kind);
                 vw w0, w1;
-                if (R > 3) __builtin_prefetch(w + p * wp + k * rb + AHEAD);
-                if (R > 3 && rb > 64) __builtin_prefetch(w + p * wp + k * rb + 64 + AHEAD);
-                unpack_row(kind, w + p * wp + k * rb, strip, &w0, &w1);
-                if (kind >= INT8) w0 = w0 * s0[p], w1 = w1 * s1[p];
-                for (int r = 0; r < R; r++) {
-                    vw a = splatw(x[r * xr + k]);
-                    c[p][r][0] = fmaw(a, w0, c[p][r][0]);
-                    c[p][r][1] = fmaw(a, w1, c[p][r][1]);
-                }
+                ahead(kind, P, k, row, wp);
+                unpack_row(kind, row, strip, &w0, &w1);
+                add_products(R, p, &sums, x + k, xr, w0, w1);
             }
+    else {
+        const long group = kind == INT8 ? K : GROUP;
+        long k = 0;
+        for (long g = 0; g < K; g += group) {
+            for (int p = 0; p < P; p++) scales(kind, s + p * sp + g / GROUP * 64 * (kind > INT8), strip, scale[p], off[p]);
+            for (; k + PER(kind) <= g + group; k += PER(kind))
+                add_words(kind, R, P, strip, PER(kind), k, &sums, x, xr, w, wp, scale, off);
+        }
+        if (kind == INT8)
+            for (const int left = K - k; k < K; k = K) /* at most three */
+                left == 1   ? add_words(kind, R, P, strip, 1, k, &sums, x, xr, w, wp, scale, off)
+                : left == 2 ? add_words(kind, R, P, strip, 2, k, &sums, x, xr, w, wp, scale, off)
+                            : add_words(kind, R, P, strip, 3, k, &sums, x, xr, w, wp, scale, off);
     }
     for (int p = 0; p < P; p++)
         for (int r = 0; r < R; r++) {
             long first = p * PANEL + strip * STRIP, room = cols - first;
             float *to = out + r * outr + first;
             if (room >= STRIP) {
-                storew(to, c[p][r][0]);
-                storew(to + VW, c[p][r][1]);
+                storew(to, sums.c[p][r][0]);
+                storew(to + VW, sums.c[p][r][1]);
             } else if (room > 0) {
                 float tail[STRIP];
-                storew(tail, c[p][r][0]);
-                storew(tail + VW, c[p][r][1]);
+                storew(tail, sums.c[p][r][0]);
+                storew(tail + VW, sums.c[p][r][1]);
                 memcpy(to, tail, room * sizeof(float));
             }
         }
@@ -206,17 +225,28 @@ INLINE long abreast(long rows) { return rows == 1 ? 4 : 2; }
 
 /* A panel as fp32 [K, 32]. */
 INLINE void unpack_panel(const int kind, long K, const char *w, const char *s, float *to) {
-    vw s0 = splatw(1), s1 = s0;
-    for (int strip = 0; strip < PANEL / STRIP; strip++)
-        for (long k = 0; k < K; k++) {
-            vw w0, w1;
-            unpack_row(kind, w + k * row_bytes[kind], strip, &w0, &w1);
-            if (kind == INT8 && k == 0) scales(kind, s, strip, &s0, &s1);
-            if (kind > INT8 && k % GROUP == 0) scales(kind, s + k / GROUP * 64, strip, &s0, &s1);
-            if (kind >= INT8) w0 = w0 * s0, w1 = w1 * s1;
-            storew(to + k * PANEL + strip * STRIP, w0);
-            storew(to + k * PANEL + strip * STRIP + VW, w1);
-        }
+    for (int strip = 0; strip < PANEL / STRIP; strip++) {
+        float *at = to + strip * STRIP;
+        vw scale[2] = {splatw(0), splatw(0)}, off[2] = {splatw(0), splatw(0)}, w0, w1;
+        if (kind < INT8)
+            for (long k = 0; k < K; k++) {
+                unpack_row(kind, w + k * ROW(kind), strip, &w0, &w1);
+                storew(at + k * PANEL, w0);
+                storew(at + k * PANEL + VW, w1);
+            }
+        else
+            for (long k = 0; k < K; k += PER(kind)) {
+                const char *row = w + k / PER(kind) * ROW(kind) + 4 * strip * STRIP;
+                uw x = *(const uw *)row, y = *(const uw *)(row + 4 * VW);
+                if (k % GROUP == 0 && (k == 0 || kind > INT8)) scales(kind, s + k / GROUP * 64, strip, scale, off);
+#pragma GCC unroll 8
+                for (int j = 0; j < 8; j++)
+                    if (j < PER(kind) && k + j < K) {
+                        storew(at + (k + j) * PANEL, decoded(kind, j, x, scale[0], off[0]));
+                        storew(at + (k + j) * PANEL + VW, decoded(kind, j, y, scale[1], off[1]));
+                    }
+            }
+    }
 }
 
 static void unpack_any(int kind, long K, const char *w, const char *s, float *to) {
@@ -236,7 +266,7 @@ INLINE long tile_rows(long left, long most) {
 }
 
 void tl_product(long M, const float *x, long xr, const Weight *W, long e, float *out, long outr, long panel, long upto) {
-    const long K = W->k, wp = K * row_bytes[W->kind], sp = W->kind >= INT4 ? K / GROUP * 64 : 128;
+    const long K = W->k, wp = panel_bytes(W->kind, K), sp = scale_bytes(W->kind, K);
     while (panel < upto) {
         const char *w = W->w + (e * W->panels + panel) * wp, *s = W->scale ? W->scale + (e * W->panels + panel) * sp : 0;
         float *to = out + panel * PANEL;
@@ -290,7 +320,7 @@ void tl_packed_grouped_linear(long G, const int64_t *off, const float *x, const 
 /* Matrix e as fp32 rows [k, n]: what the products above compute with. */
 void tl_unpack(const Weight *W, long e, float *to) {
     float *flat = tl_scratch(W->k * PANEL);
-    const long wp = W->k * row_bytes[W->kind], sp = W->kind >= INT4 ? W->k / GROUP * 64 : 128;
+    const long wp = panel_bytes(W->kind, W->k), sp = scale_bytes(W->kind, W->k);
     for (long p = 0; p < W->panels; p++) {
         const char *w = W->w + (e * W->panels + p) * wp;
         if (W->kind == F32) memcpy(flat, w, wp);

@@ -1,8 +1,9 @@
 /* Weights as serving keeps them: in panels of 32 outputs, k after k, so that a product streams memory once in order.
  * `ops/packed.py` writes this layout.
  *
- * A row k of a panel: fp32 and fp16, 32 numbers in order; bf16, 16 words of (output i, output i + 16 in the high half);
- * int8, 32 bytes; int4 and mxfp4, 16 bytes of (output i, output i + 16 in the high nibble). */
+ * A row k of a panel: fp32 and fp16, 32 numbers in order; bf16, 16 words of (output i, output i + 16 in the high half).
+ * Codes are in words of 32 bits, one an output, so that taking them out is a shift and a mask in its own lane: a row of 32
+ * words holds the inputs 4k.. (int8, plus 128) or 8k.. (int4, plus 8, and mxfp4), the first in the lowest bits. */
 #pragma once
 #include "common.h"
 
@@ -15,7 +16,7 @@ typedef struct {
     int32_t kind;
     int32_t panels; /* of one matrix: ceil(n / 32), the last one padded with zeros */
     int64_t n, k;   /* outputs, inputs */
-    const char *w;     /* [matrices, panels, k, row] */
+    const char *w;     /* [matrices, panels, rows, 64 or 128 bytes] */
     const char *scale; /* int8: fp32 [matrices, panels, 32]; 4-bit: [matrices, panels, k / 32, 32] as bf16 rows; else NULL */
 } Weight;
 
