@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 import pytest
-from conftest import PRICE
+from scripted import PRICE
 from faulty import LATE, TEMPLATE, Faulty, upstreams
 
 from tidelock.service.prices import PriceBook
