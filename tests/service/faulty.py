@@ -165,6 +165,8 @@ class Faulty:
         statuses = {"refuse": 503, "500": 500, "401": 401, "404": 404, "full": 429, "yours": 400}
         if fault in statuses:
             return web.json_response(error, status=statuses[fault], headers=headers)
+        if fault == "yours, in HTML":
+            return web.Response(text="<html>secret words", status=400)
         if fault == "html":
             return web.Response(text="<html>hello", content_type="text/html")
         if fault == "json":

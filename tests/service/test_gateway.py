@@ -1,6 +1,7 @@
 """The whole service in front of upstreams that misbehave: what the client sees, what is billed, what the rows say."""
 
 import asyncio
+import io
 import json
 import random
 import subprocess
@@ -11,7 +12,9 @@ import aiohttp
 import pytest
 from scripted import PRICE
 from faulty import LATE, TEMPLATE, Faulty, upstreams
+from rich.console import Console
 
+from tidelock.loop.top import Frame, Scrape, View
 from tidelock.service.prices import PriceBook
 from tidelock.service.server import serving
 from tidelock.service.state import open_state
@@ -199,6 +202,11 @@ def test_health_and_metrics_tell_of_each_upstream_and_of_no_address(tmp_path):
                          'tidelock_upstream_cached_tokens_total{upstream="b"} 18.0', "tidelock_pool_waiting 0.0"):  # fmt: skip
                 assert line in metrics, line
             assert "127.0.0.1" not in metrics + json.dumps(health)
+            frame = Frame.between(Scrape(0.0, {}), Scrape.read(metrics, 2.0))
+            assert [(u[:3], u[4]) for u in frame.upstreams] == [(("a", "open", 0), 1.5), (("b", "closed", 0), 0.0)]
+            console = Console(file=io.StringIO(), width=100)
+            console.print(View("u").draw(frame))
+            assert "half-open" not in console.file.getvalue() and "open" in console.file.getvalue()
 
     run(work())
 

@@ -114,6 +114,10 @@ def test_a_mistake_of_the_request_is_told_and_neither_retried_nor_held_against_t
                 assert error.status == 400 and "secret words" in str(error) and not chunks  # about its own mistake
             assert sum(len(s.sent) for s in servers) == 8
             assert all(u.circuit.state == "closed" and not u.tally.failures for u in pool.upstreams)
+            for server in servers:
+                server.fault = lambda n, body: "yours, in HTML"
+            _, error = await ask(pool)  # no API's words: whose they are nobody knows
+            assert error.status == 400 and "secret" not in str(error) and "127.0.0.1" not in str(error)
 
     run(work())
 

@@ -74,7 +74,11 @@ def run(args) -> dict:
 
 def state_of(run_dir, args):
     """The release's own engine, or other servers where a file names them; then nothing here imports PyTorch."""
+    from tidelock.tokens.errors import UserError
+
     if upstreams := run_dir.upstreams(args.upstreams):
+        if args.weights:
+            raise UserError(f"--weights is for a model that is loaded here, and {upstreams} lets other servers answer")
         return run_dir.gateway_state(upstreams)
     from tidelock.engine import Limits
 

@@ -71,6 +71,7 @@ class Frame:
     version: int
     swaps: int
     rss: float  # bytes
+    upstreams: tuple[tuple[str, str, int, float, float], ...] = ()  # name, state, in flight, requests/s, failures/s
 
     @staticmethod
     def between(a: Scrape, b: Scrape) -> Frame:
@@ -97,7 +98,17 @@ class Frame:
             version=int(b.get("weights_version")),
             swaps=int(b.get("weight_swaps_total", "done")),
             rss=b.values.get(("process_resident_memory_bytes",), 0.0),
+            upstreams=tuple(
+                (name, state, int(b.get("upstream_in_flight", name)), rate("upstream_requests_total", name), _failures(a, b, name) / span)
+                for (metric, *labels), one in sorted(b.values.items()) if metric == "tidelock_upstream_state" and one
+                for state, name in (labels,)
+            ),
         )
+
+
+def _failures(a: Scrape, b: Scrape, upstream: str) -> float:
+    return sum(v - a.values.get(k, 0.0) for k, v in b.values.items()
+               if k[0] == "tidelock_upstream_failures_total" and k[-1] == upstream)  # fmt: skip
 
 
 def seconds(value: float | None) -> str:
@@ -134,4 +145,11 @@ class View:
         for a, b, c, d in rows:
             table.add_row(Text(a, style="dim"), Text(b, style="bold"), Text(c, style="dim"), Text(d, style="bold"))
         head = Text.assemble((self.url, "bold cyan"), f"   {f.rss / 2**20:,.0f} MiB" if f.rss else "")
-        return Group(head, Text(sparkline(list(self.history)), style="green"), table)
+        parts = [head, Text(sparkline(list(self.history)), style="green"), table]
+        if f.upstreams:
+            listed = Table("upstream", "", "in flight", "requests/s", "failures/s", box=None, header_style="dim", padding=(0, 3, 0, 0))
+            for name, state, in_flight, requests, failures in f.upstreams:
+                style = "green" if state == "closed" else "yellow" if state == "half-open" else "bold red"
+                listed.add_row(name, Text(state, style=style), str(in_flight), f"{requests:.1f}", f"{failures:.1f}")
+            parts.append(listed)
+        return Group(*parts)

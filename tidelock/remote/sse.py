@@ -24,14 +24,15 @@ class RemoteError(PolicyError):
     """`cause`: what went wrong, in one word.
 
     "connect" | "first_token" (too long until it) | "stall" | "cut" | "malformed" | "status" (refused with it) |
-    "error_event". retry_after_s: how long the server asks to be left alone.
+    "error_event". retry_after_s: how long the server asks to be left alone. quoted: the message is the server's own.
     """
 
     def __init__(
-        self, message: str, *, status: int = 502, kind: str = "connection", cause: str = "cut", retry_after_s: float | None = None
-    ) -> None:
+        self, message: str, *, status: int = 502, kind: str = "connection", cause: str = "cut",
+        retry_after_s: float | None = None, quoted: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(message, status=status, kind=kind)
-        self.cause, self.retry_after_s = cause, retry_after_s
+        self.cause, self.retry_after_s, self.quoted = cause, retry_after_s, quoted
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ def refusal(
     status: int, text: bytes, base_url: str, retry_after: float | None = None, cause: str = "status"
 ) -> RemoteError:
     """The server's own words, whichever of the two usual shapes they come in."""
+    quoted = True
     try:
         error = msgspec.json.decode(text)["error"]
         if isinstance(error, str):
@@ -201,8 +203,8 @@ def refusal(
             message, kind = str(error.get("message", error)), str(error.get("type", "error"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         message = f"{base_url} answered {status}: {' '.join(text.decode(errors='replace').split())[:200]}"
-        kind = "error"
-    return RemoteError(message, status=status, kind=kind, cause=cause, retry_after_s=retry_after)
+        kind, quoted = "error", False
+    return RemoteError(message, status=status, kind=kind, cause=cause, retry_after_s=retry_after, quoted=quoted)
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:

@@ -42,7 +42,8 @@ def cause(error: PolicyError) -> str:
 def told(error: PolicyError) -> PolicyError:
     """As the client is to hear it."""
     if own_fault(error):
-        return PolicyError(str(error), status=error.status, kind="invalid_request_error")
+        words = str(error) if getattr(error, "quoted", True) else f"the model's server refused the request ({error.status})"
+        return PolicyError(words, status=error.status, kind="invalid_request_error")
     if error.status == 429:
         return full()
     if error.status == 504:
