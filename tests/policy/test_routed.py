@@ -1,4 +1,4 @@
-"""A gateway in front of a real server over a real engine, by ids and by text: official client in, engine's own numbers out."""
+"""A gateway in front of a real server over a real engine, by ids and by text: what the engine did is what it says."""
 
 import json
 import time
@@ -56,7 +56,8 @@ def test_by_ids_the_gateways_trace_is_what_the_engine_sampled_and_both_counts_ag
     row = rows(box)[-1]
     assert again.usage.completion_tokens == row["completion_tokens"] == row["upstream_completion"] == 40
     assert row["prompt_tokens"] == row["upstream_prompt"] and 0 < row["cached_tokens"] == row["upstream_cached"]
-    found, _ = reconcile(box["state"].ledger.db, 0, time.time() + 1, box["state"].traces.journal, inexact=box["state"].inexact)
+    state = box["state"]
+    found, _ = reconcile(state.ledger.db, 0, time.time() + 1, state.traces.journal, inexact=state.inexact)
     assert found.total == 0 and found.upstreams["tokens"]["requests"] == 2
 
 
@@ -75,7 +76,8 @@ def test_by_text_the_words_are_the_same_and_the_upstreams_bill_is_a_ceiling(worl
 
 
 def test_what_an_answer_is_held_to_holds_through_ids_and_is_refused_through_text(world):
-    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"], "additionalProperties": False}
+    number = {"type": "integer", "maximum": 9}
+    schema = {"type": "object", "properties": {"n": number}, "required": ["n"], "additionalProperties": False}
     ask = {**ASK, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
            "extra_body": {"thinking": {"type": "disabled"}}, "max_tokens": 200}  # fmt: skip
     answer = client(world["tokens"]).chat.completions.create(**ask)
@@ -89,7 +91,8 @@ def test_a_client_that_leaves_frees_the_engine_behind(world, kind):
     engine = world["engine"]
     with client(world[kind]).chat.completions.create(**{**ASK, "max_tokens": 1800, "stop": None}, stream=True) as stream:
         for chunk in stream:
-            if chunk.choices and (chunk.choices[0].delta.content or getattr(chunk.choices[0].delta, "reasoning_content", None)):
+            delta = chunk.choices[0].delta if chunk.choices else None
+            if delta and (delta.content or getattr(delta, "reasoning_content", None)):
                 break
     for _ in range(1000):
         if not engine._live:
@@ -100,8 +103,8 @@ def test_a_client_that_leaves_frees_the_engine_behind(world, kind):
 
 def test_other_weights_pass_through_and_are_refused_where_they_are_not_ours(world):
     def swap(box, version):
-        headers = {"Authorization": f"Bearer {box['key']}"}
-        return httpx.post(box["url"] + "/admin/weights", json={"checkpoint": str(world["other"]), "version": version}, headers=headers)
+        headers, weights = {"Authorization": f"Bearer {box['key']}"}, {"checkpoint": str(world["other"]), "version": version}
+        return httpx.post(box["url"] + "/admin/weights", json=weights, headers=headers)
 
     assert swap(world["chat"], 2).status_code == 400 and world["engine"].version == 1
     assert swap(world["tokens"], 2).json() == {"weights_version": 2} and world["engine"].version == 2

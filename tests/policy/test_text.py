@@ -112,11 +112,11 @@ def test_whatever_goes_wrong_is_one_policy_error(options, status, words):
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=12)
 VALUES = st.none() | st.booleans() | st.integers(-9, 9) | TEXTS | st.lists(st.integers(0, 9), max_size=2)
+CALLS = st.lists(st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3), max_size=2)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(TEMPLATES), TEXTS, TEXTS, st.lists(st.dictionaries(st.sampled_from("abc"), VALUES, max_size=3), max_size=2),
-       st.randoms(use_true_random=False))  # fmt: skip
+@given(st.sampled_from(TEMPLATES), TEXTS, TEXTS, CALLS, st.randoms(use_true_random=False))
 def test_a_turn_rendered_piece_by_piece_reads_as_the_turn_it_was(template, reasoning, content, calls, rng):
     said = canonical([Message("assistant", content, reasoning, tuple(ToolCall("", "fn", c) for c in calls))])[0]
     turn, ids = Rendering(Form(template)), []
@@ -175,7 +175,8 @@ PROMPT = TEMPLATE.render(HISTORY[:2], generation_prompt=True)
 
 @pytest.mark.parametrize("most", [1, 3, 30, 31, 32, 60, 200])
 def test_a_metered_answer_is_never_longer_than_asked_and_says_so(most):
-    events = [delta(content="abc"), delta(content="defgh"), delta("stop"), {"choices": [], "usage": {"completion_tokens": 2}}]
+    usage = {"choices": [], "usage": {"completion_tokens": 2}}
+    events = [delta(content="abc"), delta(content="defgh"), delta("stop"), usage]
     chunks, _ = generate(events, SamplingParams(max_tokens=most), {"metered": True})
     ids = [i for c in chunks for i in c.ids]
     whole = TEMPLATE.sampled(Message("assistant", "abcdefgh"))
@@ -190,7 +191,8 @@ def test_an_answer_that_was_begun_goes_on_where_the_server_can_and_is_refused_wh
     events = [delta(content=" upon"), delta("stop")]
     chunks, sent = generate(events, SamplingParams(), {"dialect": "kimi"}, begun)
     assert sent["messages"][-1] == {"role": "assistant", "content": "Once", "partial": True}
-    assert [*begun[len(PROMPT) :], *(i for c in chunks for i in c.ids)] == TEMPLATE.sampled(Message("assistant", "Once upon"))
+    whole = [*begun[len(PROMPT) :], *(i for c in chunks for i in c.ids)]
+    assert whole == TEMPLATE.sampled(Message("assistant", "Once upon"))
     with pytest.raises(PolicyError, match="begun answer") as e:
         generate(events, SamplingParams(), {}, begun)
     assert e.value.status == 400

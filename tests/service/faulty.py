@@ -103,7 +103,8 @@ class Faulty:
                 "index": 0, "token_ids": part, "finish_reason": finish if end else None, "logprobs": {"content": content},
                 "weight_versions": spans}]}  # fmt: skip
 
-        return await self._stream(request, Sent(body["request_id"], "tokens", _now(), body), ids, event, len(body["token_ids"]))
+        sent = Sent(body["request_id"], "tokens", _now(), body)
+        return await self._stream(request, sent, ids, event, len(body["token_ids"]))
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -111,7 +112,8 @@ class Faulty:
         finish = "length" if len(text) == body["max_tokens"] else "stop"
 
         def event(part, end, start):
-            return {"id": "c", "choices": [{"index": 0, "delta": {"content": part}, "finish_reason": finish if end else None}]}
+            choice = {"index": 0, "delta": {"content": part}, "finish_reason": finish if end else None}
+            return {"id": "c", "choices": [choice]}
 
         assert body["stream_options"] == {"include_usage": True}
         return await self._stream(request, Sent("", "chat", _now(), body), text, event, 11)

@@ -1,4 +1,4 @@
-"""Laws of a pool's parts: turns in the line, where conversations belong, when a circuit lets through, what a file may say."""
+"""Laws of a pool's parts: turns in the line, where conversations belong, when a circuit lets through, what a file says."""
 
 import random
 from collections import Counter

@@ -40,8 +40,10 @@ def test_a_bill_never_exceeds_what_was_handed_on_nor_what_a_text_upstream_report
         assert said.completion_tokens is None
 
 
-@pytest.mark.parametrize("usage", [None, [], {}, {"prompt_tokens": "7", "completion_tokens": -1}, {"completion_tokens": 10**30},
-                                   {"prompt_tokens": True, "prompt_tokens_details": 3}, {"prompt_tokens": 1.5}])  # fmt: skip
+@pytest.mark.parametrize("usage", [
+    None, [], {}, {"prompt_tokens": "7", "completion_tokens": -1}, {"completion_tokens": 10**30}, {"prompt_tokens": 1.5},
+    {"prompt_tokens": True, "prompt_tokens_details": 3},
+])  # fmt: skip
 def test_what_is_no_count_is_unsaid(usage):
     said = Reported.of(usage)
     assert said is None if not isinstance(usage, dict) else said == Reported()
@@ -62,6 +64,7 @@ def test_the_usage_row_keeps_it_and_the_books_stay_sound(db):
                            lifetime_s=60.0)  # fmt: skip
         with ledger.books(["ann"], [hold.request_id]) as books:
             books.settle(name, PRICE, Metered(Counts(10, 4, completion=5), "stop", said))
-    rows = db.read("SELECT upstream_prompt, upstream_completion, upstream_cached, upstream FROM usage ORDER BY request_id", ())
+    columns = "upstream_prompt, upstream_completion, upstream_cached, upstream"
+    rows = db.read(f"SELECT {columns} FROM usage ORDER BY request_id", ())
     assert [tuple(row) for row in rows] == [(10, 5, 4, "big"), (None, None, None, "small"), (None, None, None, None)]
     assert ledger.audit().sound

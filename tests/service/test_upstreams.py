@@ -33,8 +33,9 @@ def upstream(server, name, kind="tokens", **options):
 @asynccontextmanager
 async def pool_of(*servers, kind="tokens", options=None, run=False, **each):
     async with upstreams(*servers):
-        pool = Pool([upstream(s, "abcdef"[n], kind, **each) for n, s in enumerate(servers)],
-                    options or Options(choice="round-robin", wait_s=5.0, probe_s=0.05), TEMPLATE.generation_prompt())  # fmt: skip
+        options = options or Options(choice="round-robin", wait_s=5.0, probe_s=0.05)
+        listed = [upstream(s, "abcdef"[n], kind, **each) for n, s in enumerate(servers)]
+        pool = Pool(listed, options, TEMPLATE.generation_prompt())
         life = asyncio.create_task(pool.run()) if run else None
         try:
             yield pool
@@ -69,7 +70,10 @@ def quiet(pool):
 
 
 # a text endpoint cannot end an answer with an abort
-@pytest.mark.parametrize("fault,kind", [(f, k) for f in EARLY for k in ("tokens", "chat") if (f, k) != ("abort at once", "chat")])
+CASES = [(f, k) for f in EARLY for k in ("tokens", "chat") if (f, k) != ("abort at once", "chat")]
+
+
+@pytest.mark.parametrize("fault,kind", CASES)
 def test_what_fails_before_its_first_token_is_asked_of_another(fault, kind):
     async def work():
         bad, good = Faulty(fault=lambda n, body: fault), Faulty()
@@ -289,7 +293,8 @@ def test_an_answer_longer_than_asked_is_cut_there():
         async with pool_of(server) as pool:
             policy = pool.upstreams[0].policy
             original = policy.generate
-            policy.generate = lambda p, params, name: original(p, SamplingParams(max_tokens=400), name)  # it ignores the limit
+            more = SamplingParams(max_tokens=400)
+            policy.generate = lambda p, params, name: original(p, more, name)  # it ignores the limit
             chunks, error = await ask(pool, max_tokens=25)
             assert error is None and len(ids(chunks)) == 25 and chunks[-1].finish_reason == "length"
 
@@ -301,7 +306,8 @@ def test_a_format_goes_to_who_can_hold_to_it_or_is_refused():
         async with upstreams(Faulty(), Faulty()) as (text, exact):
             mixed = Pool([upstream(text, "t", "chat"), upstream(exact, "e")], Options(choice="least-loaded"))
             held = {"constraint": Constraint("regex", "a")}
-            answers = await asyncio.gather(*(ask(mixed, f"r{n}", **held) for n in range(4)), *(ask(mixed, f"f{n}") for n in range(4)))
+            asked = [*(ask(mixed, f"r{n}", **held) for n in range(4)), *(ask(mixed, f"f{n}") for n in range(4))]
+            answers = await asyncio.gather(*asked)
             assert all(error is None for _, error in answers) and not mixed.exact
             assert {c.source.name for chunks, _ in answers[:4] for c in chunks} == {"e"}
             for chunks, _ in answers:
@@ -323,7 +329,8 @@ def test_weights_go_to_all_or_to_none():
             b.refuses_swaps = True
             with pytest.raises(PolicyError, match="no such checkpoint") as e:
                 await pool.swap("second", 9)
-            assert e.value.status == 400 and a.swaps[-1] == ("first", 8) and (a.version, b.version, pool.version) == (8, 8, 8)
+            assert e.value.status == 400 and a.swaps[-1] == ("first", 8)
+            assert (a.version, b.version, pool.version) == (8, 8, 8)
             assert not any(u.held_back for u in pool.upstreams)
             pool._swapped = None  # a pool that never swapped knows nothing to go back to
             with pytest.raises(PolicyError, match="a held back"):
@@ -420,8 +427,9 @@ def test_whatever_happens_nothing_is_sampled_twice_and_nothing_leaks(seed, kind)
             assert sum(handed_on.values()) == sum(u.tally.generated_tokens for u in pool.upstreams)
             for n, chunks in got.items():
                 assert len({c.source.name for c in chunks if c.source}) <= 1
-                sent = sorted((s for server in servers for s in server.sent
-                               if (s.name == f"r{n}" if kind == "tokens" else s.body["seed"] == n)), key=lambda s: s.at)  # fmt: skip
+                asked = [s for server in servers for s in server.sent]
+                own = [s for s in asked if (s.name == f"r{n}" if kind == "tokens" else s.body["seed"] == n)]
+                sent = sorted(own, key=lambda s: s.at)
                 assert len(sent) <= 1 + options.retries
                 if ids(chunks):  # whoever said it was the last to be asked
                     assert sent[-1].ids[: handed_on[n]] == ids(chunks) if kind == "tokens" else sent[-1].text

@@ -99,10 +99,12 @@ class Frame:
             swaps=int(b.get("weight_swaps_total", "done")),
             rss=b.values.get(("process_resident_memory_bytes",), 0.0),
             upstreams=tuple(
-                (name, state, int(b.get("upstream_in_flight", name)), rate("upstream_requests_total", name), _failures(a, b, name) / span)
-                for (metric, *labels), one in sorted(b.values.items()) if metric == "tidelock_upstream_state" and one
-                for state, name in (labels,)
-            ),
+                (name, state, int(b.get("upstream_in_flight", name)), rate("upstream_requests_total", name),
+                 _failures(a, b, name) / span)
+                for name, state in sorted(
+                    (k[2], k[1]) for k, v in b.values.items() if k[0] == "tidelock_upstream_state" and v
+                )
+            ),  # fmt: skip
         )
 
 
@@ -147,7 +149,8 @@ class View:
         head = Text.assemble((self.url, "bold cyan"), f"   {f.rss / 2**20:,.0f} MiB" if f.rss else "")
         parts = [head, Text(sparkline(list(self.history)), style="green"), table]
         if f.upstreams:
-            listed = Table("upstream", "", "in flight", "requests/s", "failures/s", box=None, header_style="dim", padding=(0, 3, 0, 0))
+            heads = ("upstream", "", "in flight", "requests/s", "failures/s")
+            listed = Table(*heads, box=None, header_style="dim", padding=(0, 3, 0, 0))
             for name, state, in_flight, requests, failures in f.upstreams:
                 style = "green" if state == "closed" else "yellow" if state == "half-open" else "bold red"
                 listed.add_row(name, Text(state, style=style), str(in_flight), f"{requests:.1f}", f"{failures:.1f}")

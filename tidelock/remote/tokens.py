@@ -169,7 +169,9 @@ class _Answer:
             self._sent += len(ids)
 
 
-def _chunk(choice: dict[str, Any], begin: int, end: int, version: int, last: bool, said: Reported | None, n_top: int) -> Chunk:
+def _chunk(
+    choice: dict[str, Any], begin: int, end: int, version: int, last: bool, said: Reported | None, n_top: int
+) -> Chunk:
     content = numbers((choice.get("logprobs") or {}).get("content") or [])[begin:end]
     ids = tuple(int(i) for i in choice.get("token_ids") or [])[begin:end]
     if [c["token_id"] for c in content] != list(ids):
