@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tidelock.service.upstreams import affinity, read_upstreams
-from tidelock.service.upstreams.circuit import LONGEST_S, SHORTEST_S, TRIP, Circuit
+from tidelock.service.upstreams.circuit import LONGEST_S, LOOK_S, SHORTEST_S, TRIP, Circuit
 from tidelock.service.upstreams.line import Line, Waiter
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.message import Message
@@ -198,6 +198,10 @@ def test_pauses_grow_with_jitter_up_to_a_limit(seed, trials):
     circuit.half_open()
     circuit.failed()
     assert circuit.until - clock.now <= SHORTEST_S  # an answer that was whole forgives
+    for _ in range(trials):
+        clock.now = circuit.until
+        circuit.probe_failed()  # however often nobody is there, the next look is soon
+        assert circuit.state == "open" and LOOK_S / 2 <= circuit.until - clock.now <= LOOK_S and circuit.openings > 1
 
 
 def test_what_fails_while_it_is_open_is_not_counted_twice_and_a_trial_that_left_makes_room():

@@ -1,7 +1,7 @@
 """Whether an upstream is to be trusted with requests: a circuit that opens on failures and closes by trial.
 
     closed      requests go through; `trip` failures in a row open it
-    open        none does, until a pause with jitter is over, twice as long after each failed trial
+    open        none does, until a pause with jitter is over (twice as long after each failed trial) and a probe goes well
     half-open   one does; its first token closes the circuit, on probation: one failure before an answer is whole reopens it
 
 Beside that an upstream may ask to be left alone for a while (Retry-After), which says nothing about its health.
@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 TRIP = 3  # failures in a row
 SHORTEST_S, LONGEST_S = 0.5, 30.0  # of a pause, before jitter takes up to half of it away
+LOOK_S = 2.0  # between looks at one that is out, likewise: a look costs next to nothing, being out does not
 
 
 class Circuit:
@@ -73,14 +74,16 @@ class Circuit:
         self.state, self._trying = "half-open", False
 
     def probe_failed(self) -> None:
-        """Open: the pause begins anew, longer. Otherwise a failure like any other."""
+        """Open: it stays so until the next look. Otherwise a failure like any other."""
         if self.state == "open":
-            self._open()
+            self._pause(LOOK_S)
         else:
             self.failed()
 
     def _open(self) -> None:
-        pause_s = min(LONGEST_S, SHORTEST_S * 2**self._pauses)
-        self.openings += self.state != "open"
+        self.openings += 1
+        self._pause(min(LONGEST_S, SHORTEST_S * 2**self._pauses))
         self.state, self._trying, self._pauses = "open", False, min(self._pauses + 1, 16)
-        self.until = self._clock() + pause_s * (1 - self._rng.random() / 2)
+
+    def _pause(self, seconds: float) -> None:
+        self.until = self._clock() + seconds * (1 - self._rng.random() / 2)
