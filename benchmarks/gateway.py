@@ -189,7 +189,7 @@ def measure(servers: list[Server], kinds: dict[str, bytes], args: argparse.Names
     for server in servers:
         for body in kinds.values():
             _run(load(server, body, 4), server, requests=100)
-    for kind in ("small", "37 kB"):
+    for kind in kinds.keys() - {"stream"}:
         for _ in range(args.rounds):
             for server in servers:
                 server.latency.setdefault(kind, []).append(_run(load(server, kinds[kind], 1), server, requests=args.sequential))
