@@ -16,8 +16,8 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
+from tidelock.service import server
 from tidelock.service.prices import Price, PriceBook
-from tidelock.service.server import serving
 from tidelock.service.state import open_state
 from tidelock.tokens.policy import Chunk, PolicyError
 from tidelock.tokens.template import get_template
@@ -97,7 +97,7 @@ async def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    async with serving(state, port=args.port, ready_file=args.dir / "ready"):
+    async with server.serving(state, port=args.port, ready_file=args.dir / "ready"):
         await stop.wait()
 
 
@@ -112,12 +112,12 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="write cProfile's statistics of the event loop's thread here")
     args = parser.parse_args()
     if args.profile is None:
-        asyncio.run(run(args))
+        server.run(run(args))
         return
     import cProfile
 
     profile = cProfile.Profile()
-    profile.runcall(asyncio.run, run(args))
+    profile.runcall(server.run, run(args))
     profile.dump_stats(args.profile)
 
 

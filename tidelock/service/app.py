@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidelock.service import batch_worker, console, errors, openapi, tokens_api, upkeep, wire
 from tidelock.service.access import watched
@@ -25,7 +25,7 @@ from tidelock.service.metrics import CONTENT_TYPE
 from tidelock.service.reconciliation.endpoint import reconciliation
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import billing, operator
-from tidelock.service.surfaces.routes import routes
+from tidelock.service.surfaces.routes import ROUTES, routes
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.trace import Outcome
 
@@ -80,7 +80,21 @@ def create_app(state: ServiceState) -> ASGIApp:
         exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),
     )
-    return watched(app, state)
+    return watched(_hot(app, state), state)
+
+
+def _hot(app: ASGIApp, state: ServiceState) -> ASGIApp:
+    """Inference goes straight to its endpoint; everything else through Starlette's router and middleware."""
+    endpoints = {route.path: route.endpoint(state) for route in ROUTES if isinstance(route.answers, type)}
+
+    async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and (endpoint := endpoints.get(scope["path"])):
+            scope["endpoint"] = endpoint
+            await endpoint(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return routed
 
 
 async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -22,6 +23,14 @@ def decode(body: bytes, decoder: msgspec.json.Decoder) -> Any:
         raise invalid_request(reason, path.rstrip("`").lstrip(".") or None) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise invalid_request(f"the body is not JSON: {error}") from error
+
+
+def header(scope: Mapping[str, Any], name: bytes) -> str:
+    """Of an HTTP request: the first of this name (in lower case), "" if there is none."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return value.decode("latin-1")
+    return ""
 
 
 def to_json(value: Any) -> str:

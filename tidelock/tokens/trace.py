@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .journal import Journal, read_journal
+from .journal import Journal, encode_finite, encode_record, read_journal
 from .message import Message, ToolCall, ToolSpec
 from .policy import Kept
 from .template import Template
@@ -100,12 +101,22 @@ class Served:
     created: float
 
 
+_sorted = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
+
+
 def digest(message: Message) -> str:
     """What a client can see of a message: role, text, reasoning, calls. Not call ids, not the sampled ids."""
+    known = message.__dict__.get("_digest")  # a message is frozen, and asked this several times
+    if known is None:
+        known = message.__dict__["_digest"] = _digest(message)
+    return known
+
+
+def _digest(message: Message) -> str:
     calls = [[c.name, c.arguments] for c in message.tool_calls]
     tools = [[t.name, t.description, t.parameters] for t in message.tools]
     public = [message.role, message.content, message.reasoning, calls, message.name, tools]
-    encoded = json.dumps(public, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    encoded = _sorted(public).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
@@ -144,6 +155,12 @@ def node_to_dict(node: Node) -> dict[str, Any]:
     out = {**node.__dict__, "message": message_to_dict(node.message)}
     out["kept"] = [base64.b64encode(k).decode() if isinstance(k, bytes) else k for k in node.kept]
     return out
+
+
+def _encoded(node: Node) -> bytes:
+    record = {"kind": "node", "node": node_to_dict(node)}
+    finite = math.isfinite(sum(node.logprobs) + sum(node.sampled_logprobs))
+    return encode_finite(record) if finite else encode_record(record)
 
 
 def node_from_dict(data: dict[str, Any]) -> Node:
@@ -224,7 +241,10 @@ class Trace:
         return out[::-1]
 
     def ids(self, node_id: str) -> list[int]:
-        return [i for node in self.path(node_id) for i in node.ids]
+        out: list[int] = []
+        for node in self.path(node_id):
+            out += node.ids
+        return out
 
     def messages(self, node_id: str) -> list[Message]:
         return [node.message for node in self.path(node_id)]
@@ -268,7 +288,7 @@ class TraceStore(Trace):
                 raise KeyError(node.parent)
             if node.id not in self.nodes:
                 new.setdefault(node.id, node)
-        records = [{"kind": "node", "node": node_to_dict(n)} for n in new.values()]
+        records: list[dict[str, Any] | bytes] = [*map(_encoded, new.values())]
         records += [{"kind": "served", "served": s.__dict__} for s in served]
         self._journal.append_many(records)
         for node in new.values():
