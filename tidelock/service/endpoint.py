@@ -152,7 +152,7 @@ class Watch:
     then is seen at once.
     """
 
-    PATIENCE_S = 0.02
+    PATIENCE_S = 0.05
 
     def __init__(self, receive: Receive, state: ServiceState, turn: Turn) -> None:
         self._receive, self._state, self._turn = receive, state, turn
