@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ class Served:
     created: float
 
 
+CACHED_CHARS = 2048  # a client sends a conversation again with each turn, and most of its messages are short
 _sorted = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
@@ -108,8 +110,15 @@ def digest(message: Message) -> str:
     """What a client can see of a message: role, text, reasoning, calls. Not call ids, not the sampled ids."""
     known = message.__dict__.get("_digest")  # a message is frozen, and asked this several times
     if known is None:
-        known = message.__dict__["_digest"] = _digest(message)
+        plain = not message.tool_calls and not message.tools and len(message.content) + len(message.reasoning) <= CACHED_CHARS
+        words = (message.role, message.content, message.reasoning, message.name)
+        known = message.__dict__["_digest"] = _of_words(*words) if plain else _digest(message)
     return known
+
+
+@lru_cache(16_384)
+def _of_words(role: Any, content: str, reasoning: str, name: str | None) -> str:
+    return _digest(Message(role, content, reasoning, name=name))
 
 
 def _digest(message: Message) -> str:
