@@ -9,22 +9,26 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import aiohttp
 import msgspec
 
+from tidelock.sandbox.level import die_with_parent
 from tidelock.service import server
+from tidelock.service.fleet import Fleet
+from tidelock.service.member import Member
 from tidelock.service.prices import Price, PriceBook
 from tidelock.service.state import open_state
 from tidelock.tokens.policy import Chunk, PolicyError
 from tidelock.tokens.template import get_template
-from tidelock.tokens.tokenizer import load_tokenizer
+from tidelock.tokens.tokenizer import ByteTokenizer, load_tokenizer
 
 BOOK = PriceBook("bench", {"tide": Price(input_nano=300, cached_input_nano=30, output_nano=1500)})
-PER_CHUNK = 1
 
 
 class Canned:
@@ -88,29 +92,47 @@ class Upstream(Canned):
 
 
 async def run(args: argparse.Namespace) -> None:
-    template = get_template("xtml", load_tokenizer(args.tokenizer))
+    template = get_template("xtml", load_tokenizer(args.tokenizer) if args.tokenizer else ByteTokenizer())
     said = json.loads(args.said.read_text())
     policy = Upstream(said, args.upstream) if args.upstream else Canned(said)
     state = open_state(
         args.dir, policy=policy, template=template, prices=BOOK, model="tide", context_length=131_072, weights_version=1,
-        database=args.database,
+        database=args.database, member=args.member,
     )  # fmt: skip
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    async with server.serving(state, port=args.port, ready_file=args.dir / "ready"):
+    ready = args.member.ready_file if args.member else args.dir / "ready"
+    async with server.serving(state, port=args.port, ready_file=ready):
         await stop.wait()
+
+
+def fleet(args: argparse.Namespace) -> None:
+    def argv(member: Member, port: int) -> list[str]:
+        return [sys.executable, __file__, *sys.argv[1:], "--port", str(port), "--member", str(member), "--parent", str(os.getpid())]
+
+    Fleet(argv, args.workers).run("127.0.0.1", args.port, args.dir / "ready", lambda url: None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dir", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, help="a directory; without one, ids are bytes")
     parser.add_argument("--said", type=Path, required=True, help='JSON {"short": [ids, text], "long": [ids, text]}')
     parser.add_argument("--database", help="a postgresql:// URL; without one SQLite in --dir")
     parser.add_argument("--upstream", metavar="URL")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--member", type=Member.parse, help="set by the process that has the workers")
+    parser.add_argument("--parent", type=int, help="likewise; end with it")
     parser.add_argument("--profile", type=Path, help="write cProfile's statistics of the event loop's thread here")
     args = parser.parse_args()
+    if args.parent:
+        die_with_parent()
+        if os.getppid() != args.parent:
+            raise SystemExit("the process that started this one is gone")
+    if args.workers > 1 and args.member is None:
+        fleet(args)
+        return
     if args.profile is None:
         server.run(run(args))
         return

@@ -23,6 +23,7 @@ from tidelock.service.auth import authenticate
 from tidelock.service.http import Handler, Json, unknown_route
 from tidelock.service.metrics import CONTENT_TYPE
 from tidelock.service.reconciliation.endpoint import reconciliation
+from tidelock.service.scrape import scrape
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import billing, operator
 from tidelock.service.surfaces.routes import ROUTES, routes
@@ -59,8 +60,8 @@ def create_app(state: ServiceState) -> ASGIApp:
     def post(path: str, handler: Handler) -> Route:
         return Route(path, Json(state, handler), methods=["POST"])
 
-    def metrics(request: Request) -> Response:
-        return Response(state.metrics.text(), media_type=CONTENT_TYPE)
+    async def metrics(request: Request) -> Response:
+        return Response(await scrape(state.metrics, state.member), media_type=CONTENT_TYPE)
 
     app = Starlette(
         routes=[
@@ -116,6 +117,8 @@ async def swap_weights(state: ServiceState, request: Request) -> dict[str, Any]:
     """Loads other weights under live traffic; on failure the old ones keep serving."""
     authenticate(state, request, role="admin")
     weights = wire.decode(await request.body(), _weights)
+    if state.member is not None and state.member.size > 1:
+        raise errors.invalid_request("this server has several workers, each with weights of its own: restart it instead")
     try:
         await state.policy.swap(weights.checkpoint, weights.version)
     except UserError as error:

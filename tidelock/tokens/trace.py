@@ -21,6 +21,7 @@ from typing import Any
 from .journal import Journal, encode_finite, encode_record, read_journal
 from .message import Message, ToolCall, ToolSpec
 from .policy import Kept
+from .siblings import Siblings, journals
 from .template import Template
 
 
@@ -198,10 +199,12 @@ class Trace:
 
     @staticmethod
     def read(path: str | Path) -> Trace:
-        """The trace in a journal, without taking its write lock."""
+        """The trace in a journal and, where several workers serve from its directory, in those beside it (see `siblings`).
+        Takes no write lock."""
         trace = Trace()
-        for record in read_journal(path):
-            trace._take(record)
+        for journal in journals(path):
+            for record in read_journal(journal):
+                trace._take(record)
         return trace
 
     def _take(self, record: dict[str, Any]) -> None:
@@ -209,11 +212,15 @@ class Trace:
             self._index(node_from_dict(record["node"]))
         elif record["kind"] == "outcome":
             given = record["outcome"]
-            self._outcomes[given["node"]].append(Outcome(**{**given, "steps": tuple(given["steps"])}))
+            outcome = Outcome(**{**given, "steps": tuple(given["steps"])})
+            if outcome not in self._outcomes[outcome.node]:  # two workers may have been told the same
+                self._outcomes[outcome.node].append(outcome)
         elif record["kind"] == "withdraw":
             self.withdrawn.add(record["scope"])
 
     def _index(self, node: Node) -> None:
+        if node.id in self.nodes:  # two workers may have begun the same conversation
+            return
         self.nodes[node.id] = node
         self._children[node.parent].append(node.id)
         self._by_message[node.scope, node.parent, digest(node.message)].append(node.id)
@@ -274,16 +281,51 @@ class Trace:
 class TraceStore(Trace):
     """The trace of a running service: what it adds is on disk before the call returns.
 
-    Opening recovers (see `journal`). `match` ignores nodes that another template or tokenizer wrote.
+    Opening recovers (see `journal`). `match` ignores nodes that another template or tokenizer wrote. Conversations that
+    other workers have in their journals (see `siblings`) are taken over as soon as somebody asks for them.
     """
 
     def __init__(self, path: str | Path, template: Template, patience_s: float = 0.0) -> None:
         super().__init__()
         self.template_hash = template.hash
         self._journal = Journal(path, patience_s)
+        self._siblings = Siblings(self._journal.path)
         for record in self._journal.records:
             self._take(record)
         self._journal.records = []
+        self.follow()
+
+    def match(self, scope: str, messages: Sequence[Message]) -> tuple[Node | None, int]:
+        found, known = super().match(scope, messages)
+        # an answer that is not known here may have been given by another worker
+        if any(message.role == "assistant" for message in messages[known:]) and self._take_over(scope):
+            found, known = super().match(scope, messages)
+        return found, known
+
+    def get(self, node_id: str) -> Node | None:
+        node = self.nodes.get(node_id)
+        if node is None:
+            self.follow()
+            scope = self._siblings.scope_of(node_id)
+            if scope is not None and self._take_over(scope):
+                node = self.nodes.get(node_id)
+        return node
+
+    def path(self, node_id: str) -> list[Node]:
+        self.get(node_id)
+        return super().path(node_id)
+
+    def follow(self) -> None:
+        """Looks at what other workers have written since the last time: now and then, so that there is never much."""
+        for record in self._siblings.look():
+            self._take(record)
+
+    def _take_over(self, scope: str) -> bool:
+        self.follow()
+        records = self._siblings.read(scope)
+        for record in records:
+            self._take(record)
+        return bool(records)
 
     def add(self, node: Node) -> bool:
         """False, and nothing written, when the node is already there."""
@@ -306,8 +348,9 @@ class TraceStore(Trace):
 
     def add_outcome(self, outcome: Outcome) -> bool:
         """False when the same verdict is already recorded. Raises KeyError for an unknown node."""
-        if outcome.node not in self.nodes:
+        if self.get(outcome.node) is None:
             raise KeyError(outcome.node)
+        self.follow()
         if outcome in self.outcomes(outcome.node):
             return False
         self._journal.append({"kind": "outcome", "outcome": outcome.__dict__})
