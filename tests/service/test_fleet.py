@@ -118,7 +118,8 @@ def test_a_worker_killed_under_load_loses_nothing_and_comes_back(server):
         threading.Event().wait(0.4)
         os.kill(workers[0], signal.SIGKILL)
         answers = [answer for each in talks for answer in each.result()]
-    eventually(lambda: len(set(children(server.process.pid)) - {workers[0]}) == 2 and len(server.answered()) == 2)
+    eventually(lambda: {dict(labels).get("worker") for _, *labels in server.metrics()} == {"0", "1"})
+    assert len(set(children(server.process.pid)) - {workers[0]}) == 2
     rows = {row["request_id"]: row for row in server.db.read("SELECT * FROM usage")}
     assert len(rows) == server.db.read("SELECT COUNT(*) FROM usage")[0][0] and len(answers) == 72
     for answer in answers:  # every bill a client was told is its one row; a request that died with its worker was free
