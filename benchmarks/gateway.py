@@ -8,7 +8,8 @@ Ours has everything on: keys, limits, ledger with hold and settlement, usage row
 key and no database (its keys and budgets want prisma's engine, which is downloaded from elsewhere), so it does less. Every
 server has one core to itself; load and upstream share the other one. Latency is measured one request at a time, direct and
 through in turn, and the table gives the difference of the quantiles; how long the disk takes to flush stands beside it,
-because a bill is on the disk before its answer ends. "stub" has the answer in the process: no upstream, an upper bound.
+because a bill is on the disk before its answer ends. "tidelock" asks the upstream through the service's own pool, "hop"
+with one plain request, "stub" has the answer in the process: no upstream, an upper bound.
 `cpu us` is the processor time of the server itself per request, from /proc.
 """
 
@@ -158,7 +159,7 @@ def ours(stack: ExitStack, name: str, directory: Path, shared: tuple[Path, Path]
     port, log = free_port(), own / "log"
     argv = [sys.executable, str(HERE / "gateway_server.py"), "--dir", str(own), "--tokenizer", str(shared[0]), "--said",
             str(shared[1]), "--port", str(port), *(["--database", database] if database else []),
-            *(["--upstream", upstream] if upstream else []),
+            *(["--upstream", upstream] if upstream else []), *(["--by-hand"] if name == "hop" else []),
             *(["--profile", f"{args.profile}.{own.name}"] if args.profile else [])]  # fmt: skip
     process = start(stack, argv, 0, log)
     wait_for(port, process, log)
@@ -264,7 +265,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of load per round and server")
     parser.add_argument("--sequential", type=int, default=300, help="requests per round and server, one after the other")
     parser.add_argument("--only", default="", help="kinds of request, by comma: small,37 kB,stream")
-    parser.add_argument("--servers", default="stub,tidelock", help="which of ours, by comma")
+    parser.add_argument("--servers", default="stub,tidelock", help="which of ours, by comma: stub,hop,tidelock")
     parser.add_argument("--profile", type=Path, metavar="PREFIX", help="cProfile's statistics of our servers go to PREFIX.NAME")
     parser.add_argument("--out", type=Path, help="write gateway.{md,json,svg} here")
     args = parser.parse_args()

@@ -38,6 +38,7 @@ class _Connection:
     body: bytes
     data: bytearray = field(default_factory=bytearray)
     begun: float = 0.0
+    closed: bool = False  # by the server, after its answer
 
     def ask(self, number: int) -> None:
         body = self.body.replace(MARK, b"%08d" % number)
@@ -49,7 +50,10 @@ class _Connection:
         """Reads what there is; whether the response is whole. Raises ConnectionError."""
         more = self.sock.recv(262144)
         if not more:
-            raise ConnectionError("the server closed the connection")
+            self.closed = True
+            if b"\r\n\r\n" not in self.data:
+                raise ConnectionError("the server closed the connection")
+            return True
         self.data += more
         end = self.data.find(b"\r\n\r\n")
         if end < 0:
@@ -72,13 +76,16 @@ class Load:
 
     def _connect(self, k: int) -> _Connection:
         key, body = self._requests[k % len(self._requests)]
-        sock = socket.create_connection(("127.0.0.1", self._port))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         head = (
             f"POST {self._path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         ).encode()
-        return _Connection(sock, head, body)
+        return _Connection(self._dial(), head, body)
+
+    def _dial(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self._port))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
 
     def _ask(self, connection: _Connection) -> None:
         self._sent += 1
@@ -96,7 +103,7 @@ class Load:
                 selector.register(connection.sock, selectors.EVENT_READ, connection)
                 self._ask(connection)
                 left -= 1
-            running = len(selector.get_map())
+            running = len(selector.get_map())  # how many wait for an answer
             while running:
                 for key, _ in selector.select(30):
                     connection = key.data
@@ -111,6 +118,11 @@ class Load:
                         measured.seconds = now - began
                     if now < ends and left > 0 and measured.errors < 100:
                         left -= 1
+                        if connection.closed or b"connection: close" in connection.data[:2000].lower():
+                            selector.unregister(connection.sock)
+                            connection.sock.close()
+                            connection.sock, connection.closed = self._dial(), False
+                            selector.register(connection.sock, selectors.EVENT_READ, connection)
                         self._ask(connection)
                     else:
                         running -= 1

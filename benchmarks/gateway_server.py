@@ -1,7 +1,8 @@
 """The gateway benchmark's server: the real service with everything on, in front of a policy that costs as little as it can.
 
-`--upstream URL` asks a server that speaks token ids, over HTTP; without it the answer is canned in the process, which
-bounds from above what any upstream allows.
+`--upstream URL` puts the service's own pool in front of a server that speaks chat completions; with `--by-hand` a plain
+request for token ids takes the pool's place. Without an upstream the answer is canned in the process, which bounds from
+above what any upstream allows.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from tidelock.service.fleet import Fleet
 from tidelock.service.member import Member
 from tidelock.service.prices import Price, PriceBook
 from tidelock.service.state import open_state
+from tidelock.service.upstreams import read_upstreams
+from tidelock.service.upstreams.pool import Pool
 from tidelock.tokens.policy import Chunk, PolicyError
-from tidelock.tokens.template import get_template
+from tidelock.tokens.template import Template, get_template
 from tidelock.tokens.tokenizer import ByteTokenizer, load_tokenizer
 
 BOOK = PriceBook("bench", {"tide": Price(input_nano=300, cached_input_nano=30, output_nano=1500)})
@@ -62,8 +65,8 @@ class _Completion(msgspec.Struct):
     choices: list[_Choice]
 
 
-class Upstream(Canned):
-    """The same over HTTP: ids go out, ids come back, streamed where the answer may be long."""
+class Hop(Canned):
+    """The same over HTTP, by hand: ids go out, ids come back, streamed where the answer may be long."""
 
     def __init__(self, said: dict, url: str) -> None:
         super().__init__(said)
@@ -91,10 +94,19 @@ class Upstream(Canned):
             raise PolicyError(f"the upstream broke off: {type(error).__name__}", status=502) from None
 
 
+def pool(args: argparse.Namespace, template: Template) -> Pool:
+    file = args.dir / "upstreams.toml"
+    file.write_text(f'[[upstream]]\nname = "local"\nurl = "{args.upstream}/v1"\nkind = "chat"\nmodel = "tide"\n'
+                    'max_in_flight = 1000\nprobe = ""\n')  # fmt: skip
+    return read_upstreams(file, template).pool
+
+
 async def run(args: argparse.Namespace) -> None:
     template = get_template("xtml", load_tokenizer(args.tokenizer) if args.tokenizer else ByteTokenizer())
     said = json.loads(args.said.read_text())
-    policy = Upstream(said, args.upstream) if args.upstream else Canned(said)
+    policy = Canned(said)
+    if args.upstream:
+        policy = Hop(said, args.upstream) if args.by_hand else pool(args, template)
     state = open_state(
         args.dir, policy=policy, template=template, prices=BOOK, model="tide", context_length=131_072, weights_version=1,
         database=args.database, member=args.member,
@@ -120,6 +132,7 @@ def main() -> None:
     parser.add_argument("--said", type=Path, required=True, help='JSON {"short": [ids, text], "long": [ids, text]}')
     parser.add_argument("--database", help="a postgresql:// URL; without one SQLite in --dir")
     parser.add_argument("--upstream", metavar="URL")
+    parser.add_argument("--by-hand", action="store_true", help="ask it with one plain request, not through the pool")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--member", type=Member.parse, help="set by the process that has the workers")

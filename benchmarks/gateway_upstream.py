@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 from pathlib import Path
 
-WORDS = 100  # events of a streamed answer
+WORDS = 100  # events of a long answer, streamed as ids
+MOST = re.compile(rb'"max_tokens": ?(\d+)')
 
 
 def _http(body: bytes, kind: bytes) -> bytes:
@@ -41,7 +43,7 @@ def answers(ids: list[int], text: str) -> dict[str, bytes]:
     def events(items: list[dict]) -> bytes:
         return b"".join(b"data: " + json.dumps(item).encode() + b"\n\n" for item in items) + b"data: [DONE]\n\n"
 
-    said = [chunk({"content": "word "}) for _ in range(WORDS)]
+    said = [chunk({"content": word}) for word in text.split(" ")]
     share = -(-len(ids) // WORDS)
     sampled = [piece(ids[at : at + share]) for at in range(0, len(ids), share)]
     return {
@@ -56,8 +58,9 @@ def answers(ids: list[int], text: str) -> dict[str, bytes]:
 
 
 class Protocol(asyncio.Protocol):
-    def __init__(self, short: dict[str, bytes], long: dict[str, bytes]) -> None:
-        self._short, self._long = short, long
+    def __init__(self, short: dict[str, bytes], long: dict[str, bytes], words: int) -> None:
+        """Whoever may have `words` tokens gets the long answer."""
+        self._short, self._long, self._words = short, long, words
         self._data = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -74,13 +77,16 @@ class Protocol(asyncio.Protocol):
             body, self._data = self._data[end + 4 : end + 4 + length], self._data[end + 4 + length :]
             route = "chat" if b"/chat/" in head[: head.find(b"\r\n")] else "ids"
             streamed = b'"stream":true' in body or b'"stream": true' in body
-            self._transport.write(self._long[f"{route} stream"] if streamed else self._short[route])
+            most = MOST.search(body)
+            said = self._long if most and int(most[1]) >= self._words else self._short
+            self._transport.write(said[f"{route} stream" if streamed else route])
 
 
 async def serve(args: argparse.Namespace) -> None:
     said = json.loads(args.said.read_text())
     short, long = answers(*said["short"]), answers(*said["long"])
-    server = await asyncio.get_running_loop().create_server(lambda: Protocol(short, long), "127.0.0.1", args.port)
+    made = lambda: Protocol(short, long, len(said["long"][0]))  # noqa: E731
+    server = await asyncio.get_running_loop().create_server(made, "127.0.0.1", args.port)
     await server.serve_forever()
 
 
