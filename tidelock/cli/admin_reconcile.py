@@ -13,6 +13,7 @@ from tidelock.service.prices import format_usd
 from tidelock.service.reconciliation.job import reconcile
 from tidelock.service.reconciliation.kinds import KINDS
 from tidelock.tokens.errors import UserError
+from tidelock.tokens.siblings import journals
 
 SHOWN = 50
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     since = _moment(args.since) if args.since else 0.0
     until = _moment(args.until) if args.until else (datetime.now(UTC) + timedelta(minutes=1)).timestamp()
     text = set(args.text_upstream)
-    found, _ = reconcile(db, since, until, args.dir / "trace.jsonl", inexact=lambda upstream: upstream in text)
+    first, *siblings = journals(args.dir / "trace.jsonl")
+    found, _ = reconcile(db, since, until, first, inexact=lambda upstream: upstream in text, siblings=siblings)
     for name, count in sorted(found.checked.items()):
         print(f"{name:>20}  {count} compared")
     for name, sums in sorted(found.upstreams.items()):

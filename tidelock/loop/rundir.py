@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tidelock.service.member import Member
 from tidelock.service.prices import Price, PriceBook
 from tidelock.service.state import ServiceState, open_state
 from tidelock.tokens.errors import UserError
@@ -61,14 +62,16 @@ class RunDir:
 
         return Engine(model, version, limits=limits or Limits(), boundary_id=template.stop_ids[0], weights=weights, template=template)
 
-    def service_state(self, limits: Limits | None = None, weights: str | None = None) -> ServiceState:
+    def service_state(
+        self, limits: Limits | None = None, weights: str | None = None, member: Member | None = None
+    ) -> ServiceState:
         """The current release behind the service, its weights packed on request. The caller closes `state.policy`."""
         template, release = self.template(), self.registry.current()
         model = self.load(self.path / release.checkpoint)
         engine = self.engine(model, template, release.version, limits, weights)
         return open_state(
             self.service, policy=engine, template=template, prices=PRICES, model=MODEL,
-            context_length=model.config.max_position_embeddings, weights_version=release.version,
+            context_length=model.config.max_position_embeddings, weights_version=release.version, member=member,
         )  # fmt: skip
 
     def upstreams(self, given: Path | None = None) -> Path | None:
@@ -76,7 +79,7 @@ class RunDir:
         own = self.service / "upstreams.toml"
         return given or (own if own.exists() else None)
 
-    def gateway_state(self, upstreams: Path) -> ServiceState:
+    def gateway_state(self, upstreams: Path, member: Member | None = None) -> ServiceState:
         """The service in front of other servers (`service.upstreams.config`). Of the release it needs the tokenizer and
         the context's length, and that only if `upstreams` does not say it; no model is loaded."""
         from tidelock.service.upstreams import read_upstreams
@@ -85,7 +88,7 @@ class RunDir:
         front = read_upstreams(upstreams, template)
         return open_state(
             self.service, policy=front.pool, template=template, prices=PRICES, model=front.model or MODEL,
-            context_length=front.context_length or self._context_length(), weights_version=-1,
+            context_length=front.context_length or self._context_length(), weights_version=-1, member=member,
         )  # fmt: skip
 
     def _context_length(self) -> int:

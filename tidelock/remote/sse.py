@@ -59,25 +59,46 @@ class Endpoint:
 
         Raises RemoteError: the server's own status and words, 502 for what is no answer at all, 504 for none in time.
         """
+        async with contextlib.aclosing(self.batches(path, body, name)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def batches(self, path: str, body: dict[str, Any], name: str | None = None) -> AsyncIterator[list[dict[str, Any]]]:
+        """`events`, those that came together at once: the later a reader looks, the fewer times it has to."""
         watch = _Watch(self.patience)
         try:
             async with self._request("POST", path, body, name, watch) as response:
                 if response.content_type in NO_STREAM:
                     raise self.broken(f"an event stream was asked for, and {response.content_type} came", "malformed")
-                async for line in _lines(response, watch):
-                    if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
-                        continue
-                    event = self._json(line[5:])
-                    if event.get("error"):
-                        raise refusal(_status(event), line[5:], self.base_url, cause="error_event")
-                    yield event
-                    watch.heard()  # only now: a reader that is slow is not the server's fault
+                async for lines in _lines(response, watch):
+                    events, failure = self._parsed(lines)
+                    if events:
+                        yield events
+                        watch.heard()  # only now: a reader that is slow is not the server's fault
+                    if failure is not None:
+                        raise failure
         except (PolicyError, asyncio.CancelledError):
             if name not in self._cut:
                 raise
         finally:
             self._open.pop(name, None)
             self._cut.discard(name)
+
+    def _parsed(self, lines: list[bytes]) -> tuple[list[dict[str, Any]], RemoteError | None]:
+        """(the events, and what came after them instead of another)."""
+        events: list[dict[str, Any]] = []
+        for line in lines:
+            if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+                continue
+            try:
+                event = self._json(line[5:])
+            except RemoteError as error:
+                return events, error
+            if event.get("error"):
+                return events, refusal(_status(event), line[5:], self.base_url, cause="error_event")
+            events.append(event)
+        return events, None
 
     def cut(self, name: str) -> bool:
         """Drop the connection of the request `name`, answered yet or not: its events end here. False: there is none."""
@@ -172,8 +193,8 @@ class _Watch:
         self.until = None if self._idle_s is None else self._clock() + self._idle_s
 
 
-async def _lines(response: aiohttp.ClientResponse, watch: _Watch) -> AsyncIterator[bytes]:
-    """Lines of any length (aiohttp's own reader gives up at 128 KiB, and a routing record is longer)."""
+async def _lines(response: aiohttp.ClientResponse, watch: _Watch) -> AsyncIterator[list[bytes]]:
+    """Whole lines, as many as came, of any length (aiohttp's own reader gives up at 128 KiB, and a routing record is longer)."""
     rest = bytearray()
     while True:
         async with asyncio.timeout_at(watch.until):
@@ -184,10 +205,9 @@ async def _lines(response: aiohttp.ClientResponse, watch: _Watch) -> AsyncIterat
         if b"\n" in piece:
             *lines, last = bytes(rest).split(b"\n")
             rest = bytearray(last)
-            for line in lines:
-                yield line
+            yield lines
     if rest:
-        yield bytes(rest)
+        yield [bytes(rest)]
 
 
 def refusal(

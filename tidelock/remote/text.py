@@ -69,18 +69,20 @@ class TextPolicy:
         answer, turn, name = _Answer(), Rendering(self._form, state), request_id or uuid.uuid4().hex
         left = params.max_tokens if self._metered else None
         try:
-            async with aclosing(self._server.events("/chat/completions", body, name)) as events:
-                async for event in events:
-                    for kind, text in answer.take(event):
-                        ids = turn.say(kind, text)
-                        if left is not None and len(ids) > left:
-                            yield _chunk(ids[:left], "length")
-                            return
-                        if ids:
-                            left = None if left is None else left - len(ids)
-                            yield _chunk(ids)
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise self._server.broken(f"an event is no chat completion chunk ({e!r})", "malformed") from None
+            async with aclosing(self._server.batches("/chat/completions", body, name)) as batches:
+                async for events in batches:
+                    ids: list[int] = []
+                    said, fault = answer.take_all(events)
+                    for kind, text in said:
+                        ids += turn.say(kind, text)
+                    if left is not None and len(ids) > left:
+                        yield _chunk(ids[:left], "length")
+                        return
+                    if ids:
+                        left = None if left is None else left - len(ids)
+                        yield _chunk(ids)
+                    if fault is not None:
+                        raise self._server.broken(f"an event is no chat completion chunk ({fault!r})", "malformed")
         except PolicyError:
             if answer.finish_reason is None:  # what was missing after it is the usage
                 raise
@@ -184,6 +186,20 @@ class _Answer:
         self.finish_reason: str | None = None
         self.usage: dict[str, Any] = {}
         self.trace: dict[str, Any] = {}
+
+    def take_all(self, events: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, str]], Exception | None]:
+        """(what several say, pieces of one kind joined; what is wrong with the event after them)."""
+        said: list[tuple[str, str]] = []
+        for event in events:
+            try:
+                for kind, text in self.take(event):
+                    if text and said and said[-1][0] == kind:
+                        said[-1] = (kind, said[-1][1] + text)
+                    elif text:
+                        said.append((kind, text))
+            except (KeyError, TypeError, ValueError, AttributeError) as fault:
+                return said, fault
+        return said, None
 
     def take(self, event: dict[str, Any]) -> Iterator[tuple[str, str]]:
         """("reasoning" | "content", text) as it comes."""

@@ -108,12 +108,12 @@ class Choice:
     def __init__(self, index: int, ask: Ask, template: Template, opening_ids: tuple[int, ...]) -> None:
         self.index, self.ask = index, ask
         self.sample = Sample()
-        self.reasoning_tokens = 0
         self.message: Message | None = None  # as stored, once ended
         self._tokenizer = template.tokenizer
         self._calls_before = count_calls(ask.messages)
         self._parser = template.parser(self._calls_before, ask.tools)
         self._parser.feed(opening_ids)
+        self._opened_ids = self._parser.reasoning_ids
         self._stop = StopFilter(ask.params.stop)  # of the content, as the engine has it
         self._said = {"reasoning": "", "content": ""}
         self._calls: list[int] = []  # the parser's call indices in order of appearance
@@ -125,12 +125,16 @@ class Choice:
         """The stop string that was found; nothing more need be sampled."""
         return self._stop.found
 
+    @property
+    def reasoning_tokens(self) -> int:
+        return self._parser.reasoning_ids - self._opened_ids
+
     def take(self, chunk: Chunk) -> list[Piece]:
         self.sample.add(chunk)
         pieces: list[Piece] = []
-        for n, token in enumerate(chunk.ids):
-            deltas = self._parser.feed((token,))
-            self.reasoning_tokens += self._parser.sinks.get(self._parser.state) == "reasoning"
+        parts = ((token,) for token in chunk.ids) if self.ask.logprobs else (chunk.ids,)
+        for n, part in enumerate(parts):
+            deltas = self._parser.feed(part)
             tokens = self._logprobs(chunk, n, deltas) if self.ask.logprobs else ()
             for delta in deltas:
                 self._say(pieces, delta.kind, delta.text, delta.call_index, tokens)

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidelock.service import batch_worker, console, errors, openapi, tokens_api, upkeep, wire
 from tidelock.service.access import watched
@@ -23,9 +23,10 @@ from tidelock.service.auth import authenticate
 from tidelock.service.http import Handler, Json, unknown_route
 from tidelock.service.metrics import CONTENT_TYPE
 from tidelock.service.reconciliation.endpoint import reconciliation
+from tidelock.service.scrape import scrape
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import billing, operator
-from tidelock.service.surfaces.routes import routes
+from tidelock.service.surfaces.routes import ROUTES, routes
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.trace import Outcome
 
@@ -59,8 +60,8 @@ def create_app(state: ServiceState) -> ASGIApp:
     def post(path: str, handler: Handler) -> Route:
         return Route(path, Json(state, handler), methods=["POST"])
 
-    def metrics(request: Request) -> Response:
-        return Response(state.metrics.text(), media_type=CONTENT_TYPE)
+    async def metrics(request: Request) -> Response:
+        return Response(await scrape(state.metrics, state.member), media_type=CONTENT_TYPE)
 
     app = Starlette(
         routes=[
@@ -80,7 +81,21 @@ def create_app(state: ServiceState) -> ASGIApp:
         exception_handlers={HTTPException: unknown_route},
         lifespan=_lifespan(state),
     )
-    return watched(app, state)
+    return watched(_hot(app, state), state)
+
+
+def _hot(app: ASGIApp, state: ServiceState) -> ASGIApp:
+    """Inference goes straight to its endpoint; everything else through Starlette's router and middleware."""
+    endpoints = {route.path: route.endpoint(state) for route in ROUTES if isinstance(route.answers, type)}
+
+    async def routed(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and (endpoint := endpoints.get(scope["path"])):
+            scope["endpoint"] = endpoint
+            await endpoint(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return routed
 
 
 async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -102,6 +117,8 @@ async def swap_weights(state: ServiceState, request: Request) -> dict[str, Any]:
     """Loads other weights under live traffic; on failure the old ones keep serving."""
     authenticate(state, request, role="admin")
     weights = wire.decode(await request.body(), _weights)
+    if state.member is not None and state.member.size > 1:
+        raise errors.invalid_request("this server has several workers, each with weights of its own: restart it instead")
     try:
         await state.policy.swap(weights.checkpoint, weights.version)
     except UserError as error:

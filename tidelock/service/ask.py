@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from tidelock.service.errors import invalid_request
@@ -67,7 +68,7 @@ class Ask:
     opening: Message | None = None
     origin: Origin = Origin()
 
-    @property
+    @cached_property
     def tools(self) -> tuple[ToolSpec, ...]:
         return tuple(tool for message in self.messages for tool in message.tools)
 

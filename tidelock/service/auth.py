@@ -1,27 +1,36 @@
-"""Who is asking, and whether they may: the key behind `Authorization: Bearer sk-…` (or Anthropic clients' `x-api-key`)."""
+"""Who is asking, and whether they may. The key is the one behind `Authorization: Bearer sk-…` (or Anthropic clients'
+`x-api-key`)."""
 
 from __future__ import annotations
 
 from starlette.requests import Request
+from starlette.types import Scope
 
 from tidelock.service import errors
 from tidelock.service.keys import Key
 from tidelock.service.state import ServiceState
+from tidelock.service.wire import header
 
-KEY_IN_SCOPE = "tidelock.key"
+KEY_IN_SCOPE, FOUND = "tidelock.key", "tidelock.key.found"  # admitted; there is such a key
+
+
+async def look_up(state: ServiceState, scope: Scope) -> None:
+    """Brings the key from the database, off the event loop, for `authenticate`; not for an address that guesses."""
+    secret = _secret(scope)
+    if secret and not state.guesses.wait_s(_address(scope)):
+        scope[FOUND] = await state.keys.look_up(secret)
 
 
 def authenticate(state: ServiceState, request: Request, scope: str = "model", *, role: str | None = None) -> Key:
     """Raises ApiError: 401 without a live key, 429 to an address that guesses keys, 403 if the key may not do this
     (`scope`; "" for what every key may), may not come from there, or has another role than `role`."""
-    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-    secret = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    secret = _secret(request.scope)
     if not secret:
         raise errors.invalid_key()
-    address = request.client.host if request.client else ""
+    address = _address(request.scope)
     if wait_s := state.guesses.wait_s(address):
         raise errors.guessing(wait_s)
-    key = state.keys.authenticate(secret)
+    key = request.scope.pop(FOUND, None) or state.keys.authenticate(secret)  # a wrong one is looked for again: rare
     if key is None:
         state.guesses.wrong(address)
         raise errors.invalid_key()
@@ -33,3 +42,13 @@ def authenticate(state: ServiceState, request: Request, scope: str = "model", *,
         raise errors.permission_denied(f"this needs a key with role {role}")
     request.scope[KEY_IN_SCOPE] = key
     return key
+
+
+def _secret(scope: Scope) -> str:
+    scheme, _, bearer = header(scope, b"authorization").partition(" ")
+    return bearer.strip() if scheme.lower() == "bearer" else header(scope, b"x-api-key")
+
+
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    return client[0] if client else ""

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from tidelock.service.chain import link
 from tidelock.service.db import Transaction
@@ -486,9 +488,11 @@ def _clamped(counts: Counts, hold: dict[str, Any]) -> Counts:
     write_5m = min(max(counts.cache_write_5m, 0), prompt - cached)
     write_1h = min(max(counts.cache_write_1h, 0), prompt - cached - write_5m)
     completion = min(max(counts.completion, 0), hold["max_tokens"])
+    if not counts.tools:
+        return Counts(prompt, cached, write_5m, write_1h, completion)
     covered = json.loads(hold["tools"])
     tools = {name: min(max(count, 0), covered.get(name, 0)) for name, count in counts.tools.items()}
-    return replace(Counts(prompt, cached, write_5m, write_1h, completion), tools={k: n for k, n in tools.items() if n})
+    return Counts(prompt, cached, write_5m, write_1h, completion, {k: n for k, n in tools.items() if n})
 
 
 def take(pockets: list[Entry], nano_usd: int) -> list[Entry]:
@@ -510,12 +514,15 @@ def _merge(parts: list[Entry], more: list[Entry]) -> list[Entry]:
 
 
 def _parts(hold: dict[str, Any]) -> list[Entry]:
-    return [((kind, lot), nano) for kind, lot, nano in json.loads(hold["parts"])]
+    return [((kind, lot), nano) for kind, lot, nano in msgspec.json.decode(hold["parts"])]
 
 
 def _parts_json(parts: list[Entry]) -> str:
     return _json([[*name, nano] for name, nano in parts])
 
 
+_encode = msgspec.json.Encoder(order="deterministic").encode
+
+
 def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return _encode(value).decode() if value else "[]" if isinstance(value, list) else "{}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
@@ -19,13 +19,14 @@ from starlette.types import Receive, Scope, Send
 from tidelock.service import record, run, wire
 from tidelock.service.answer import Bill, Ended, Event
 from tidelock.service.ask import Ask
-from tidelock.service.auth import authenticate
+from tidelock.service.auth import authenticate, look_up
 from tidelock.service.errors import ApiError
-from tidelock.service.http import as_api_error, failure, for_client, id_headers, read_body
+from tidelock.service.http import as_api_error, failure, for_client, received
 from tidelock.service.keys import Key
 from tidelock.service.replay import Recorder
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
+from tidelock.service.wire import header
 
 log = logging.getLogger(__name__)
 
@@ -64,19 +65,23 @@ class Endpoint:
         recorder: Recorder | None = None
         key: Key | None = None
         try:
+            await look_up(self._state, scope)
             key = authenticate(self._state, request)
-            body = await read_body(request, self._state.max_body_bytes)
-            if name := request.headers.get("idempotency-key"):
+            body = await received(scope, receive, self._state.max_body_bytes)
+            if name := header(scope, b"idempotency-key"):
                 recorder = Recorder(self._state.idempotency, key.customer, name, request_id, send)
-                if await recorder.replay(request.url.path.encode() + b"\n" + body):
+                if await recorder.replay(scope["path"].encode() + b"\n" + body):
                     return
                 out = Output(recorder, request_id, self._state.stall_timeout_s)
             translation = self._surface(self._state, key, request, body)
             turn = await run.prepare(self._state, key, translation.ask, request_id)
             translation.begin(turn)
             out.headers = turn.headers
-            async with _watching(receive, self._state, turn) as left:
-                await self._answer(turn, translation, left, out)
+            watch = Watch(receive, self._state, turn)
+            try:
+                await self._answer(turn, translation, watch.left, out)
+            finally:
+                watch.close()
         except (ClientDisconnect, Stalled):
             log.info("%s: the client left", request_id)
             if (now := record.current()) is not None:
@@ -116,8 +121,9 @@ class Output:
         self.headers: dict[str, str] = {}  # read when the answer begins
 
     async def json(self, body: Any) -> None:
-        await self._start(b"application/json")
-        await self._send({"type": "http.response.body", "body": wire.encode(body)})
+        data = wire.encode(body)
+        await self._start(b"application/json", (b"content-length", b"%d" % len(data)))
+        await self._send({"type": "http.response.body", "body": data})
 
     async def write(self, data: bytes, *, more: bool) -> None:
         """Raises Stalled if the connection takes nothing for `patience_s`."""
@@ -130,27 +136,41 @@ class Output:
             except TimeoutError:
                 raise Stalled from None
 
-    async def _start(self, content_type: bytes) -> None:
+    async def _start(self, content_type: bytes, *more: tuple[bytes, bytes]) -> None:
         self.started = True
-        more = [(name.encode(), value.encode()) for name, value in {**self.headers, **id_headers(self._request_id)}.items()]
+        name = self._request_id.encode()
         headers = [(b"content-type", content_type), (b"cache-control", b"no-store"), *more]
+        headers += [(key.encode(), value.encode()) for key, value in self.headers.items()]
+        headers += [(b"x-request-id", name), (b"request-id", name), (b"msh-request-id", name)]  # as `http.id_headers`
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
 
-@asynccontextmanager
-async def _watching(receive: Receive, state: ServiceState, turn: Turn) -> AsyncIterator[asyncio.Event]:
-    """Yields the event "the client left", and stops the sampling as soon as it happens."""
-    left = asyncio.Event()
+class Watch:
+    """Sets `left` and stops the sampling when the client leaves.
 
-    async def abort_on_disconnect() -> None:
-        while (await receive())["type"] != "http.disconnect":
+    The first look is after `PATIENCE_S`: most answers that take less never cost a task, and one that is already gone
+    then is seen at once.
+    """
+
+    PATIENCE_S = 0.05
+
+    def __init__(self, receive: Receive, state: ServiceState, turn: Turn) -> None:
+        self._receive, self._state, self._turn = receive, state, turn
+        self.left = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._timer = asyncio.get_running_loop().call_later(self.PATIENCE_S, self._begin)
+
+    def close(self) -> None:
+        self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _begin(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._look())
+
+    async def _look(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
             pass
-        left.set()
-        for choice_id in turn.choice_ids:
-            await state.policy.abort(choice_id)
-
-    watcher = asyncio.create_task(abort_on_disconnect())
-    try:
-        yield left
-    finally:
-        watcher.cancel()
+        self.left.set()
+        for choice_id in self._turn.choice_ids:
+            await self._state.policy.abort(choice_id)

@@ -11,6 +11,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import lru_cache
 
 BURST, PER_S = 30, 0.5  # wrong keys at once, and how fast that is forgiven
 MOST_ADDRESSES = 10_000
@@ -25,6 +26,8 @@ class Guesses:
 
     def wait_s(self, address: str) -> int:
         """Seconds until this address may try a key again; 0 if it may now."""
+        if not self._by_address:
+            return 0
         held = self._held(network(address))
         return max(0, math.ceil((held - self._burst + 1) / self._per_s)) if held > self._burst - 1 else 0
 
@@ -43,6 +46,7 @@ class Guesses:
         return max(0.0, held - (self._clock() - since) * self._per_s)
 
 
+@lru_cache(10_000)
 def network(address: str) -> str:
     try:
         parsed = ipaddress.ip_address(address)

@@ -13,9 +13,11 @@ from starlette.types import Receive, Scope, Send
 
 from tidelock.service import errors, record, wire
 from tidelock.service.accounts import UnknownId
+from tidelock.service.auth import look_up
 from tidelock.service.db import StorageDown
 from tidelock.service.errors import ApiError
 from tidelock.service.state import ServiceState
+from tidelock.service.wire import header
 from tidelock.tokens.policy import PolicyError
 
 log = logging.getLogger(__name__)
@@ -39,22 +41,31 @@ def is_lenient(state: ServiceState, request: Request | None) -> bool:
     if request is None:
         return state.lenient
     key = request.scope.get("tidelock.key")
-    asked = request.headers.get("x-tidelock-profile") or (key.profile if key else "")
+    asked = header(request.scope, b"x-tidelock-profile") or (key.profile if key else "")
     return asked == "lenient" if asked in ("lenient", "strict") else state.lenient
 
 
 async def read_body(request: Request, limit: int) -> bytes:
     """Raises ApiError (413) before more than `limit` bytes are held."""
-    declared = request.headers.get("content-length", "0")
+    return await received(request.scope, request.receive, limit)
+
+
+async def received(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """As `read_body`. Raises ClientDisconnect too."""
+    declared = header(scope, b"content-length")
     if declared.isdigit() and int(declared) > limit:
         raise errors.too_large(limit)
-    parts, size = [], 0
-    async for part in request.stream():
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part, more = message.get("body", b""), message.get("more_body", False)
         size += len(part)
         if size > limit:
             raise errors.too_large(limit)
         parts.append(part)
-    return b"".join(parts)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def failure(error: ApiError, request_id: str, anthropic: bool) -> Response:
@@ -103,6 +114,7 @@ class Json:
         request_id = record.request_id()
         request = Request(scope, receive)
         try:
+            await look_up(self._state, scope)
             answer = await self._handler(self._state, request)
             if isinstance(answer, Response):
                 response = answer

@@ -6,7 +6,7 @@ what it may do, from where, with which models, and what may be done with the tra
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import hmac
 import ipaddress
 import os
@@ -67,7 +67,9 @@ class KeyStore:
         self._db = db
         self._pepper = pepper
         self._used: dict[str, float] = {}  # key id -> when, not written yet
-        self._known: dict[str, tuple[Key, float]] = {}  # by hash: live keys lately seen, and until when they count
+        self._known: dict[str, tuple[Key | None, float]] = {}  # by hash: what was lately found, and until when it counts
+        self._asking: dict[str, asyncio.Future[Key | None]] = {}  # by hash: who finds it out for all
+        self._revocations = 0  # through this store
 
     @classmethod
     def open(cls, db: Database, pepper_path: str | Path) -> KeyStore:
@@ -153,19 +155,43 @@ class KeyStore:
 
     def authenticate(self, secret: str) -> Key | None:
         """The live key with this secret. A key revoked through another process is dead within `REMEMBER_S`, one revoked
-        through this store at once."""
+        through this store at once. Waits for the database; `look_up` does not."""
         hashed, now = self._hash(secret), time.monotonic()
         known = self._known.get(hashed)
         if known is None or known[1] <= now:
-            rows = self._db.read(f"{LIVE} AND keys.hash = ?", (hashed,))
-            if len(self._known) >= MOST_REMEMBERED:
-                self._known.clear()
-            self._known.pop(hashed, None)
-            if not rows or not hmac.compare_digest(rows[0]["hash"], hashed):
-                return None
-            known = self._known[hashed] = (_key(rows[0]), now + REMEMBER_S)
-            self._used[known[0].id] = time.time()
+            return self._remember(hashed, self._db.read(f"{LIVE} AND keys.hash = ?", (hashed,)), now)
         return known[0]
+
+    async def look_up(self, secret: str) -> Key | None:
+        """`authenticate` off the event loop; the database is asked once for all who ask for the same key at the same time.
+        Raises StorageDown."""
+        hashed = self._hash(secret)
+        known = self._known.get(hashed)
+        if known is not None and known[1] > time.monotonic():
+            return known[0]
+        asking = self._asking.get(hashed)
+        if asking is None:
+            asking = self._asking[hashed] = asyncio.ensure_future(self._ask(hashed))
+        return await asyncio.shield(asking)  # one who leaves does not take the answer from the others
+
+    async def _ask(self, hashed: str) -> Key | None:
+        try:
+            known_until = None
+            while known_until != self._revocations:  # what was read before a revocation may not outlive it
+                known_until, now = self._revocations, time.monotonic()
+                rows = await self._db.fetch(f"{LIVE} AND keys.hash = ?", (hashed,))
+            return self._remember(hashed, rows, now)
+        finally:
+            del self._asking[hashed]
+
+    def _remember(self, hashed: str, rows: list, now: float) -> Key | None:
+        if len(self._known) >= MOST_REMEMBERED:
+            self._known.clear()
+        found = _key(rows[0]) if rows and hmac.compare_digest(rows[0]["hash"], hashed) else None
+        self._known[hashed] = (found, now + REMEMBER_S)
+        if found is not None:
+            self._used[found.id] = time.time()
+        return found
 
     def revoke(self, key_id: str, organization: str | None = None, actor: str = OPERATOR) -> None:
         """Raises UnknownId if there is no such live key (in the organisation, if one is named)."""
@@ -177,6 +203,7 @@ class KeyStore:
                 raise UnknownId(f"no live key {key_id!r}; `tidelock keys list` shows them")
             write("UPDATE keys SET revoked = ? WHERE id = ?", (time.time(), key_id))
             log(write, row[0], actor, "key.revoked", key_id)
+        self._revocations += 1
         self._known.clear()
 
     def list(self, organization: str | None = None, project: str | None = None) -> list[Key]:
@@ -205,7 +232,7 @@ class KeyStore:
         return _key(rows[0]) if rows else None
 
     def _hash(self, secret: str) -> str:
-        return hmac.new(self._pepper, secret.encode(), hashlib.sha256).hexdigest()
+        return hmac.digest(self._pepper, secret.encode(), "sha256").hex()
 
 
 ALL = "SELECT keys.*, members.role AS member_role FROM keys LEFT JOIN members ON members.id = keys.member"

@@ -55,12 +55,15 @@ def effort(request: ChatRequest) -> str | None:
     return stated if stated in ("low", "medium", "high", "max") else None
 
 
+RANGES = {
+    "temperature": (0, 2), "top_p": (0, 1), "n": (1, MAX_CHOICES), "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2), "top_logprobs": (0, 20),
+}  # fmt: skip
+FIXED = {"temperature": TEMPERATURES, "top_p": (TOP_P,), "n": (1,), "presence_penalty": (0,), "frequency_penalty": (0,)}
+
+
 def _check_ranges(request: ChatRequest) -> None:
-    ranges = {
-        "temperature": (0, 2), "top_p": (0, 1), "n": (1, MAX_CHOICES), "presence_penalty": (-2, 2),
-        "frequency_penalty": (-2, 2), "top_logprobs": (0, 20),
-    }  # fmt: skip
-    for field, (low, high) in ranges.items():
+    for field, (low, high) in RANGES.items():
         value = getattr(request, field)
         if value is not None and not low <= value <= high:
             raise invalid_request(f"{field} must be between {low} and {high}, got {value:g}", field)
@@ -72,8 +75,7 @@ def _check_ranges(request: ChatRequest) -> None:
 
 def _check_fixed(request: ChatRequest) -> None:
     """Models of the K series fix how they are sampled; only the fixed values may be said."""
-    fixed = {"temperature": TEMPERATURES, "top_p": (TOP_P,), "n": (1,), "presence_penalty": (0,), "frequency_penalty": (0,)}
-    for field, allowed in fixed.items():
+    for field, allowed in FIXED.items():
         value = getattr(request, field)
         if value is not None and value not in allowed:
             words = " or ".join(f"{a:g}" for a in allowed)

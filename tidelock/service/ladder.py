@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 from tidelock.tokens.errors import UserError
 
@@ -23,18 +23,19 @@ class Limits:
     day_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in self.__dict__.items():
             if value is not None and not 0 <= value <= MOST:
-                raise UserError(f"a limit is a whole number from 0 to {MOST}, not {value} ({field.name})")
+                raise UserError(f"a limit is a whole number from 0 to {MOST}, not {value} ({name})")
 
     @property
     def none(self) -> bool:
-        return self == Limits()
+        return self.concurrency is self.requests is self.tokens is self.day_tokens is None
 
     def over(self, other: Limits) -> Limits:
         """Ours where we say something, else the other's."""
-        return Limits(**{k: v if (v := getattr(self, k)) is not None else w for k, w in asdict(other).items()})
+        if other.none:
+            return self
+        return Limits(**{k: w if (v := self.__dict__[k]) is None else v for k, w in other.__dict__.items()})
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ All in integers: a level is tokens times the period's milliseconds.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from tidelock.service.db import Transaction
 from tidelock.service.ladder import Ladder, Limits
@@ -103,12 +104,14 @@ class Limiter:
                     use.levels[which] += need * PERIOD_MS[which]
                     use.changed = True
         scopes = {scope: [limits.tokens, limits.day_tokens] for scope, limits in limited.items()}
-        memo = json.dumps({"tokens": tokens, "at_ms": self._now_ms, "scopes": scopes}, separators=(",", ":"))
+        memo = msgspec.json.encode({"tokens": tokens, "at_ms": self._now_ms, "scopes": scopes}).decode()
         return memo, self._standing(customer, limited)
 
     def opened(self, customer: str, project: str, key: str, by: int = 1) -> None:
         """A hold was opened (or, by -1, closed) in this transaction."""
-        self._moved.setdefault(customer, Counter()).update({scope: by for scope in {"", project, key}})
+        moved = self._moved.setdefault(customer, Counter())
+        for scope in {"", project, key}:
+            moved[scope] += by
 
     # ---- a request ends ----------------------------------------------------------------------------------------
 
@@ -117,7 +120,7 @@ class Limiter:
         exceeds the limit and what drains in the time."""
         if not memo:
             return
-        kept = json.loads(memo)
+        kept = msgspec.json.decode(memo)
         unused, elapsed_ms = max(kept["tokens"] - used_tokens, 0), max(self._now_ms - kept["at_ms"], 0)
         for scope, rates in kept["scopes"].items():
             for which, rate in zip(("tokens", "day_tokens"), rates, strict=True):
@@ -191,7 +194,8 @@ class Limiter:
                    "GROUP BY customer, project, key_id")  # fmt: skip
             for name, project, key, count in self._tx(sql, self._names).fetchall():
                 self._load()[name].open.update({place: count for place in {"", project, key}})
-        return self._load()[customer].open[scope] + self._moved.get(customer, Counter())[scope]
+        moved = self._moved.get(customer)
+        return self._load()[customer].open[scope] + (moved[scope] if moved else 0)
 
     def _standing(self, customer: str, limited: dict[str, Limits]) -> Standing:
         gauges: dict[str, Gauge] = {}

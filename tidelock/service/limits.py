@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from functools import lru_cache
 
 from tidelock.service.limiter import Gauge, Standing
 
 
 def limit_headers(standing: Standing, now: float | None = None) -> dict[str, str]:
     """Limit, what remains of it, and when all of it is free again; nothing for what has no limit."""
-    at = datetime.fromtimestamp(time.time() if now is None else now, UTC)
+    at_ms = math.ceil((time.time() if now is None else now) * 1000)
     headers: dict[str, str] = {}
     for name, gauge in (("requests", standing.requests), ("tokens", standing.tokens)):
         if gauge is None:
             continue
-        full = (at + timedelta(milliseconds=gauge.reset_ms, microseconds=999_999)).replace(microsecond=0)
         headers |= {
             f"x-ratelimit-limit-{name}": str(gauge.limit),
             f"x-ratelimit-remaining-{name}": str(gauge.remaining),
             f"x-ratelimit-reset-{name}": duration(gauge.reset_ms),
             f"anthropic-ratelimit-{name}-limit": str(gauge.limit),
             f"anthropic-ratelimit-{name}-remaining": str(gauge.remaining),
-            f"anthropic-ratelimit-{name}-reset": full.isoformat().replace("+00:00", "Z"),
+            f"anthropic-ratelimit-{name}-reset": _rfc3339(-(-(at_ms + gauge.reset_ms) // 1000)),
         }
     if (kimi := standing.requests or standing.tokens) is not None:
         headers |= _kimi(kimi)
     return headers
+
+
+@lru_cache(64)
+def _rfc3339(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).isoformat().replace("+00:00", "Z")
 
 
 def _kimi(gauge: Gauge) -> dict[str, str]:

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
+from functools import cache
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -48,8 +49,10 @@ class Metrics:
         age = Gauge("tidelock_reconciliation_age_seconds", "Since the last run ended; NaN before the first", registry=r)
         age.set_function(lambda: time.time() - self._reconciled)
         self._reconciled = float("nan")
-        for state in ("waiting", "running"):
-            self.requests.labels(state)
+        # children by label, because looking one up costs more than counting in it
+        self.now = {state: self.requests.labels(state) for state in ("waiting", "running")}
+        self.ended = cache(self.finished.labels)
+        self.answered = cache(self.responses.labels)
 
     def reconciled(self, finished: float, discrepancies: int, missing: int, drift_nano: int) -> None:
         self._reconciled = finished
@@ -115,7 +118,7 @@ class _Watch:
         self.m, self.prompt_tokens = metrics, prompt_tokens
         self.begun = self.last = time.perf_counter()
         self.state, self.reason, self.tokens = "waiting", "abandoned", 0
-        self.m.requests.labels("waiting").inc()
+        self.m.now["waiting"].inc()
 
     def see(self, chunk: Chunk, part: step) -> None:
         now = time.perf_counter()
@@ -137,14 +140,14 @@ class _Watch:
             self.m.whole.observe(now - self.begun)
 
     def _move(self, state: str | None) -> None:
-        self.m.requests.labels(self.state).dec()
+        self.m.now[self.state].dec()
         if state is not None:
             self.state = state
-            self.m.requests.labels(state).inc()
+            self.m.now[state].inc()
 
     def close(self, part: step) -> None:
         self._move(None)
-        self.m.finished.labels(self.reason).inc()
+        self.m.ended(self.reason).inc()
         if part.span is not None:
             part.record.tracing.generated(part.span, self.prompt_tokens, self.tokens, self.reason)
 

@@ -91,6 +91,8 @@ class Price:
         return prompt_tokens * dearest + completion_tokens * self.output_nano + self._tools_nano(tools)
 
     def _tools_nano(self, calls: Mapping[str, int]) -> int:
+        if not calls:
+            return 0
         unknown = sorted(set(calls) - set(self.tools))
         if unknown:
             raise UserError(f"the price book has no price for a call of {', '.join(unknown)}")
@@ -145,6 +147,8 @@ class Schedule:
 
     def at(self, when: float) -> PriceBook:
         """Raises UserError if no version has begun by then."""
+        if len(self.books) == 1 and self.books[0].effective <= when:
+            return self.books[0]
         begun = [book for book in self.books if book.effective <= when]
         if not begun:
             raise UserError("no version of the price book has begun yet")

@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tidelock.service import errors
@@ -217,6 +217,8 @@ class Meter:
 async def metered(state: ServiceState, turn: Turn) -> AsyncIterator[Meter]:
     """Raises ApiError: 429 if the balance does not cover the prompt and one token of each choice, or a limit is reached.
     Batches have a queue instead of limits."""
+    if turn.mode != "batch":
+        await state.tiers.refresh()
     book = state.prices.now
     most = turn.max_tokens * turn.ask.n
     admission = Admission(
@@ -442,7 +444,8 @@ def nodes(state: ServiceState, turn: Turn, meter: Meter) -> tuple[list[Node], li
         new.append(Node.of(parent, given, ids, exact=exact, **common))
         parent = new[-1].id
     answers = []
-    sampling = asdict(meter.params)
+    params = meter.params
+    sampling = {**params.__dict__, "constraint": None if params.constraint is None else dict(params.constraint.__dict__)}
     for choice in meter.choices:
         sample = choice.sample
         sampled_logprobs, kept = drawn_from(sample.chunks)

@@ -10,6 +10,8 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from tidelock.service.db import Conflict, StorageDown
@@ -35,7 +37,7 @@ class Sqlite:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
-            self._path, timeout=30, isolation_level=None, check_same_thread=False, cached_statements=256
+            self._path, timeout=30, isolation_level=None, check_same_thread=False, cached_statements=1024
         )
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA synchronous = FULL")
@@ -99,7 +101,7 @@ class _Transaction:
     for_update = ""  # BEGIN IMMEDIATE locked everything
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self._execute, self._many = connection.execute, connection.executemany
+        self._execute = connection.execute
 
     def __call__(self, sql: str, args: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self._execute(sql, args)
@@ -108,16 +110,42 @@ class _Transaction:
         return iter(self._execute(sql, args))
 
     def insert(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        if rows:
-            marks = ", ".join("?" * len(columns))
-            self._many(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", rows)
+        for part in _powers_of_two(rows):
+            self._execute(_insert(table, tuple(columns), len(part)), list(chain.from_iterable(part)))
 
     def update(self, table: str, keys: Sequence[str], values: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        if not rows:
-            return
-        found = " AND ".join(f"{key} = ?{n}" for n, key in enumerate(keys, 1))
-        set_to = ", ".join(f"{value} = ?{n}" for n, value in enumerate(values, len(keys) + 1))
-        self._many(f"UPDATE {table} SET {set_to} WHERE {found}", rows)
+        for part in _powers_of_two(rows):
+            self._execute(_update(table, tuple(keys), tuple(values), len(part)), list(chain.from_iterable(part)))
+
+
+# `executemany` gives the interpreter lock away and takes it back at every row, and beside a busy event loop each taking
+# back waits. So many rows are one statement; in lots of a few sizes, so that SQLite has each of them prepared already.
+
+
+def _powers_of_two(rows: Sequence[Sequence[Any]], most: int = 64) -> Iterator[Sequence[Sequence[Any]]]:
+    """The rows in lots of 64, 32, 16 … 1."""
+    at, size = 0, most
+    while at < len(rows):
+        while size > len(rows) - at:
+            size //= 2
+        yield rows[at : at + size]
+        at += size
+
+
+@lru_cache(maxsize=512)
+def _insert(table: str, columns: tuple[str, ...], rows: int) -> str:
+    return f"INSERT INTO {table} ({', '.join(columns)}) VALUES {_marks(len(columns), rows)}"
+
+
+@lru_cache(maxsize=512)
+def _update(table: str, keys: tuple[str, ...], values: tuple[str, ...], rows: int) -> str:
+    found = " AND ".join(f"{table}.{key} = new.column{n}" for n, key in enumerate(keys, 1))
+    set_to = ", ".join(f"{value} = new.column{n}" for n, value in enumerate(values, len(keys) + 1))
+    return f"UPDATE {table} SET {set_to} FROM (VALUES {_marks(len(keys) + len(values), rows)}) AS new WHERE {found}"
+
+
+def _marks(columns: int, rows: int) -> str:
+    return ", ".join([f"({', '.join('?' * columns)})"] * rows)
 
 
 @contextmanager

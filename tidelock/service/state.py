@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tidelock.service.accounts import Accounts
 from tidelock.service.db import Database, service_database
+from tidelock.service.member import Member
 from tidelock.service.guesses import Guesses
 from tidelock.service.idempotency import Idempotency
 from tidelock.service.keys import KeyStore
@@ -30,6 +31,7 @@ from tidelock.service.workers import Worker
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.policy import Policy
 from tidelock.tokens.template import Template
+from tidelock.tokens.siblings import journal_of
 from tidelock.tokens.trace import TraceStore
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ class ServiceState:
     batch_lease_s: float = 30.0  # a batch whose worker died goes on after this
     batch_news: asyncio.Event = field(default_factory=asyncio.Event)
     guesses: Guesses = field(default_factory=Guesses)
+    member: Member | None = None  # of a server with several workers
     lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
     metrics: Metrics = field(default_factory=Metrics)
     access_log: AccessLog | None = None  # None: no access lines
@@ -102,13 +105,15 @@ def open_state(
     context_length: int,
     weights_version: int,
     database: str | None = None,
+    member: Member | None = None,
     **options: Any,
 ) -> ServiceState:
     """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`.
 
     Three files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
     `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`; and `webhook_secrets`, what the
-    payment provider signs with. `database` overrides the first.
+    payment provider signs with. `database` overrides the first. `member`: which worker of a server that has several; each
+    writes a journal of its own (`tokens.siblings`).
     Raises UserError for a template that would have to render a stored conversation anew to go on with it.
     """
     if not template.prefix_stable:
@@ -124,7 +129,7 @@ def open_state(
         schedule = read_prices(directory / "prices.toml")
     schedule.register(db)
     worker = Worker(db)
-    traces = TraceStore(directory / "trace.jsonl", template, patience_s=10.0)
+    traces = TraceStore(journal_of(directory, member.number if member else 0), template, patience_s=10.0)
     return ServiceState(
         policy=policy,
         template=template,
@@ -148,5 +153,6 @@ def open_state(
         model=model,
         context_length=context_length,
         weights_version=weights_version,
+        member=member,
         **options,
     )

@@ -15,6 +15,7 @@ from tidelock.service.db import Database
 from tidelock.service.ladder import OPEN, Ladder, Limits
 from tidelock.tokens.errors import UserError
 
+LADDER = "SELECT value FROM settings WHERE name = 'ladder'"
 FRESH_S = 0.5  # how long a worker goes by the ladder it last read
 
 
@@ -27,12 +28,19 @@ class Tiers:
 
     @property
     def ladder(self) -> Ladder:
-        """Raises StorageDown."""
+        """Waits for the database unless `refresh` was there first. Raises StorageDown."""
         if self._monotonic() >= self._until:
-            rows = self._db.read("SELECT value FROM settings WHERE name = 'ladder'")
-            self._ladder = _parse(rows[0][0]) if rows else OPEN
-            self._until = self._monotonic() + FRESH_S
+            self._take(self._db.read(LADDER))
         return self._ladder
+
+    async def refresh(self) -> None:
+        """Reads the ladder, off the event loop, if that is due."""
+        if self._monotonic() >= self._until:
+            self._take(await self._db.fetch(LADDER))
+
+    def _take(self, rows: list) -> None:
+        self._ladder = _parse(rows[0][0]) if rows else OPEN
+        self._until = self._monotonic() + FRESH_S
 
     def set_ladder(self, ladder: Ladder, actor: str = OPERATOR) -> None:
         tiers = [[from_nano, asdict(limits)] for from_nano, limits in ladder.tiers]

@@ -24,6 +24,7 @@ async def run(state: ServiceState) -> None:
             await asyncio.to_thread(state.worker.beat)
             await asyncio.to_thread(flush, state)
             await asyncio.to_thread(recover, state)
+            await asyncio.to_thread(state.traces.follow)
             if since_sweep_s >= state.sweep_interval_s:
                 since_sweep_s = 0.0
                 await asyncio.to_thread(sweep, state)

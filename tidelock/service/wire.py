@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -10,6 +12,8 @@ from tidelock.service.errors import invalid_request
 from tidelock.tokens import jsontext
 from tidelock.tokens.message import ToolCall
 
+CACHED_CHARS = 2048  # clients send every call of a conversation again with each turn
+_arguments = lru_cache(4096)(jsontext.load)
 encode = msgspec.json.Encoder().encode
 
 
@@ -24,6 +28,14 @@ def decode(body: bytes, decoder: msgspec.json.Decoder) -> Any:
         raise invalid_request(f"the body is not JSON: {error}") from error
 
 
+def header(scope: Mapping[str, Any], name: bytes) -> str:
+    """Of an HTTP request: the first of this name (in lower case), "" if there is none."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return value.decode("latin-1")
+    return ""
+
+
 def to_json(value: Any) -> str:
     return encode(value).decode()
 
@@ -31,7 +43,7 @@ def to_json(value: Any) -> str:
 def parse_call(identifier: str, name: str, arguments: str, where: str) -> ToolCall:
     """A call as a client sends it back. Raises a 400."""
     try:
-        value = jsontext.load(arguments or "{}")
+        value = (_arguments if len(arguments) <= CACHED_CHARS else jsontext.load)(arguments or "{}")
     except ValueError as error:
         raise invalid_request(f"tool call arguments are not JSON: {error}", where) from error
     if not isinstance(value, dict):

@@ -244,7 +244,7 @@ class ChatMLParser(TurnParser):
         if self.template.tokenizer.is_special(token):
             self._on(token)
         else:
-            self._hear(token)
+            self._hear((token,))
 
     def _begin_call(self) -> None:
         self.calls.append(("", {}))

@@ -16,12 +16,27 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from .errors import UserError
+
+_fast = msgspec.json.Encoder().encode
 
 
 def encode_record(record: dict[str, Any]) -> bytes:
-    body = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    return _line(json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
+
+
+def _line(body: bytes) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def encode_finite(record: dict[str, Any]) -> bytes:
+    """As `encode_record`, several times faster, for a record without NaN or infinities (they would become null)."""
+    try:
+        return _line(_fast(record))
+    except (UnicodeEncodeError, OverflowError, TypeError):  # lone surrogates, integers beyond 64 bits, NumPy's numbers
+        return encode_record(record)
 
 
 def decode_record(line: bytes) -> dict[str, Any] | None:
@@ -104,9 +119,9 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         self.append_many([record])
 
-    def append_many(self, records: Iterable[dict[str, Any]]) -> None:
-        """One fsync for all of them. When it fails (a full disk), none of them is left in the file."""
-        data = memoryview(b"".join(encode_record(r) for r in records))
+    def append_many(self, records: Iterable[dict[str, Any] | bytes]) -> None:
+        """One fsync for all of them; bytes are records already encoded. When it fails (a full disk), none of them is left in the file."""
+        data = memoryview(b"".join(r if isinstance(r, bytes) else encode_record(r) for r in records))
         if not data:
             return
         with self._appending:

@@ -239,9 +239,11 @@ def canonical(messages: Sequence[Message]) -> list[Message]:
     name that only repeats the role is dropped, and a declaration of tools without text joins the system text after it.
     """
     out: list[Message] = []
+    made = 0
     for i, m in enumerate(messages):
         if m.role == "assistant":
-            calls = make_calls([(c.name, c.arguments) for c in m.tool_calls], count_calls(out))
+            calls = make_calls([(c.name, c.arguments) for c in m.tool_calls], made)
+            made += len(calls)
             out.append(Message("assistant", m.content, m.reasoning, calls, verbatim=m.verbatim))
         elif m.role == "tool":
             position, calls = call_position(m, messages[:i]), last_calls(out)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from .journal import Journal, read_journal
+from .journal import Journal, encode_finite, encode_record, read_journal
 from .message import Message, ToolCall, ToolSpec
 from .policy import Kept
+from .siblings import Siblings, journals
 from .template import Template
 
 
@@ -100,12 +103,30 @@ class Served:
     created: float
 
 
+CACHED_CHARS = 2048  # a client sends a conversation again with each turn, and most of its messages are short
+_sorted = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
+
+
 def digest(message: Message) -> str:
     """What a client can see of a message: role, text, reasoning, calls. Not call ids, not the sampled ids."""
+    known = message.__dict__.get("_digest")  # a message is frozen, and asked this several times
+    if known is None:
+        plain = not message.tool_calls and not message.tools and len(message.content) + len(message.reasoning) <= CACHED_CHARS
+        words = (message.role, message.content, message.reasoning, message.name)
+        known = message.__dict__["_digest"] = _of_words(*words) if plain else _digest(message)
+    return known
+
+
+@lru_cache(16_384)
+def _of_words(role: Any, content: str, reasoning: str, name: str | None) -> str:
+    return _digest(Message(role, content, reasoning, name=name))
+
+
+def _digest(message: Message) -> str:
     calls = [[c.name, c.arguments] for c in message.tool_calls]
     tools = [[t.name, t.description, t.parameters] for t in message.tools]
     public = [message.role, message.content, message.reasoning, calls, message.name, tools]
-    encoded = json.dumps(public, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    encoded = _sorted(public).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(encoded, digest_size=16).hexdigest()
 
 
@@ -146,6 +167,12 @@ def node_to_dict(node: Node) -> dict[str, Any]:
     return out
 
 
+def _encoded(node: Node) -> bytes:
+    record = {"kind": "node", "node": node_to_dict(node)}
+    finite = math.isfinite(sum(node.logprobs) + sum(node.sampled_logprobs))
+    return encode_finite(record) if finite else encode_record(record)
+
+
 def node_from_dict(data: dict[str, Any]) -> Node:
     fields = dict(data, message=message_from_dict(data["message"]))
     for name in ("ids", "logprobs", "sampled_logprobs"):
@@ -172,10 +199,12 @@ class Trace:
 
     @staticmethod
     def read(path: str | Path) -> Trace:
-        """The trace in a journal, without taking its write lock."""
+        """The trace in a journal and, where several workers serve from its directory, in those beside it (see `siblings`).
+        Takes no write lock."""
         trace = Trace()
-        for record in read_journal(path):
-            trace._take(record)
+        for journal in journals(path):
+            for record in read_journal(journal):
+                trace._take(record)
         return trace
 
     def _take(self, record: dict[str, Any]) -> None:
@@ -183,11 +212,15 @@ class Trace:
             self._index(node_from_dict(record["node"]))
         elif record["kind"] == "outcome":
             given = record["outcome"]
-            self._outcomes[given["node"]].append(Outcome(**{**given, "steps": tuple(given["steps"])}))
+            outcome = Outcome(**{**given, "steps": tuple(given["steps"])})
+            if outcome not in self._outcomes[outcome.node]:  # two workers may have been told the same
+                self._outcomes[outcome.node].append(outcome)
         elif record["kind"] == "withdraw":
             self.withdrawn.add(record["scope"])
 
     def _index(self, node: Node) -> None:
+        if node.id in self.nodes:  # two workers may have begun the same conversation
+            return
         self.nodes[node.id] = node
         self._children[node.parent].append(node.id)
         self._by_message[node.scope, node.parent, digest(node.message)].append(node.id)
@@ -224,7 +257,10 @@ class Trace:
         return out[::-1]
 
     def ids(self, node_id: str) -> list[int]:
-        return [i for node in self.path(node_id) for i in node.ids]
+        out: list[int] = []
+        for node in self.path(node_id):
+            out += node.ids
+        return out
 
     def messages(self, node_id: str) -> list[Message]:
         return [node.message for node in self.path(node_id)]
@@ -245,16 +281,51 @@ class Trace:
 class TraceStore(Trace):
     """The trace of a running service: what it adds is on disk before the call returns.
 
-    Opening recovers (see `journal`). `match` ignores nodes that another template or tokenizer wrote.
+    Opening recovers (see `journal`). `match` ignores nodes that another template or tokenizer wrote. Conversations that
+    other workers have in their journals (see `siblings`) are taken over as soon as somebody asks for them.
     """
 
     def __init__(self, path: str | Path, template: Template, patience_s: float = 0.0) -> None:
         super().__init__()
         self.template_hash = template.hash
         self._journal = Journal(path, patience_s)
+        self._siblings = Siblings(self._journal.path)
         for record in self._journal.records:
             self._take(record)
         self._journal.records = []
+        self.follow()
+
+    def match(self, scope: str, messages: Sequence[Message]) -> tuple[Node | None, int]:
+        found, known = super().match(scope, messages)
+        # an answer that is not known here may have been given by another worker
+        if any(message.role == "assistant" for message in messages[known:]) and self._take_over(scope):
+            found, known = super().match(scope, messages)
+        return found, known
+
+    def get(self, node_id: str) -> Node | None:
+        node = self.nodes.get(node_id)
+        if node is None:
+            self.follow()
+            scope = self._siblings.scope_of(node_id)
+            if scope is not None and self._take_over(scope):
+                node = self.nodes.get(node_id)
+        return node
+
+    def path(self, node_id: str) -> list[Node]:
+        self.get(node_id)
+        return super().path(node_id)
+
+    def follow(self) -> None:
+        """Looks at what other workers have written since the last time: now and then, so that there is never much."""
+        for record in self._siblings.look():
+            self._take(record)
+
+    def _take_over(self, scope: str) -> bool:
+        self.follow()
+        records = self._siblings.read(scope)
+        for record in records:
+            self._take(record)
+        return bool(records)
 
     def add(self, node: Node) -> bool:
         """False, and nothing written, when the node is already there."""
@@ -268,7 +339,7 @@ class TraceStore(Trace):
                 raise KeyError(node.parent)
             if node.id not in self.nodes:
                 new.setdefault(node.id, node)
-        records = [{"kind": "node", "node": node_to_dict(n)} for n in new.values()]
+        records: list[dict[str, Any] | bytes] = [*map(_encoded, new.values())]
         records += [{"kind": "served", "served": s.__dict__} for s in served]
         self._journal.append_many(records)
         for node in new.values():
@@ -277,8 +348,9 @@ class TraceStore(Trace):
 
     def add_outcome(self, outcome: Outcome) -> bool:
         """False when the same verdict is already recorded. Raises KeyError for an unknown node."""
-        if outcome.node not in self.nodes:
+        if self.get(outcome.node) is None:
             raise KeyError(outcome.node)
+        self.follow()
         if outcome in self.outcomes(outcome.node):
             return False
         self._journal.append({"kind": "outcome", "outcome": outcome.__dict__})

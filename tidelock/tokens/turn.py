@@ -57,6 +57,7 @@ class TurnParser:
     def __init__(self, template: Template, table: Table, start: str, calls_before: int) -> None:
         self.template, self.table, self.state, self.calls_before = template, table, start, calls_before
         self.ids: list[int] = []
+        self.reasoning_ids = 0  # how many of them lie in the reasoning, its opening marker included
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.entering: dict[str, Callable[[], None]] = {}
         self.leaving: dict[str, Callable[[], None]] = {}
@@ -69,9 +70,21 @@ class TurnParser:
 
     def feed(self, ids: Sequence[int], stop: str | None = None) -> list[Delta]:
         """`stop`: the stop string in which these ids end; the content is cut before it, the ids stay what they are."""
-        for token in ids:
-            self.ids.append(token)
-            self._read(token)
+        self.ids += ids
+        at, base = 0, self.template.tokenizer.base
+        while at < len(ids):
+            end = at
+            if self._in_text():
+                while end < len(ids) and ids[end] < base:
+                    end += 1
+            if end > at:
+                self._hear(ids[at:end])
+            else:
+                end += 1
+                self._read(ids[at])
+            if self.sinks.get(self.state) == "reasoning":
+                self.reasoning_ids += end - at
+            at = end
         if stop is not None:
             self._cut(stop)
         deltas, self._deltas = self._deltas, []
@@ -115,6 +128,10 @@ class TurnParser:
         """One id: a terminal for `_on`, text for `_hear`, or part of something longer."""
         raise NotImplementedError
 
+    def _in_text(self) -> bool:
+        """Whether ids that are not special are text now, so that a run of them can be heard at once."""
+        return True
+
     def _on(self, terminal: Hashable, closing: bool = False) -> None:
         target = self.table[self.state].get(terminal)
         if target is not None:
@@ -132,8 +149,8 @@ class TurnParser:
         if not closing:
             self.entering.get(target, _nothing)()
 
-    def _hear(self, token: int) -> None:
-        heard = self.template.tokenizer.token_bytes(token)
+    def _hear(self, tokens: Sequence[int]) -> None:
+        heard = self.template.tokenizer.decode_bytes(tokens)
         if self.sinks.get(self.state) == "content":
             self._heard = heard
         self._say(self._utf8.decode(heard))

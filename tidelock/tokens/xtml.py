@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from . import jsontext, lark
@@ -101,8 +101,12 @@ class XTML(Template):
         self.OPEN, self.CLOSE, self.SEP, self.END = (tokenizer.special(n) for n in names)
         self.stop_ids = (self.END,)
         self.start = "think" if thinking else "response"
+        self.read_header = lru_cache(4096)(self._read_header)  # a conversation has few different ones
         self._opened = self._open(self.start)
         self._prompt = self._open("message", role="assistant") + self._opened
+
+    def _read_header(self, ids: tuple[int, ...]) -> tuple[str, dict[str, str]]:
+        return _tag_and_attributes(self.tokenizer.decode(ids))
 
     def _open(self, tag: str, **attributes: object) -> list[int]:
         return [self.OPEN, *self.tokenizer.encode(_header(tag, **attributes)), self.SEP]
@@ -268,6 +272,9 @@ class XTMLParser(TurnParser):
         self.attributes: dict[str, str] = {}
         self.key, self.kind = "", "string"  # of the argument being read
 
+    def _in_text(self) -> bool:
+        return self.header is None
+
     def _read(self, token: int) -> None:
         marks = self.marks
         if token == marks.OPEN or token == marks.CLOSE:
@@ -277,9 +284,9 @@ class XTMLParser(TurnParser):
             self._on("end_of_msg")
         elif self.header is None:
             if not marks.tokenizer.is_special(token):
-                self._hear(token)
+                self._hear((token,))
         elif token == marks.SEP:
-            tag, self.attributes = _tag_and_attributes(marks.tokenizer.decode(self.header))
+            tag, self.attributes = marks.read_header(tuple(self.header))
             self.header = None
             self._on("/" + tag if self.closing else tag, self.closing)
         elif marks.tokenizer.is_special(token):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,17 +30,20 @@ Inexact = Callable[[str], bool]
 
 def reconcile(
     db: Database, since: float, until: float, journal: Path | None = None, *, start: int = 0, books: bool = True,
-    inexact: Inexact = lambda upstream: False,
+    inexact: Inexact = lambda upstream: False, siblings: Sequence[Path] = (),
 ) -> tuple[Found, int]:  # fmt: skip
     """Everything of [since, until), as the books stand now, and the journal's end as far as it was read. Memory does not
-    grow with the tables. `books`: False compares only the traces."""
+    grow with the tables. `books`: False compares only the traces. `siblings`: journals of other workers, compared whole."""
     found = Found(since, until)
     end = traces.size(journal) if journal is not None else 0  # before the snapshot: what is traced by then is settled in it
+    ends = [(path, traces.size(path)) for path in siblings]
     with db.snapshot() as read:
         if books:
             usage.check(read, found, inexact)
             money.check(read, found)
         stopped = traces.check(read, found, journal, end, start) if journal is not None else 0
+        for path, its_end in ends:
+            traces.check(read, found, path, its_end)
     return found, stopped
 
 
