@@ -91,8 +91,14 @@ def test_a_storm_of_refusals_is_bounded(service):
     (key,) = service.state.keys.list()
     for n in range(MOST_OF_ONE + 50):
         service.state.refused.note(f"req_{n}", key, "tide", errors.insufficient_balance())
+        if n % 50 == 0:
+            service.state.refused.flush()  # heartbeats do not make room; the next hour does
     service.state.refused.flush()
     assert service.state.ledger.db.read("SELECT COUNT(*) FROM refused")[0][0] == MOST_OF_ONE
+    service.state.refused._clock = lambda: time.time() + 3600
+    service.state.refused.note("req_later", key, "tide", errors.insufficient_balance())
+    service.state.refused.flush()
+    assert service.state.ledger.db.read("SELECT COUNT(*) FROM refused")[0][0] == MOST_OF_ONE + 1
 
 
 def test_pages_cover_every_receipt_once_both_ways_and_filters_hold(service):

@@ -77,5 +77,8 @@ export function grid(marks, y, left, right, label) {
     s("text", { x: left - 8, y: 4, "text-anchor": "end" }, label(mark)))));
 }
 
+/** Said in a chart where there is nothing to draw. */
+export const nothing = (x, y) => s("text.name", { x, y, "text-anchor": "middle" }, "nothing in this time");
+
 /** Room that the labels of the vertical axis need. */
 export const gutter = (marks, label) => 16 + 6.6 * Math.max(...marks.map((m) => label(m).length));

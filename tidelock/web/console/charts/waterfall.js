@@ -1,7 +1,7 @@
 // From one total to another by the steps between them.
 
 import { s } from "../dom.js";
-import { frame, grid, gutter } from "./frame.js";
+import { frame, grid, gutter, nothing } from "./frame.js";
 import { bridge, linear, ticks } from "./scale.js";
 
 const [TOP, BOTTOM] = [22, 26];
@@ -22,6 +22,7 @@ export function waterfall({ title, unit, note, steps, shown, size = Number, axis
     const level = (n) => (drawn[n].total || drawn[n].value >= 0 ? spans[n][1] : spans[n][0]);
     const svg = s("svg.xy", { width, height: tall, viewBox: `0 0 ${width} ${tall}` },
       grid(marks, y, left, width - 8, axis),
+      drawn.some((step) => step.value) ? null : nothing((left + width) / 2, tall / 2),
       spans.map(([low, high], n) => s("g",
         s("rect", { class: `fill-${tone(drawn[n])}`, x: (x(n) - wide / 2).toFixed(1), width: wide.toFixed(1),
           y: y(high).toFixed(1), height: Math.max(1, y(low) - y(high)).toFixed(1), rx: 2 }),

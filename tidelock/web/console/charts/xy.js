@@ -1,7 +1,7 @@
 // Lines and stacked columns over the same labels.
 
 import { s } from "../dom.js";
-import { frame, grid, gutter } from "./frame.js";
+import { frame, grid, gutter, nothing } from "./frame.js";
 import { linear, stacked, thinned, ticks } from "./scale.js";
 
 const [TOP, BOTTOM, RIGHT] = [10, 26, 10];
@@ -36,11 +36,12 @@ function xy({ kind, title, unit, note, labels, series, shown, size = Number, axi
     const left = gutter(marks, axis);
     const y = linear(marks[0], marks.at(-1), tall - BOTTOM, TOP);
     const band = (width - left - RIGHT) / Math.max(labels.length, 1);
-    const x = kind === "columns" ? (n) => left + band * (n + 0.5) : linear(0, Math.max(labels.length - 1, 1), left + 4, width - RIGHT - 4);
+    const x = kind === "columns" ? (n) => left + band * (n + 0.5) : along(labels.length, left + 4, width - RIGHT - 4);
     const svg = s("svg.xy", { width, height: tall, viewBox: `0 0 ${width} ${tall}` },
       grid(marks, y, left, width - RIGHT, axis),
       s("line.guide", { y1: TOP, y2: tall - BOTTOM }),
       stacks ? bars(stacks, series, x, y, band) : drawn.map((one) => line(one, x, y)),
+      flat.some(Boolean) ? null : nothing((left + width) / 2, tall / 2),
       s("g.labels", thinned(labels.length, width - left, 64).map((n) =>
         s("text", { x: Math.min(x(n), width - 26), y: tall - 6, "text-anchor": "middle" }, labels[n]))));
     return { svg, points: points(x, y) };
@@ -50,6 +51,9 @@ function xy({ kind, title, unit, note, labels, series, shown, size = Number, axi
     ...series.map((one) => ({ name: one.name, right: true, cell: (n) => text(one.values[n]) }))];
   return frame({ title, unit, note, legend: series, draw, height, columns: cells, rows: labels.map((_, n) => n), actions });
 }
+
+/** Places side by side from one end to the other; a single one is in the middle. */
+const along = (count, start, end) => (count > 1 ? linear(0, count - 1, start, end) : () => (start + end) / 2);
 
 function bars(stacks, series, x, y, band) {
   const wide = Math.max(1, Math.min(band * 0.72, 44));

@@ -56,7 +56,7 @@ function headline(report) {
     stat(meaning(report, "payers.usage", "Paying users (usage)"), whole(report.value("payers.usage")), `${whole(report.value("payers.usage_or_plan"))} with plans, ${whole(report.value("payers.cash"))} by cash`),
     stat(meaning(report, "revenue.usage", "Usage revenue"), h("span.money", { title: exact(report.value("revenue.usage")) }, rounded(report.value("revenue.usage")))),
     stat(meaning(report, "mrr", "MRR"), rounded(report.value("mrr", report.data.month, "end"))),
-    stat(meaning(report, "gross_margin", "Gross margin"), ratio("gross_margin")),
+    stat(meaning(report, "gross_margin", "Gross margin"), ratio("gross_margin"), report.value("compute.milliseconds") && !report.value("compute.cost") ? "compute has no price yet" : null),
     stat(meaning(report, "nrr_1m", "Net retention"), ratio("nrr_1m"), `gross ${ratio("grr_1m")}, month on month`),
     stat(meaning(report, "payer_churn", "Payer churn"), ratio("payer_churn")),
     stat(meaning(report, "cache_hit_share", "Cache hits"), ratio("cache_hit_share"), "of input tokens"),
@@ -125,7 +125,7 @@ function growthCard(report) {
   const { of, from, to, definition } = report.data.growth;
   const unit = (g) => report.metrics.get(g.metric).unit;
   return h("section.card.flush", h("div.bar", h("h2", "Growth"), h("span.muted", `${from} to ${to}`)), table([
-    { name: "Metric", cell: (g) => [h("strong", g.metric), g.part && h("small", g.part)] },
+    { name: "Metric", cell: (g) => [meaning(report, g.metric, h("strong", g.metric)), g.part && h("small", g.part)] },
     { name: "From", right: true, class: "w1", cell: (g) => (unit(g) === "nano-USD" ? rounded(g.start) : whole(g.start)) },
     { name: "To", right: true, class: "w1", cell: (g) => (unit(g) === "nano-USD" ? rounded(g.end) : whole(g.end)) },
     { name: "Mean a month", right: true, cell: (g) => growth(g.mean) }, { name: "Compound a month", right: true, cell: (g) => growth(g.cmgr) },

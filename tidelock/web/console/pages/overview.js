@@ -72,7 +72,7 @@ function spendCurve(month, before) {
     title: "Spend so far", unit: "USD, running total by day of the month", labels: Array.from({ length }, (_, n) => String(n + 1)),
     titles: Array.from({ length }, (_, n) => `Day ${n + 1}`),
     series: [{ name: "This month", tone: "a", area: true, values: padded(running(month)) },
-      { name: "Last month", tone: "h", dashed: true, values: padded(running(before)) }],
+      { name: "Last month", tone: "h", dashed: true, values: padded(running(before)) }].filter((one, n) => !n || before.some((d) => d.cost)),
     shown: (v) => exact(v), size: (v) => (typeof v === "number" ? v : toNumber(v)), axis: axisUsd, height: 230,
   });
 }

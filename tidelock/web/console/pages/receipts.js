@@ -10,14 +10,14 @@ const MOST = 400; // rows kept on the page while it is live
 const OUTCOMES = [["", "Any outcome"], ["stop", "Finished"], ["length", "Length limit"], ["abort", "Cut short"], ["lost", "Server died"], ["refused", "Refused"]];
 
 export async function render(context) {
-  const { api, params, query, signal } = context;
+  const { api, me, params, query, signal } = context;
   if (params[0]) return detail(context, params[0]);
   const wanted = Object.fromEntries(["outcome", "model", "api_key_id", "project_id"].map((name) => [name, query.get(name) ?? ""]));
   const filter = (name) => (value) => {
     const next = new URLSearchParams(Object.entries({ ...wanted, [name]: value }).filter(([, said]) => said));
     location.hash = `#/receipts${next.size ? `?${next}` : ""}`;
   };
-  const [first, choices] = await Promise.all([api.get("/v1/organization/receipts", { ...wanted, limit: PAGE }, signal), filters(api, signal)]);
+  const [first, choices] = await Promise.all([api.get("/v1/organization/receipts", { ...wanted, limit: PAGE }, signal), filters(api, me, signal)]);
   const state = h("span.live", { role: "status" }, "Connecting");
   const pause = h("button", { type: "button", "aria-pressed": "false" }, "Pause");
   const controls = h("div.filters",
@@ -105,19 +105,12 @@ function live(api, list, wanted, sinceMs, state, pause, signal) {
 }
 
 /** What can be filtered by, as far as the key may know it. */
-async function filters(api, signal) {
-  const tried = async (work) => {
-    try {
-      return await work();
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      return [];
-    }
-  };
-  const models = await tried(async () => (await api.get("/v1/models", {}, signal)).data.map((m) => [m.id, m.id]));
-  const projects = await tried(async () => (await api.get("/v1/organization/projects", {}, signal)).data.map((p) => [p.id, p.name]));
-  const keys = (await Promise.all(projects.map(([id]) => tried(async () =>
-    (await api.get(`/v1/organization/projects/${id}/api_keys`, {}, signal)).data.map((k) => [k.id, k.name || k.redacted_value]))))).flat();
-  return { models, projects, keys };
+async function filters(api, me, signal) {
+  const list = async (scope, path) => (me.api_key.scopes.includes(scope) ? (await api.get(path, {}, signal)).data : []);
+  const models = (await list("model", "/v1/models")).map((m) => [m.id, m.id]);
+  const projects = (await list("admin", "/v1/organization/projects")).map((p) => [p.id, p.name]);
+  const keys = await Promise.all(projects.map(async ([id]) =>
+    (await list("admin", `/v1/organization/projects/${id}/api_keys`)).map((k) => [k.id, k.name || k.redacted_value])));
+  return { models, projects, keys: keys.flat() };
 }
 

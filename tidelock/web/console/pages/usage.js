@@ -12,7 +12,7 @@ const GROUPS = [["model", "Model"], ["api_key_id", "Key"], ["project_id", "Proje
 const TONES = ["a", "d", "c", "e", "f", "b", "g"];
 const ROUNDS = [["7", "7 days"], ["30", "30 days"], ["90", "90 days"]];
 
-export async function render({ api, query, signal }) {
+export async function render({ api, me, query, signal }) {
   const [days, group, what] = [query.get("days") ?? "30", query.get("by") ?? "model", query.get("show") ?? "cost"];
   const turn = (name) => (value) => {
     location.hash = `#/usage?${new URLSearchParams({ days, by: group, show: what, [name]: value })}`;
@@ -21,7 +21,7 @@ export async function render({ api, query, signal }) {
   const first = now - (now % 86_400) - (Number(days) - 1) * 86_400;
   const [usage, names] = await Promise.all([
     api.get("/v1/organization/usage/completions", { start_time: first, end_time: now + 1, bucket_width: "1d", limit: 100, group_by: group }, signal),
-    namesOf(api, group, signal)]);
+    namesOf(api, me, group, signal)]);
   const rows = usage.data.flatMap((bucket) => bucket.results.map((row) => ({
     day: bucket.start_time, id: row[{ model: "model", api_key_id: "api_key_id", project_id: "project_id" }[group]] ?? "",
     cost: nano(row.cost_nano_usd), credit: nano(row.credit_nano_usd), requests: row.num_model_requests, tokens: ofUsage(row) })));
@@ -94,16 +94,11 @@ function asCsv(rows, names, group) {
 }
 
 /** What the ids are called, as far as the key may know. */
-async function namesOf(api, group, signal) {
-  if (group === "model") return new Map();
-  try {
-    const projects = (await api.get("/v1/organization/projects", { include_archived: true }, signal)).data;
-    if (group === "project_id") return new Map(projects.map((p) => [p.id, p.name]));
-    const lists = await Promise.all(projects.map((p) => api.get(`/v1/organization/projects/${p.id}/api_keys`, {}, signal)));
-    return new Map(lists.flatMap((list) => list.data.map((k) => [k.id, k.name || k.redacted_value])));
-  } catch (error) {
-    if (error.status !== 403) throw error;
-    return new Map();
-  }
+async function namesOf(api, me, group, signal) {
+  if (group === "model" || !me.api_key.scopes.includes("admin")) return new Map();
+  const projects = (await api.get("/v1/organization/projects", { include_archived: true }, signal)).data;
+  if (group === "project_id") return new Map(projects.map((p) => [p.id, p.name]));
+  const lists = await Promise.all(projects.map((p) => api.get(`/v1/organization/projects/${p.id}/api_keys`, {}, signal)));
+  return new Map(lists.flatMap((list) => list.data.map((k) => [k.id, k.name || k.redacted_value])));
 }
 
