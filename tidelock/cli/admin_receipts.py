@@ -1,5 +1,5 @@
-"""`tidelock admin receipts ORG [REQUEST]`: an organisation's requests one by one, or one of them with every ledger entry and its
-price computed again."""
+"""`tidelock admin receipts ORG [REQUEST]`: an organisation's requests one by one, or one of them with every ledger entry and
+its price computed again."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ EXAMPLE = """example:
 
 def add(actions: Any, where: argparse.ArgumentParser) -> None:
     summary = "an organisation's requests, newest first, or one in full"
-    p = actions.add_parser("receipts", parents=[where], help=summary, description=summary, epilog=EXAMPLE,
-                           formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = actions.add_parser(
+        "receipts",
+        parents=[where],
+        help=summary,
+        description=summary,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("org", metavar="ORG")
     p.add_argument("request", metavar="REQUEST", nargs="?")
     p.add_argument("--limit", type=int, default=20)
@@ -32,10 +38,12 @@ def _receipts(args: argparse.Namespace, db: Database) -> dict[str, Any]:
         receipt = receipts.one(db, args.org, args.request)
         _print(receipt)
         for line in (receipt["price"] or {"lines": []})["lines"]:
-            print(f"  {line['item']:<24} {line['quantity']:>10} x {format_usd(line['nano_usd_each'])} = {format_usd(line['nano_usd'])} USD")
+            each, total = format_usd(line["nano_usd_each"]), format_usd(line["nano_usd"])
+            print(f"  {line['item']:<24} {line['quantity']:>10} x {each} = {total} USD")
         for t in receipt["transactions"]:
             for e in t["entries"]:
-                print(f"  {t['kind']:<8} {t['seq']:>6}  {e['account'] + ('/' + e['lot'] if e['lot'] else ''):<28} {format_usd(e['nano_usd']):>16} USD")
+                account = "/".join(filter(None, (e["account"], e["lot"])))
+                print(f"  {t['kind']:<8} {t['seq']:>6}  {account:<28} {format_usd(e['nano_usd']):>16} USD")
         print(f"  sum {format_usd(receipt['sum_nano_usd'])} USD")
         return receipt
     found, more = receipts.page(db, args.org, {"outcome": args.outcome}, limit=max(args.limit, 1))
@@ -50,7 +58,13 @@ def _print(r: dict[str, Any]) -> None:
         print(f"{when}  {r['id']}  {r['model']}  refused with {r['http_status']}: {r['message'] or r['cause']}")
         return
     t, took = r["tokens"], r["latency"]
-    first = "" if took is None or took["first_ms"] is None else f", first token after {took['first_ms']} ms of {took['total_ms']}"
+    first = (
+        ""
+        if took is None or took["first_ms"] is None
+        else f", first token after {took['first_ms']} ms of {took['total_ms']}"
+    )
     prompt = t["fresh"] + t["cached"] + t["cache_write_5m"] + t["cache_write_1h"]
-    print(f"{when}  {r['id']}  {r['model']}  {prompt} tokens ({t['cached']} cached) -> {t['output']}, "
-          f"{format_usd(r['cost_nano_usd'])} USD, {r['finish_reason']}{first}")  # fmt: skip
+    print(
+        f"{when}  {r['id']}  {r['model']}  {prompt} tokens ({t['cached']} cached) -> {t['output']}, "
+        f"{format_usd(r['cost_nano_usd'])} USD, {r['finish_reason']}{first}"
+    )

@@ -41,9 +41,7 @@ class Refused:
                 return
             self._by_customer[key.customer] += 1
             message = error.message if error.code in OURS else ""
-            self._rows.append(
-                (request_id, key.customer, key.id, model, cause(error), error.status, message, now)
-            )
+            self._rows.append((request_id, key.customer, key.id, model, cause(error), error.status, message, now))
 
     def flush(self) -> None:
         """Raises StorageDown and then keeps the rows."""
