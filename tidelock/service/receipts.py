@@ -16,17 +16,25 @@ from tidelock.service.keys import LIVE, Key
 from tidelock.service.prices import Counts, Price, stored_book
 from tidelock.service.rating import counts
 
-SETTLED = """SELECT u.request_id, u.created, u.key_id, u.model, u.mode, u.price_version, u.prompt_tokens, u.cached_tokens,
-    u.cache_write_5m_tokens, u.cache_write_1h_tokens, u.completion_tokens, u.tools, u.nano_usd, u.credit_nano, u.finish_reason,
-    u.wait_ms, u.first_ms, u.total_ms, h.nano_usd AS held_nano, r.cause, r.status, r.message,
-    k.name AS key_name, k.project, p.name AS project_name
-FROM usage u LEFT JOIN holds h ON h.request_id = u.request_id LEFT JOIN refused r ON r.request_id = u.request_id
-LEFT JOIN keys k ON k.id = u.key_id LEFT JOIN projects p ON p.id = k.project WHERE u.customer = ?"""
-# of those that were refused and cost nothing; one that was cut short after its beginning is a settled one with a cause
-REFUSED = """SELECT u.request_id, u.created, u.key_id, u.model, u.cause, u.status, u.message,
-    k.name AS key_name, k.project, p.name AS project_name
-FROM refused u LEFT JOIN keys k ON k.id = u.key_id LEFT JOIN projects p ON p.id = k.project WHERE u.customer = ?
-AND NOT EXISTS (SELECT 1 FROM usage s WHERE s.request_id = u.request_id)"""
+NO_NUMBER = "CAST(NULL AS BIGINT)"
+COLUMNS = (  # name, of a settled request (usage u), of one that was refused and cost nothing (refused u)
+    ("settled", "1", "0"),
+    *((name, f"u.{name}", f"u.{name}") for name in ("request_id", "created", "key_id", "model")),
+    *((name, f"u.{name}", "''") for name in ("mode", "price_version", "finish_reason")),
+    *((name, f"u.{name}", "0") for name in ("prompt_tokens", "cached_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens",
+                                            "completion_tokens", "nano_usd", "credit_nano")),
+    ("tools", "u.tools", "'{}'"),
+    *((name, f"u.{name}", NO_NUMBER) for name in ("wait_ms", "first_ms", "total_ms")),
+    ("held_nano", "h.nano_usd", NO_NUMBER),
+    *((name, f"r.{name}", f"u.{name}") for name in ("cause", "status", "message")),
+    ("key_name", "k.name", "k.name"), ("project", "k.project", "k.project"), ("project_name", "p.name", "p.name"),
+)  # fmt: skip
+WHOSE = "LEFT JOIN keys k ON k.id = u.key_id LEFT JOIN projects p ON p.id = k.project WHERE u.customer = ?"
+# One that was cut short after its beginning is in both tables: it is a settled one, with a cause.
+SETTLED = f"""SELECT {", ".join(f"{settled} AS {name}" for name, settled, _ in COLUMNS)}
+FROM usage u LEFT JOIN holds h ON h.request_id = u.request_id LEFT JOIN refused r ON r.request_id = u.request_id {WHOSE}"""
+REFUSED = f"""SELECT {", ".join(f"{refused} AS {name}" for name, _, refused in COLUMNS)}
+FROM refused u {WHOSE} AND NOT EXISTS (SELECT 1 FROM usage s WHERE s.request_id = u.request_id)"""
 FILTERS = {
     "model": "u.model",
     "api_key_id": "u.key_id",
@@ -67,26 +75,18 @@ def page(
     if outcome in (None, "refused"):
         rows += db.read(f"{REFUSED}{where} {order}", args)
     rows.sort(key=lambda row: (row["created"], row["request_id"]), reverse=not oldest_first)
-    return [shown(row, "nano_usd" in row.keys()) for row in rows[:limit]], len(rows) > limit
+    return [shown(row) for row in rows[:limit]], len(rows) > limit
 
 
-TAIL = f"""SELECT * FROM (SELECT 1 AS settled, {{settled}} AND u.created > ? AND EXISTS ({LIVE} AND keys.id = ?) {NEWEST} LIMIT ?) AS s
-UNION ALL SELECT * FROM (SELECT 0, {{refused}} AND u.created > ? AND EXISTS ({LIVE} AND keys.id = ?) {NEWEST} LIMIT ?) AS r""".format(
-    settled=SETTLED.removeprefix("SELECT "),
-    refused=REFUSED.removeprefix("SELECT ").replace(
-        "u.model, u.cause",
-        "u.model, '', '', 0, 0, 0, 0, 0, '', 0, 0, '', "
-        "CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), CAST(NULL AS BIGINT), "
-        "CAST(NULL AS BIGINT), u.cause",
-    ),
-)
+LATELY = f"AND u.created > ? AND EXISTS ({LIVE} AND keys.id = ?) {NEWEST} LIMIT ?"
+TAIL = f"SELECT * FROM ({SETTLED} {LATELY}) AS s UNION ALL SELECT * FROM ({REFUSED} {LATELY}) AS r"
 
 
 async def since(db: Database, key: Key, created: float, most: int) -> list[dict[str, Any]]:
     """The newest receipts after a moment, newest first, in one query for both kinds; nothing once the key has ended."""
     rows = await db.fetch(TAIL, (key.customer, created, key.id, most) * 2)
     rows.sort(key=lambda row: (row["created"], row["request_id"]), reverse=True)
-    return [shown(row, bool(row["settled"])) for row in rows[:most]]
+    return [shown(row) for row in rows[:most]]
 
 
 def one(db: Database, customer: str, request_id: str) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def one(db: Database, customer: str, request_id: str) -> dict[str, Any]:
         if not refused:
             raise UnknownId(f"no receipt {request_id!r}")
         return {
-            **shown(refused[0], False),
+            **shown(refused[0]),
             "price": None,
             "hold": None,
             "transactions": [],
@@ -160,7 +160,8 @@ def _lines(price: Price, used: Counts) -> list[tuple[str, int, int]]:
     ]
 
 
-def shown(row: Any, settled: bool = True) -> dict[str, Any]:
+def shown(row: Any) -> dict[str, Any]:
+    settled = bool(row["settled"])
     receipt = {
         "object": "organization.receipt",
         "id": row["request_id"],
