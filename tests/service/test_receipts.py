@@ -293,8 +293,11 @@ def test_a_stream_asks_the_database_less_than_once_a_second(service, monkeypatch
     assert (1 + 1 / surface.CHECKED) / pause_s < 1
     monkeypatch.setattr(surface, "POLL_S", 0.02)
     monkeypatch.setattr(db._backend, "read", lambda sql, args: (reads.append(sql), plain(sql, args))[1])
+    monkeypatch.setattr(surface, "MOST_STREAMS", 1)
     listener = Listener(service, secret)
     service.wait(lambda: len(listener.comments) >= 23)
+    second = Listener(service, secret)
+    assert second.ended.wait(5) and second.status == 429
     polls = len(listener.comments)  # each ends in a comment while nothing happens
     asked = sum("usage u" in sql for sql in reads), sum("keys.id = ?" in sql and "usage u" not in sql for sql in reads)
     assert polls <= asked[0] <= polls + 5 and asked[1] <= (polls + 5) / surface.CHECKED + 1

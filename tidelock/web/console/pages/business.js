@@ -50,7 +50,7 @@ export async function render({ api, query, signal }) {
     growthCard(report),
     h("div.columns", card(null, bridge(report)), card(null, regions(report, year))),
     card(null, cohorts(report, year)),
-    h("div.columns", card(null, margin(report)), card(null, rejected(report, year))),
+    h("div.columns", card(null, margin(report, year)), card(null, rejected(report, year))),
     h("div.columns", card(null, tokens(report, year)), card(null, deferred(report, year))),
     everything(report),
   ];
@@ -72,7 +72,11 @@ function headline(report) {
     stat(
       meaning(report, "payers.usage", "Paying users (usage)"),
       whole(report.value("payers.usage")),
-      `${whole(report.value("payers.usage_or_plan"))} with plans, ${whole(report.value("payers.cash"))} by cash`,
+      [
+        meaning(report, "payers.usage_or_plan", `${whole(report.value("payers.usage_or_plan"))} with plans`),
+        ", ",
+        meaning(report, "payers.cash", `${whole(report.value("payers.cash"))} by cash`),
+      ],
     ),
     stat(
       meaning(report, "revenue.usage", "Usage revenue"),

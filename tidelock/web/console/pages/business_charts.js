@@ -142,7 +142,7 @@ export function cohorts(report, year) {
   });
 }
 
-export function margin(report) {
+export function margin(report, year) {
   const [month, models] = [report.data.month, report.parts("margin", [report.data.month])];
   const rows = models.map((model) => ({
     model,
@@ -151,17 +151,19 @@ export function margin(report) {
     margin: report.value("margin", month, model),
     share: report.ratios.get("gross_margin.by_model").value[model],
   }));
-  return h(
-    "div",
-    { style: { display: "grid", gap: "12px" } },
-    h(
-      "figcaption",
-      h("div", h("h2", "Margin by model"), h("span.muted", month)),
-      h("div.actions", explain(report, "margin")),
-    ),
+  return [
+    columns({
+      title: "Margin",
+      unit: "USD, by model: revenue less compute",
+      labels: year,
+      ...money,
+      actions: [explain(report, "margin")],
+      series: byPart(report, "margin", year),
+      height: 150,
+    }),
     table(
       [
-        { name: "Model", cell: (r) => h("strong", r.model) },
+        { name: month, cell: (r) => h("strong", r.model) },
         { name: "Revenue", right: true, cell: (r) => h("span.money", { title: exact(r.revenue) }, rounded(r.revenue)) },
         { name: "Compute", right: true, cell: (r) => h("span.money", { title: exact(r.cost) }, rounded(r.cost)) },
         { name: "Margin", right: true, cell: (r) => h("strong.money", { title: exact(r.margin) }, rounded(r.margin)) },
@@ -170,5 +172,5 @@ export function margin(report) {
       rows,
       { caption: "Margin by model", empty: "No model was used in this month." },
     ),
-  );
+  ];
 }
