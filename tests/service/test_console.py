@@ -217,7 +217,7 @@ def test_the_operator_sees_the_business_and_the_books(service, url):
         {
             "name": "east",
             "kind": "vllm",
-            "state": "up",
+            "state": "closed",
             "in_flight": 3,
             "max_in_flight": 8,
             "weights_version": 7,
@@ -248,15 +248,21 @@ def test_the_operator_sees_the_business_and_the_books(service, url):
         await v.page.until(f"{TEXT}.includes('voucher.granted')")
         assert service.state.ledger.balances("aurora")["voucher"] >= 1_250_000_000
         said = await v.open("ledger")
-        assert said.count("holds\n") == 7 and "broken\n" not in said
+        assert said.count("holds\n") == 7 and "broken\n" not in said and "all records agree" in said
         said = await v.open("prices")
         assert "in force" in said and "$0.30" in said and "1 of 100" in said
         await v.page.replacing(
             {"/admin/reconciliation": (404, {"error": {"message": "Not Found"}}), "/health": (200, health)}
         )
         assert "Not available on this server." in await v.open("ledger")
+        wrong = {"kind": "debit_missing", "id": "req_7", "customer": "aurora", "expected": 5, "found": 0, "nano_usd": 5}
+        found = {"sound": False, "discrepancies": 1, "drift_nano_usd": 5, "by_kind": {"debit_missing": 1}, "listed": [wrong]}
+        v.page.answers["/admin/reconciliation"] = (200, found)
+        await v.open("prices")
+        said = await v.open("ledger")
+        assert "1 discrepancies" in said and "req_7" in said and "$0.000000005" in said
         said = await v.open("server")
-        assert "east" in said and "3 of 8" in said and "degraded" in said and "Tokens a second" in said
+        assert "east" in said and "working" in said and "3 of 8" in said and "degraded" in said and "Tokens a second" in said
         v.page.problems = [p for p in v.page.problems if "/admin/reconciliation" not in p]  # the browser logs every 404
         v.well(made.operator)
 

@@ -96,6 +96,10 @@ async function reconciled(api, signal) {
       badge(r.sound ? "all records agree" : `${whole(r.discrepancies ?? 0)} discrepancies`, r.sound ? "good" : "bad"),
     ),
     r.since && [h("dt", "Time compared"), h("dd", `${moment(r.since * 1000)} to ${moment(r.until * 1000)} UTC`)],
+    r.last && [
+      h("dt", "Last periodic run"),
+      h("dd", `${moment(r.last.finished * 1000)} UTC, ${whole(r.last.discrepancies)} discrepancies`),
+    ],
     r.drift_nano_usd !== undefined && [h("dt", "Drift"), h("dd", exact(r.drift_nano_usd))],
     r.rows_missing !== undefined && [h("dt", "Rows missing"), h("dd", whole(r.rows_missing))],
     Object.entries(r.checked ?? {}).map(([what, count]) => [

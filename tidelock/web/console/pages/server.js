@@ -23,7 +23,7 @@ export async function render({ api, signal }) {
     seen.push({ at: Date.now(), metrics: parse(text) });
     if (seen.length > KEPT) seen.shift();
     replace(now, numbers(seen));
-    replace(upstreams, upstreamCard(health));
+    replace(upstreams, upstreamCard(health, seen.at(-1).metrics));
     if (!about.firstChild) replace(about, aboutCard(health, seen.at(-1).metrics));
     if (seen.length > 1) draw(curves, seen);
   };
@@ -140,35 +140,29 @@ function draw(place, seen) {
   );
 }
 
-function upstreamCard({ upstreams }) {
+// What a circuit's states mean to whoever looks.
+const STATES = {
+  closed: ["working", "good"],
+  "half-open": ["being tried", "warn"],
+  open: ["out", "bad"],
+  "held back": ["held back", "warn"],
+};
+
+function upstreamCard({ upstreams }, metrics) {
   if (!upstreams?.length) return null;
-  const good = ["up", "ok", "closed", "healthy", "ready"];
-  return h(
-    "section.card.flush",
-    h("h2", "Upstreams"),
-    table(
-      [
-        { name: "Name", cell: (u) => h("strong", u.name ?? u.id ?? "unnamed") },
-        { name: "Kind", class: "w1", cell: (u) => u.kind ?? "–" },
-        {
-          name: "State",
-          cell: (u) =>
-            badge(String(u.state ?? u.status ?? "unknown"), good.includes(u.state ?? u.status) ? "good" : "warn"),
-        },
-        {
-          name: "In flight",
-          right: true,
-          cell: (u) =>
-            u.in_flight === undefined
-              ? "–"
-              : `${whole(u.in_flight)}${u.max_in_flight ? ` of ${whole(u.max_in_flight)}` : ""}`,
-        },
-        { name: "Weights", right: true, class: "w1", cell: (u) => u.weights_version ?? "–" },
-      ],
-      upstreams,
-      { caption: "Upstreams" },
-    ),
-  );
+  const of = (u, name) => total(metrics, `tidelock_upstream_${name}_total`, { upstream: u.name });
+  const count = (name) => (u) => (of(u, name) === null ? "–" : whole(of(u, name)));
+  const busy = (u) => `${whole(u.in_flight ?? 0)}${u.max_in_flight ? ` of ${whole(u.max_in_flight)}` : ""}`;
+  const columns = [
+    { name: "Name", cell: (u) => h("strong", u.name) },
+    { name: "Kind", class: "w1", cell: (u) => u.kind ?? "–" },
+    { name: "State", cell: (u) => badge(...(STATES[u.state] ?? [String(u.state), "warn"])) },
+    { name: "In flight", right: true, cell: busy },
+    { name: "Requests", right: true, class: "w1", cell: count("requests") },
+    { name: "Failures", right: true, class: "w1", cell: count("failures") },
+    { name: "Weights", right: true, class: "w2", cell: (u) => u.weights_version ?? "–" },
+  ];
+  return h("section.card.flush", h("h2", "Upstreams"), table(columns, upstreams, { caption: "Upstreams" }));
 }
 
 function aboutCard(health, metrics) {
