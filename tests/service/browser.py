@@ -26,7 +26,9 @@ class Page:
         self._socket, self._waiting, self._count = socket, {}, 0
         self.problems: list[str] = []  # console errors, uncaught exceptions, what a policy blocked
         self.requests: list[str] = []
-        self.answers: dict[str, tuple[int, Any]] = {}  # by a path's end: (status, JSON) instead of the server's, once `replacing`
+        self.answers: dict[
+            str, tuple[int, Any]
+        ] = {}  # by a path's end: (status, JSON) instead of the server's, once `replacing`
         self._tasks: list[asyncio.Task] = []
         self._reader = asyncio.create_task(self._read())
 
@@ -56,7 +58,9 @@ class Page:
             self.problems.append(" ".join(str(a.get("value") or a.get("description")) for a in params["args"]))
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.problems.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
-        elif method == "Audits.issueAdded" and "NavigationEntryMarkedSkippable" not in str(params):  # nobody clicked: a script did
+        elif method == "Audits.issueAdded" and "NavigationEntryMarkedSkippable" not in str(
+            params
+        ):  # nobody clicked: a script did
             self.problems.append(json.dumps(params["issue"]))
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
@@ -75,7 +79,9 @@ class Page:
         status, body = next(answer for end, answer in self.answers.items() if url.endswith(end))
         data = base64.b64encode(json.dumps(body).encode()).decode()
         headers = [{"name": "content-type", "value": "application/json"}]
-        await self.call("Fetch.fulfillRequest", requestId=params["requestId"], responseCode=status, body=data, responseHeaders=headers)
+        await self.call(
+            "Fetch.fulfillRequest", requestId=params["requestId"], responseCode=status, body=data, responseHeaders=headers
+        )
 
     async def run(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited."""
@@ -95,7 +101,9 @@ class Page:
             if value:
                 return value
             if asyncio.get_running_loop().time() > deadline:
-                raise AssertionError(f"{script} did not come true; the page says: {await self.run('document.body.innerText')}")
+                raise AssertionError(
+                    f"{script} did not come true; the page says: {await self.run('document.body.innerText')}"
+                )
             await asyncio.sleep(0.03)
 
     async def go(self, url: str) -> None:
@@ -103,7 +111,9 @@ class Page:
         await self.until("document.readyState === 'complete'")
 
     async def size(self, width: int, height: int, dark: bool = False) -> None:
-        await self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        await self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         await self.call("Emulation.setEmulatedMedia", features=[feature])
 
@@ -117,11 +127,25 @@ async def browser():
     """Yields a new Page; its profile is thrown away. The page must not be used from another event loop."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
-            [binary(), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--mute-audio",
-             "--disable-extensions", "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
-             "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                binary(),
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--no-first-run",
+                "--mute-audio",
+                "--disable-extensions",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--hide-scrollbars",
+                "--remote-debugging-port=0",
+                f"--user-data-dir={profile}",
+                "about:blank",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             port = await _port(Path(profile) / "DevToolsActivePort", process)
             async with aiohttp.ClientSession() as session:

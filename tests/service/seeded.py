@@ -41,14 +41,26 @@ def seed(state: ServiceState, customer: str = "aurora", days: int = 40, a_day: i
     accounts.set_tax(customer, 1900, "DE123456789", "seed")
     app = accounts.create_project(customer, f"support-bot {HOSTILE}", "seed")["id"]
     nightly = accounts.create_project(customer, "nightly evals", "seed")["id"]
-    for email, role in (("mara@aurora.example", "owner"), ("jun@aurora.example", "developer"), ("pay@aurora.example", "billing")):
+    for email, role in (
+        ("mara@aurora.example", "owner"),
+        ("jun@aurora.example", "developer"),
+        ("pay@aurora.example", "billing"),
+    ):
         accounts.add_member(customer, email, role, "seed")
-    keys = [state.keys.create(customer, name, project=project, **more)[0] for name, project, more in (
-        ("production", app, {"training_consent": True}), (HOSTILE, app, {"addresses": ["10.0.0.0/8"]}),
-        ("evals", nightly, {"models": [state.model], "may_grant": True}))]  # fmt: skip
+    keys = [
+        state.keys.create(customer, name, project=project, **more)[0]
+        for name, project, more in (
+            ("production", app, {"training_consent": True}),
+            (HOSTILE, app, {"addresses": ["10.0.0.0/8"]}),
+            ("evals", nightly, {"models": [state.model], "may_grant": True}),
+        )
+    ]
     state.tiers.set_ladder(KIMI, "seed")
-    for plan in (Plan("starter", 19 * USD, 25 * USD, 3 * USD, 10 * USD, 100), Plan("studio", 99 * USD, 140 * USD, 20 * USD, 60 * USD, 50),
-                 Plan("scale", 499 * USD, 800 * USD, None, None, 2)):  # fmt: skip
+    for plan in (
+        Plan("starter", 19 * USD, 25 * USD, 3 * USD, 10 * USD, 100),
+        Plan("studio", 99 * USD, 140 * USD, 20 * USD, 60 * USD, 50),
+        Plan("scale", 499 * USD, 800 * USD, None, None, 2),
+    ):
         state.plans.define(plan, "seed")
     payments = Payments(ledger)
     payments.manual(customer, 500 * USD, f"wire-{customer}-1", actor="seed")
@@ -66,13 +78,26 @@ def seed(state: ServiceState, customer: str = "aurora", days: int = 40, a_day: i
                 prompt, answer = rng.randrange(2_000, 60_000), rng.randrange(50, 2_500)
                 cached = int(prompt * rng.choice((0, 0.4, 0.8, 0.95)))
                 newest = f"req_seed{count:028d}"
-                ask = Admission(newest, customer, key.id, state.model, price, version, prompt, answer + rng.randrange(300), 600, project=key.project)
+                ask = Admission(
+                    newest,
+                    customer,
+                    key.id,
+                    state.model,
+                    price,
+                    version,
+                    prompt,
+                    answer + rng.randrange(300),
+                    600,
+                    project=key.project,
+                )
                 books.hold(ask)
                 wait = rng.randrange(1, 9)
                 took = Latency(wait, wait + prompt // 150, wait + prompt // 150 + answer * 12)
                 used = Counts(prompt, cached, completion=answer)
                 books.now += took.total_ms / 1000
-                spent += books.settle(newest, price, Metered(used, "length" if rng.random() < 0.06 else "stop", latency=took))
+                spent += books.settle(
+                    newest, price, Metered(used, "length" if rng.random() < 0.06 else "stop", latency=took)
+                )
             books.write()
     ledger.grant(customer, 5 * USD, lot="sorry-for-november", expires=now + 20 * DAY_S)
     return Seeded(customer, owner, operator, count, spent, newest)

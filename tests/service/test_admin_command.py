@@ -12,6 +12,7 @@ from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ladder import Limits
 from tidelock.service.ledger import Ledger
+from tidelock.service.prices import Price, PriceBook
 from tidelock.service.tiers import Tiers
 from tidelock.tokens.errors import UserError
 
@@ -113,3 +114,20 @@ def test_bad_input_is_one_clear_line(admin, line):
     with pytest.raises(UserError) as error:
         admin(line)
     assert "\n" not in str(error.value)
+
+
+def test_receipts_in_the_terminal_say_what_the_books_say(admin, tmp_path, capsys):
+    db = Database(tmp_path / "service.sqlite")
+    ledger, price = Ledger(db), Price(300, 30, 1500)
+    PriceBook("v1", {"tide": price}).register(db)
+    ledger.topup("ann", 10**9)
+    hold = ledger.hold("ann", "key_x", "req_1", model="tide", price=price, price_version="v1", prompt_tokens=100, max_tokens=50, lifetime_s=60)
+    cost = ledger.settle(hold, cached_tokens=40, completion_tokens=20, finish_reason="stop")
+    db.close()
+    (one,) = admin("receipts ann --outcome stop")["receipts"]
+    assert one["id"] == "req_1" and one["cost_nano_usd"] == cost and admin("receipts ann --outcome refused")["receipts"] == []
+    capsys.readouterr()
+    full = admin("receipts ann req_1")
+    assert full["sum_nano_usd"] == 0 and full["price"]["agrees"] and "sum 0.000000000 USD" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no receipt"):
+        admin("receipts bob req_1")

@@ -50,11 +50,18 @@ def test_organisations_are_found_paged_and_shown(service, admin):
     assert ids == ["ann", "bob", "cy_d", "cyxd", "house"]
     assert [o["id"] for o in admin("GET", "/admin/organizations", params={"q": "Y_"})["data"]] == ["cy_d"]
     (bob,) = admin("GET", "/admin/organizations", params={"q": "bob"})["data"]
-    assert bob["requests_30d"] == 1 and bob["available_nano_usd"] == 2 * USD - bob["spent_30d_nano_usd"] == service.state.ledger.balance("bob")
+    assert bob["requests_30d"] == 1 and bob["available_nano_usd"] == 2 * USD - bob[
+        "spent_30d_nano_usd"
+    ] == service.state.ledger.balance("bob")
     detail = admin("GET", "/admin/organizations/bob")
     assert detail["balance"]["available_nano_usd"] == bob["available_nano_usd"] and len(detail["keys"]) == 2
     assert admin("GET", "/admin/organizations/bob/receipts")["data"][0]["cost_nano_usd"] == bob["spent_30d_nano_usd"]
-    for method, path, body in (("GET", "", None), ("GET", "/receipts", None), ("POST", "/vouchers", {"usd": "1", "name": "x"}), ("POST", "/limits", {})):
+    for method, path, body in (
+        ("GET", "", None),
+        ("GET", "/receipts", None),
+        ("POST", "/vouchers", {"usd": "1", "name": "x"}),
+        ("POST", "/limits", {}),
+    ):
         admin(method, f"/admin/organizations/nobody{path}", status=404, json=body)
 
 

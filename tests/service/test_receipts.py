@@ -37,7 +37,9 @@ def get(service, secret, path, **query):
 
 def ask(service, secret, status=200, **more):
     body = {"model": "tide", "messages": [{"role": "user", "content": WORDS}], **more}
-    answer = httpx.post(service.running.base_url + "/chat/completions", json=body, headers={"authorization": f"Bearer {secret}"})
+    answer = httpx.post(
+        service.running.base_url + "/chat/completions", json=body, headers={"authorization": f"Bearer {secret}"}
+    )
     assert answer.status_code == status, answer.text
     return answer
 
@@ -50,13 +52,25 @@ def test_a_request_has_a_receipt_with_its_price_line_by_line_and_entries_that_su
     (listed,) = get(service, secret, "/organization/receipts")["data"]
     receipt = get(service, secret, f"/organization/receipts/{listed['id']}")
     assert {**listed} == {k: receipt[k] for k in listed}
-    assert receipt["cost_nano_usd"] == used["cost_nano_usd"] == receipt["price"]["total_nano_usd"] and receipt["price"]["agrees"]
+    assert (
+        receipt["cost_nano_usd"] == used["cost_nano_usd"] == receipt["price"]["total_nano_usd"]
+        and receipt["price"]["agrees"]
+    )
     assert sum(line["nano_usd"] for line in receipt["price"]["lines"]) == receipt["price"]["list_nano_usd"]
     tokens = receipt["tokens"]
-    assert (tokens["fresh"] + tokens["cached"], tokens["cached"], tokens["output"]) == (used["prompt_tokens"], 4, used["completion_tokens"])
+    assert (tokens["fresh"] + tokens["cached"], tokens["cached"], tokens["output"]) == (
+        used["prompt_tokens"],
+        4,
+        used["completion_tokens"],
+    )
     moved = receipt["transactions"]
     kinds = [t["kind"] for t in moved]
-    assert kinds[0] == "hold" and kinds[-1] == "settle" and set(kinds[1:-1]) == {"extend"} and len(kinds) == receipt["hold"]["steps"] + 1
+    assert (
+        kinds[0] == "hold"
+        and kinds[-1] == "settle"
+        and set(kinds[1:-1]) == {"extend"}
+        and len(kinds) == receipt["hold"]["steps"] + 1
+    )
     assert all(sum(e["nano_usd"] for e in t["entries"]) == 0 for t in moved) and receipt["sum_nano_usd"] == 0
     by_account = {}
     for entry in (e for t in moved for e in t["entries"]):
@@ -77,7 +91,11 @@ def test_a_refused_request_says_why_and_not_what_it_asked(service):
     (one,) = get(service, poor, "/organization/receipts")["data"]
     assert (one["status"], one["cause"], one["http_status"], one["cost_nano_usd"]) == ("refused", "balance", 429, 0)
     found = get(service, secret, "/organization/receipts", outcome="refused")["data"]
-    assert [r["cause"] for r in found] == ["not_found", "limit_rpm"] and "limit:1" in found[1]["message"] and found[0]["message"] is None
+    assert (
+        [r["cause"] for r in found] == ["not_found", "limit_rpm"]
+        and "limit:1" in found[1]["message"]
+        and found[0]["message"] is None
+    )
     assert "swordfish" not in json.dumps(found)
     detail = get(service, secret, f"/organization/receipts/{found[0]['id']}")
     assert detail["transactions"] == [] and detail["price"] is None
@@ -91,8 +109,14 @@ def test_a_storm_of_refusals_is_bounded(service):
     (key,) = service.state.keys.list()
     for n in range(MOST_OF_ONE + 50):
         service.state.refused.note(f"req_{n}", key, "tide", errors.insufficient_balance())
+        if n % 50 == 0:
+            service.state.refused.flush()  # heartbeats do not make room; the next hour does
     service.state.refused.flush()
     assert service.state.ledger.db.read("SELECT COUNT(*) FROM refused")[0][0] == MOST_OF_ONE
+    service.state.refused._clock = lambda: time.time() + 3600
+    service.state.refused.note("req_later", key, "tide", errors.insufficient_balance())
+    service.state.refused.flush()
+    assert service.state.ledger.db.read("SELECT COUNT(*) FROM refused")[0][0] == MOST_OF_ONE + 1
 
 
 def test_pages_cover_every_receipt_once_both_ways_and_filters_hold(service):
@@ -149,7 +173,11 @@ def test_both_databases_page_and_tell_of_rerating_alike(db):
     assert sorted(seen) == [f"r{n}" for n in range(7)] and len(set(seen)) == 7
     rerate(ledger, 0, 1e10, "v2")
     one = receipts.one(db, "ann", "r3")
-    assert one["sum_nano_usd"] == 0 and one["transactions"][-1]["kind"] == "rerate" and one["latency"] == {"wait_ms": 1, "first_ms": None, "total_ms": 9}
+    assert (
+        one["sum_nano_usd"] == 0
+        and one["transactions"][-1]["kind"] == "rerate"
+        and one["latency"] == {"wait_ms": 1, "first_ms": None, "total_ms": 9}
+    )
     assert [a["nano_usd"] for a in one["adjustments"]] == [-(60 * 100 + 40 * 10 + 20 * 500)]
     with pytest.raises(Exception, match="no receipt"):
         receipts.one(db, "ann", "r8")
@@ -171,14 +199,22 @@ def test_both_databases_answer_the_live_query_and_the_operator_alike(db):
     def since(when):
         return asyncio.run(receipts.since(db, key, when, 10))
 
-    assert {(r["id"], r["status"], r["cause"]) for r in since(0)} == {("r1", "settled", "balance"), ("r2", "refused", "balance")}
+    assert {(r["id"], r["status"], r["cause"]) for r in since(0)} == {
+        ("r1", "settled", "balance"),
+        ("r2", "refused", "balance"),
+    }
     settled = next(r for r in since(0) if r["id"] == "r1")
-    assert settled == next(r for r in receipts.page(db, "a_nn", {})[0] if r["id"] == "r1") and settled["cost_nano_usd"] == cost
+    assert (
+        settled == next(r for r in receipts.page(db, "a_nn", {})[0] if r["id"] == "r1")
+        and settled["cost_nano_usd"] == cost
+    )
     assert since(time.time() + 1) == []
     keys.revoke(key.id)
     assert since(0) == []
     found = operator._organizations(db, "A_", "", 10)["data"]
-    assert [(o["id"], o["available_nano_usd"], o["spent_30d_nano_usd"], o["requests_30d"]) for o in found] == [("a_nn", 10**9 - cost, cost, 1)]
+    assert [(o["id"], o["available_nano_usd"], o["spent_30d_nano_usd"], o["requests_30d"]) for o in found] == [
+        ("a_nn", 10**9 - cost, cost, 1)
+    ]
     assert operator._organizations(db, "%", "", 10)["data"] == []
     assert wallet.pockets(db, "a_nn", time.time())["available_nano_usd"] == 10**9 - cost
     assert gauges(db, "a_nn", {"": Limits(requests=5)}, time.time())[""]["requests"]["used"] == 0
@@ -189,7 +225,9 @@ def test_both_databases_answer_the_live_query_and_the_operator_alike(db):
 def test_the_lines_are_the_price(parts, factor, calls):
     fresh, cached, write_5m, write_1h, output = parts
     price = Price(310, 31, 1511, 387, 620, {"search": 5_000_000}, factor)
-    used = Counts(fresh + cached + write_5m + write_1h, cached, write_5m, write_1h, output, {"search": calls} if calls else {})
+    used = Counts(
+        fresh + cached + write_5m + write_1h, cached, write_5m, write_1h, output, {"search": calls} if calls else {}
+    )
     listed = sum(count * each for _, count, each in receipts._lines(price, used))
     assert listed * factor[0] // factor[1] == price.cost_nano(used)
 
@@ -230,7 +268,9 @@ def test_the_stream_tells_of_every_receipt_once_whoever_settled_it_and_ends_with
     listener = Listener(service, secret, since_ms=int((time.time() - 60) * 1000))
     service.wait(lambda: len(listener.ids()) == 1)
     other = Ledger(service.state.ledger.db)  # another worker of the same database
-    late = Ledger(service.state.ledger.db, clock=lambda: time.time() - 2)  # whose transaction began before ours and ends now
+    late = Ledger(
+        service.state.ledger.db, clock=lambda: time.time() - 2
+    )  # whose transaction began before ours and ends now
     settle(other, "ann", "from_elsewhere")
     settle(other, "bob", "not_yours")
     service.wait(lambda: "from_elsewhere" in listener.ids())
@@ -241,7 +281,9 @@ def test_the_stream_tells_of_every_receipt_once_whoever_settled_it_and_ends_with
     settle(other, "ann", "after_the_end")
     assert listener.ended.wait(15)
     assert listener.events[-1] == ("gone", {})
-    assert sorted(listener.ids()) == sorted({*listener.ids()}) and not {"after_the_end", "not_yours"} & set(listener.ids())
+    assert sorted(listener.ids()) == sorted({*listener.ids()}) and not {"after_the_end", "not_yours"} & set(
+        listener.ids()
+    )
 
 
 def test_a_stream_asks_the_database_less_than_once_a_second(service, monkeypatch):
@@ -251,8 +293,11 @@ def test_a_stream_asks_the_database_less_than_once_a_second(service, monkeypatch
     assert (1 + 1 / surface.CHECKED) / pause_s < 1
     monkeypatch.setattr(surface, "POLL_S", 0.02)
     monkeypatch.setattr(db._backend, "read", lambda sql, args: (reads.append(sql), plain(sql, args))[1])
+    monkeypatch.setattr(surface, "MOST_STREAMS", 1)
     listener = Listener(service, secret)
     service.wait(lambda: len(listener.comments) >= 23)
+    second = Listener(service, secret)
+    assert second.ended.wait(5) and second.status == 429
     polls = len(listener.comments)  # each ends in a comment while nothing happens
     asked = sum("usage u" in sql for sql in reads), sum("keys.id = ?" in sql and "usage u" not in sql for sql in reads)
     assert polls <= asked[0] <= polls + 5 and asked[1] <= (polls + 5) / surface.CHECKED + 1

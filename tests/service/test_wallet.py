@@ -15,7 +15,9 @@ USD = 10**9
 
 
 def call(service, method, path, secret, status=200, **options):
-    answer = httpx.request(method, service.running.base_url + path, headers={"authorization": f"Bearer {secret}"}, **options)
+    answer = httpx.request(
+        method, service.running.base_url + path, headers={"authorization": f"Bearer {secret}"}, **options
+    )
     assert answer.status_code == status, answer.text
     return answer
 
@@ -27,7 +29,12 @@ def test_the_balance_is_the_ledger_s_by_pocket_and_lot(service):
     ledger.grant("ann", 2 * USD, lot="over", expires=1.0)
     ledger.topup("ann", 7 * USD, pocket="extra")
     b = call(service, "GET", "/organization/balance", secret).json()
-    assert (b["cash_nano_usd"], b["voucher_nano_usd"], b["extra_nano_usd"], b["plan_nano_usd"]) == (5 * USD, 3 * USD, 7 * USD, 0)
+    assert (b["cash_nano_usd"], b["voucher_nano_usd"], b["extra_nano_usd"], b["plan_nano_usd"]) == (
+        5 * USD,
+        3 * USD,
+        7 * USD,
+        0,
+    )
     assert b["available_nano_usd"] == ledger.balance("ann") and b["lots"] == [
         {"kind": "voucher", "lot": "spring", "nano_usd": 3 * USD, "expires_at": None}]  # fmt: skip
     assert call(service, "GET", "/organization", secret).json()["id"] == "ann"
@@ -43,7 +50,10 @@ def test_who_asks_is_told_to_every_key_and_bills_only_to_those_that_may(service)
 
 @pytest.fixture
 def plans(service):
-    for plan in (Plan("small", 10 * USD, 20 * USD, 2 * USD, 5 * USD, 5), Plan("large", 50 * USD, 90 * USD, None, None, 1)):
+    for plan in (
+        Plan("small", 10 * USD, 20 * USD, 2 * USD, 5 * USD, 5),
+        Plan("large", 50 * USD, 90 * USD, None, None, 1),
+    ):
         service.state.plans.define(plan)
     return service.state.plans
 
@@ -56,7 +66,11 @@ def test_a_preview_is_what_the_change_then_costs(service, plans):
         before = service.state.ledger.balances("ann")["cash"]
         sub = call(service, "POST", "/organization/subscription", owner, json={"plan": plan}).json()
         paid = before - service.state.ledger.balances("ann")["cash"]
-        assert said["kind"] == kind and abs(paid - said["charge_nano_usd"]) <= 50 * USD // 2_000_000, (kind, paid, said)  # a second's worth
+        assert said["kind"] == kind and abs(paid - said["charge_nano_usd"]) <= 50 * USD // 2_000_000, (
+            kind,
+            paid,
+            said,
+        )  # a second's worth
         assert kind in ("subscribe", "keep") or (said["unused_nano_usd"] > 0) == (kind == "upgrade")
     assert sub["plan"] == "large" and sub["next_plan"] == "small" and sub["credits_left_nano_usd"] == 90 * USD
     ended = call(service, "DELETE", "/organization/subscription", owner).json()
@@ -102,7 +116,11 @@ def test_gauges_are_what_the_headers_of_an_answer_say(service):
     limits = call(service, "GET", "/organization/limits", secret).json()
     assert limits["tier"] == 2 and [t["tier"] for t in limits["ladder"]["tiers"]] == list(range(6))
     now = limits["now"][key.id]["requests"]
-    assert now["limit"] == 7 and now["limit"] - now["used"] == int(headers["x-ratelimit-remaining-requests"]) and 0 < now["reset_ms"] <= 9000
+    assert (
+        now["limit"] == 7
+        and now["limit"] - now["used"] == int(headers["x-ratelimit-remaining-requests"])
+        and 0 < now["reset_ms"] <= 9000
+    )
     assert limits["now"][""]["concurrency"] == {"limit": 100, "used": 0, "reset_ms": None}
     drained = gauges(service.state.ledger.db, "ann", {key.id: Limits(requests=7)}, service.state.ledger.clock() + 60)
     assert drained[key.id]["requests"] == {"limit": 7, "used": 0, "reset_ms": 0}
@@ -112,8 +130,12 @@ def test_running_requests_are_counted_where_they_run(service):
     secret = service.key("ann", nano_usd=20 * USD)
     service.policy.pause_s = 0.1
     service.state.tiers.set_caps("ann", Limits(concurrency=3))
-    stream = service.client(secret).chat.completions.create(model="tide", messages=[{"role": "user", "content": "hi"}], stream=True)
+    stream = service.client(secret).chat.completions.create(
+        model="tide", messages=[{"role": "user", "content": "hi"}], stream=True
+    )
     next(iter(stream))
     assert call(service, "GET", "/organization/limits", secret).json()["now"][""]["concurrency"]["used"] == 1
     stream.close()
-    service.wait(lambda: call(service, "GET", "/organization/limits", secret).json()["now"][""]["concurrency"]["used"] == 0)
+    service.wait(
+        lambda: call(service, "GET", "/organization/limits", secret).json()["now"][""]["concurrency"]["used"] == 0
+    )

@@ -32,17 +32,35 @@ test("a scale maps its ends to its ends", () => {
 
 test("stacks lie upon each other and their height is the sum; what is negative grows downwards", () => {
   const columns = stacked([{ values: [1, 2] }, { values: [3, -1] }, { values: [5, 4] }], 2);
-  assert.deepEqual(columns[0], [[0, 1], [1, 4], [4, 9]]);
-  assert.deepEqual(columns[1], [[0, 2], [-1, 0], [2, 6]]);
+  assert.deepEqual(columns[0], [
+    [0, 1],
+    [1, 4],
+    [4, 9],
+  ]);
+  assert.deepEqual(columns[1], [
+    [0, 2],
+    [-1, 0],
+    [2, 6],
+  ]);
 });
 
 test("a bridge that closes ends where its last total stands", () => {
   const steps = [{ value: 10, total: true }, { value: 5 }, { value: -3 }, { value: 12, total: true }];
-  assert.deepEqual(bridge(steps), [[0, 10], [10, 15], [12, 15], [0, 12]]);
+  assert.deepEqual(bridge(steps), [
+    [0, 10],
+    [10, 15],
+    [12, 15],
+    [0, 12],
+  ]);
 });
 
 test("labels are thinned to their room, and the last is written", () => {
-  for (const [count, width] of [[30, 300], [12, 1000], [90, 50], [1, 10]]) {
+  for (const [count, width] of [
+    [30, 300],
+    [12, 1000],
+    [90, 50],
+    [1, 10],
+  ]) {
     const kept = thinned(count, width, 64);
     assert.equal(kept.at(-1), count - 1);
     assert.ok(kept.length === 1 || (width / count) * (kept[1] - kept[0]) >= 63.9);

@@ -29,7 +29,16 @@ def test_the_modules_do_what_their_tests_say():
 def test_a_module_is_small_and_makes_no_markup_from_text(path):
     text = path.read_text()
     assert len(text.splitlines()) < 250
-    for sink in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "new Function", "DOMParser", "srcdoc"):
+    for sink in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "new Function",
+        "DOMParser",
+        "srcdoc",
+    ):
         assert sink not in text, sink
     assert path.name in OWN_PLACES or "fetch(" not in text, "HTTP is api.js's"
 

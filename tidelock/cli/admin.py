@@ -18,7 +18,7 @@ from tidelock.service.prices import format_usd
 from tidelock.service.rating import rerate
 from tidelock.tokens.errors import UserError
 
-from . import admin_accounts, admin_reconcile, analytics
+from . import admin_accounts, admin_receipts, admin_reconcile, analytics
 from .keys import nano_usd
 from .main import command
 
@@ -32,6 +32,7 @@ EXAMPLE = """tidelock admin verify --dir demo-run/service
   tidelock admin rerate --from 2026-11-01 --to 2026-11-08 --price-version 2026-11b --dir demo-run/service --dry-run
   tidelock admin limits ladder kimi --dir demo-run/service
   tidelock admin payments book ann --usd 100 --reference wire-7 --dir demo-run/service
+  tidelock admin receipts ann --dir demo-run/service
   tidelock admin analytics --month 2026-03 --json - --dir demo-run/service
   tidelock admin synthetic-year --seed 0 --dir year"""
 
@@ -68,6 +69,7 @@ def add(subparsers: Any) -> None:
     again.add_argument("--model", help="only this one's requests")
     again.add_argument("--dry-run", action="store_true", help="say what would be booked, and book nothing")
     admin_accounts.add(actions, where)
+    admin_receipts.add(actions, where)
     analytics.add(actions, where)
     admin_reconcile.add(actions, where)
 

@@ -9,7 +9,9 @@ from tidelock.service.ladder import Limits
 from tidelock.service.limiter import PERIOD_MS
 
 
-def gauges(db: Database, customer: str, limits: dict[str, Limits], now: float) -> dict[str, dict[str, dict[str, int | None]]]:
+def gauges(
+    db: Database, customer: str, limits: dict[str, Limits], now: float
+) -> dict[str, dict[str, dict[str, int | None]]]:
     """By scope and by what is limited: limit (None: none), used, and reset_ms until all of it is free again. Buckets drain as
     `Limiter` drains them; requests at the same time are the open holds."""
     now_ms = int(now * 1000)

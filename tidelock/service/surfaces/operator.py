@@ -73,7 +73,9 @@ async def organizations(state: ServiceState, request: Request) -> dict[str, Any]
     """In the order of their ids, with balance and the last 30 days; `q` finds ids and names."""
     authenticate(state, request, "", role="admin")
     after, limit, _ = files.paging(request)
-    return await asyncio.to_thread(_organizations, state.ledger.db, request.query_params.get("q", ""), after or "", min(limit, 200))
+    return await asyncio.to_thread(
+        _organizations, state.ledger.db, request.query_params.get("q", ""), after or "", min(limit, 200)
+    )
 
 
 def _organizations(db: Database, wanted: str, after: str, limit: int) -> dict[str, Any]:
@@ -90,7 +92,12 @@ def _organizations(db: Database, wanted: str, after: str, limit: int) -> dict[st
     used = {row[0]: tuple(row)[1:] for row in db.read(
         "SELECT customer, COUNT(*), CAST(SUM(nano_usd) AS BIGINT), MAX(created) FROM usage "
         f"WHERE created > ? AND customer IN ({marks}) GROUP BY customer", (now - MONTH_S, *names))}  # fmt: skip
-    plan = dict(map(tuple, db.read(f"SELECT customer, plan FROM subscriptions WHERE state = 'active' AND customer IN ({marks})", names)))
+    plan = dict(
+        map(
+            tuple,
+            db.read(f"SELECT customer, plan FROM subscriptions WHERE state = 'active' AND customer IN ({marks})", names),
+        )
+    )
     shown = []
     for row in rows:
         requests, spent, last = used.get(row["id"], (0, 0, None))
@@ -130,7 +137,9 @@ async def its_receipts(state: ServiceState, request: Request) -> dict[str, Any]:
     authenticate(state, request, "", role="admin")
     customer = _known(state, request.path_params["id"])["id"]
     after, limit, _ = files.paging(request)
-    found, more = await asyncio.to_thread(receipts.page, state.ledger.db, customer, {}, after=after, limit=min(limit, 200))
+    found, more = await asyncio.to_thread(
+        receipts.page, state.ledger.db, customer, {}, after=after, limit=min(limit, 200)
+    )
     return files.listing(found, more)
 
 
@@ -146,10 +155,16 @@ async def grant(state: ServiceState, request: Request) -> dict[str, Any]:
         log(books.execute, customer, key.id, "voucher.granted", body.name, {"usd": body.usd}, books.now)
 
     with bad_request():
-        given = await asyncio.to_thread(state.ledger.grant, customer, nano(body.usd), lot=body.name, expires=expires, also=logged)
+        given = await asyncio.to_thread(
+            state.ledger.grant, customer, nano(body.usd), lot=body.name, expires=expires, also=logged
+        )
     if not given:
         raise conflict(f"the voucher {body.name!r} was given before; nothing changed", "voucher_exists")
-    return {"object": "voucher", "name": body.name, "balance": wallet.pockets(state.ledger.db, customer, state.ledger.clock())}
+    return {
+        "object": "voucher",
+        "name": body.name,
+        "balance": wallet.pockets(state.ledger.db, customer, state.ledger.clock()),
+    }
 
 
 async def limit(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -171,7 +186,14 @@ async def ledger(state: ServiceState, request: Request) -> dict[str, Any]:
         with state.ledger.db.snapshot() as read:
             found, root = audit_and_root(read)
         ms = int((time.monotonic() - begun) * 1000)
-        return {"object": "ledger.audit", **asdict(found), "sound": found.sound, "root": root, "verified_at": int(time.time()), "took_ms": ms}
+        return {
+            "object": "ledger.audit",
+            **asdict(found),
+            "sound": found.sound,
+            "root": root,
+            "verified_at": int(time.time()),
+            "took_ms": ms,
+        }
 
     async with _verifying:
         return await asyncio.to_thread(verify)
@@ -188,7 +210,10 @@ async def prices(state: ServiceState, request: Request) -> dict[str, Any]:
 
 async def plans(state: ServiceState, request: Request) -> dict[str, Any]:
     authenticate(state, request, "", role="admin")
-    found = [{**wallet.shown_plan(p), "seats": p["seats"], "sold": p["sold"], "waiting": p["waiting"]} for p in state.plans.plans()]
+    found = [
+        {**wallet.shown_plan(p), "seats": p["seats"], "sold": p["sold"], "waiting": p["waiting"]}
+        for p in state.plans.plans()
+    ]
     return files.listing(found, False)
 
 
@@ -196,7 +221,9 @@ async def audit_logs(state: ServiceState, request: Request) -> dict[str, Any]:
     """Of one `organization`, or of what concerns the whole service."""
     authenticate(state, request, "", role="admin")
     after, limit, _ = files.paging(request)
-    entries, more = state.accounts.audit_log(request.query_params.get("organization", ""), after=after, limit=min(limit, 200))
+    entries, more = state.accounts.audit_log(
+        request.query_params.get("organization", ""), after=after, limit=min(limit, 200)
+    )
     return files.listing([organization.shown_entry(e) for e in entries], more)
 
 

@@ -56,7 +56,9 @@ async def stream(state: ServiceState, request: Request) -> StreamingResponse:
     there were more than are sent, `gone` when the key has ended. It begins with what came after `since_ms`, by default now."""
     key = authenticate(state, request, "usage")
     if _streams[key.customer] >= MOST_STREAMS:
-        raise errors.ApiError(429, "rate_limit_reached_error", f"at most {MOST_STREAMS} live streams at a time", retry_after_s=5)
+        raise errors.ApiError(
+            429, "rate_limit_reached_error", f"at most {MOST_STREAMS} live streams at a time", retry_after_s=5
+        )
     since_ms = account.whole(request.query_params.get("since_ms"), "since_ms", 0, account.MAX_TIME * 1000)
     since = state.ledger.clock() if since_ms is None else since_ms / 1000
     headers = {"cache-control": "no-store", "x-accel-buffering": "no"}

@@ -43,12 +43,17 @@ def pockets(db: Database, customer: str, now: float) -> dict[str, Any]:
         if kind in sums and (expires is None or expires > now):
             sums[kind] += nano
             if lot:
-                lots.append({"kind": kind, "lot": lot, "nano_usd": nano, "expires_at": None if expires is None else int(expires)})
+                lots.append(
+                    {"kind": kind, "lot": lot, "nano_usd": nano, "expires_at": None if expires is None else int(expires)}
+                )
     return {
-        "object": "organization.balance", "available_nano_usd": sum(sums[kind] for kind in POCKETS),
-        **{f"{kind}_nano_usd": sums[kind] for kind in POCKETS}, "held_nano_usd": sums["held"],
-        "owed_nano_usd": -sums["receivable"], "lots": lots,
-    }  # fmt: skip
+        "object": "organization.balance",
+        "available_nano_usd": sum(sums[kind] for kind in POCKETS),
+        **{f"{kind}_nano_usd": sums[kind] for kind in POCKETS},
+        "held_nano_usd": sums["held"],
+        "owed_nano_usd": -sums["receivable"],
+        "lots": lots,
+    }
 
 
 async def payments(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -60,8 +65,16 @@ async def payments(state: ServiceState, request: Request) -> dict[str, Any]:
 def shown_payment(p: dict[str, Any]) -> dict[str, Any]:
     disputes = {status for _, status in p["disputes"].values()}
     status = "disputed" if disputes - {"won", "warning_closed"} else "refunded" if p["taken_nano"] else "paid"
-    return {"object": "organization.payment", "id": p["id"], "created_at": int(p["created"]), "pocket": p["pocket"], "status": status,
-            "net_nano_usd": p["net_nano"], "tax_nano_usd": p["tax_nano"], "returned_nano_usd": p["taken_nano"]}  # fmt: skip
+    return {
+        "object": "organization.payment",
+        "id": p["id"],
+        "created_at": int(p["created"]),
+        "pocket": p["pocket"],
+        "status": status,
+        "net_nano_usd": p["net_nano"],
+        "tax_nano_usd": p["tax_nano"],
+        "returned_nano_usd": p["taken_nano"],
+    }
 
 
 async def plans(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -72,9 +85,15 @@ async def plans(state: ServiceState, request: Request) -> dict[str, Any]:
 
 
 def shown_plan(p: dict[str, Any]) -> dict[str, Any]:
-    return {"object": "plan", "id": p["name"], "price_nano_usd": p["price_nano"], "credits_nano_usd": p["credits_nano"],
-            "five_hours_nano_usd": p["five_hours_nano"], "week_nano_usd": p["week_nano"],
-            "available": p["sold"] + p["waiting"] < p["seats"]}  # fmt: skip
+    return {
+        "object": "plan",
+        "id": p["name"],
+        "price_nano_usd": p["price_nano"],
+        "credits_nano_usd": p["credits_nano"],
+        "five_hours_nano_usd": p["five_hours_nano"],
+        "week_nano_usd": p["week_nano"],
+        "available": p["sold"] + p["waiting"] < p["seats"],
+    }
 
 
 async def preview(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -82,8 +101,14 @@ async def preview(state: ServiceState, request: Request) -> dict[str, Any]:
     key = authenticate(state, request, "billing")
     plan = request.path_params["id"]
     found = await asyncio.to_thread(state.plans.preview, key.customer, plan)
-    return {"object": "organization.subscription.preview", "plan": plan, "kind": found.kind, "charge_nano_usd": found.charge_nano,
-            "unused_nano_usd": found.unused_nano, "effective_at": int(found.effective)}  # fmt: skip
+    return {
+        "object": "organization.subscription.preview",
+        "plan": plan,
+        "kind": found.kind,
+        "charge_nano_usd": found.charge_nano,
+        "unused_nano_usd": found.unused_nano,
+        "effective_at": int(found.effective),
+    }
 
 
 async def change(state: ServiceState, request: Request) -> dict[str, Any]:

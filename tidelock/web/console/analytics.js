@@ -51,7 +51,8 @@ export function shown(value, unit) {
   return whole(value);
 }
 
-export const atAGlance = (value, unit) => (unit === "nano-USD" ? rounded(value) : unit === "share" ? percent(value) : compact(value));
+export const atAGlance = (value, unit) =>
+  unit === "nano-USD" ? rounded(value) : unit === "share" ? percent(value) : compact(value);
 
 /** What the number means, and the query that gives it. */
 export function define(report, name) {
@@ -59,12 +60,27 @@ export function define(report, name) {
   const sql = metric.sql && `${report.data.with}${metric.sql}`;
   const button = h("button.quiet", { type: "button", onclick: () => copy(sql, button) }, icon("copy"), "Copy query");
   const box = dialog(name, [
-    h("p", metric.definition), h("p.hint", `Unit: ${metric.unit}.`),
-    sql ? [h("div.bar.buttons", button), h("details", h("summary", "The query"), h("pre", metric.sql), h("p.hint", "It stands behind these relations:"), h("pre", report.data.with))]
+    h("p", metric.definition),
+    h("p.hint", `Unit: ${metric.unit}.`),
+    sql
+      ? [
+          h("div.bar.buttons", button),
+          h(
+            "details",
+            h("summary", "The query"),
+            h("pre", metric.sql),
+            h("p.hint", "It stands behind these relations:"),
+            h("pre", report.data.with),
+          ),
+        ]
       : h("p.hint", "An exact fraction of two metrics; it has no query of its own."),
   ]);
   box.classList.add("wide");
 }
 
 export const explain = (report, name) =>
-  h("button.quiet", { type: "button", onclick: () => define(report, name), "aria-label": `What ${name} means` }, "Definition");
+  h(
+    "button.quiet",
+    { type: "button", onclick: () => define(report, name), "aria-label": `What ${name} means` },
+    "Definition",
+  );

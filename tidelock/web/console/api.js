@@ -87,7 +87,10 @@ export class Api {
     let response;
     try {
       response = await fetch(url, {
-        method, signal, cache: "no-store", credentials: "omit",
+        method,
+        signal,
+        cache: "no-store",
+        credentials: "omit",
         headers: { authorization: `Bearer ${this.key}`, ...(body ? { "content-type": "application/json" } : {}) },
         body: body ? JSON.stringify(body) : undefined,
       });
@@ -97,7 +100,11 @@ export class Api {
     }
     if (response.ok) return response;
     const said = await response.json().catch(() => ({}));
-    const error = new ApiError(response.status, said.error?.message ?? `the server answered ${response.status}`, said.error?.code);
+    const error = new ApiError(
+      response.status,
+      said.error?.message ?? `the server answered ${response.status}`,
+      said.error?.code,
+    );
     if (response.status === 401) this.onGone(error);
     throw error;
   }

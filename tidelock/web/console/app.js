@@ -10,12 +10,21 @@ let [api, me, leaving, frame, shownPath] = [null, null, new AbortController(), n
 
 // id, name, who may (a scope of the key, or "operator")
 const PAGES = [
-  ["overview", "Overview", "usage"], ["receipts", "Receipts", "usage"], ["keys", "API keys", "model"], ["usage", "Usage", "usage"],
-  ["billing", "Billing", "billing"], ["limits", "Limits", "usage"], ["members", "Members & projects", "admin"],
+  ["overview", "Overview", "usage"],
+  ["receipts", "Receipts", "usage"],
+  ["keys", "API keys", "model"],
+  ["usage", "Usage", "usage"],
+  ["billing", "Billing", "billing"],
+  ["limits", "Limits", "usage"],
+  ["members", "Members & projects", "admin"],
   ["audit", "Audit log", "admin"],
 ];
 const OPERATOR = [
-  ["business", "Business"], ["organizations", "Organisations"], ["ledger", "Ledger"], ["server", "Server"], ["prices", "Prices & plans"],
+  ["business", "Business"],
+  ["organizations", "Organisations"],
+  ["ledger", "Ledger"],
+  ["server", "Server"],
+  ["prices", "Prices & plans"],
 ];
 const may = (scope) => (scope === "model" ? true : me.api_key.scopes.includes(scope));
 
@@ -36,21 +45,36 @@ async function start() {
 function gate(failed = "") {
   document.title = "Sign in · Tidelock console";
   frame = null;
-  const input = h("input", { type: "password", name: "key", autocomplete: "off", spellcheck: "false", required: true, placeholder: "sk-…", "aria-describedby": "why" });
-  const form = h("form", {
-    onsubmit: (event) => {
-      event.preventDefault();
-      sessionStorage.setItem(STORED, input.value.trim());
-      if (!location.hash) history.replaceState(null, "", "#/overview");
-      start();
+  const input = h("input", {
+    type: "password",
+    name: "key",
+    autocomplete: "off",
+    spellcheck: "false",
+    required: true,
+    placeholder: "sk-…",
+    "aria-describedby": "why",
+  });
+  const form = h(
+    "form",
+    {
+      onsubmit: (event) => {
+        event.preventDefault();
+        sessionStorage.setItem(STORED, input.value.trim());
+        if (!location.hash) history.replaceState(null, "", "#/overview");
+        start();
+      },
     },
-  },
-  h("span.brand", h("img", { src: "mark.svg", alt: "" }), "Tidelock"),
-  h("div", h("h1", "Sign in with an API key"), h("p", "What the key may see is what you will see. An operator's key also opens the service's own pages.")),
-  failed && h("p.failed", { role: "alert" }, failed),
-  h("label.field", h("span.name", "API key"), input),
-  h("button.primary", "Continue"),
-  h("p.small", { id: "why" }, "The key stays in this tab and is forgotten when you close it."));
+    h("span.brand", h("img", { src: "mark.svg", alt: "" }), "Tidelock"),
+    h(
+      "div",
+      h("h1", "Sign in with an API key"),
+      h("p", "What the key may see is what you will see. An operator's key also opens the service's own pages."),
+    ),
+    failed && h("p.failed", { role: "alert" }, failed),
+    h("label.field", h("span.name", "API key"), input),
+    h("button.primary", "Continue"),
+    h("p.small", { id: "why" }, "The key stays in this tab and is forgotten when you close it."),
+  );
   replace(root, h("main.gate", form));
   input.focus();
 }
@@ -63,20 +87,46 @@ function signOut(failed = "") {
 }
 
 function build() {
-  const link = ([id, name]) => h("a", { href: `#/${id}`, "data-page": id, onclick: () => side.classList.remove("open") }, icon(id), name);
+  const link = ([id, name]) =>
+    h("a", { href: `#/${id}`, "data-page": id, onclick: () => side.classList.remove("open") }, icon(id), name);
   const own = PAGES.filter(([, , scope]) => may(scope));
-  const menu = h("button.menu", { "aria-label": "Pages", "aria-expanded": "false", onclick: () => {
-    menu.setAttribute("aria-expanded", String(side.classList.toggle("open")));
-  } }, icon("menu"));
-  const side = h("aside.side",
-    h("a.brand", { href: `#/${own[0][0]}` }, h("img", { src: "mark.svg", alt: "" }), "Tidelock"), menu,
+  const menu = h(
+    "button.menu",
+    {
+      "aria-label": "Pages",
+      "aria-expanded": "false",
+      onclick: () => {
+        menu.setAttribute("aria-expanded", String(side.classList.toggle("open")));
+      },
+    },
+    icon("menu"),
+  );
+  const side = h(
+    "aside.side",
+    h("a.brand", { href: `#/${own[0][0]}` }, h("img", { src: "mark.svg", alt: "" }), "Tidelock"),
+    menu,
     h("nav", { "aria-label": "Organisation" }, own.map(link)),
     me.operator && [h("h3", "Operator"), h("nav", { "aria-label": "Operator" }, OPERATOR.map(link))],
-    h("div.who", h("strong", me.name), h("span", me.api_key.name || "key", " ", h("code", me.api_key.redacted_value)),
-      h("button.quiet", { onclick: () => signOut() }, icon("out"), "Sign out")));
+    h(
+      "div.who",
+      h("strong", me.name),
+      h("span", me.api_key.name || "key", " ", h("code", me.api_key.redacted_value)),
+      h("button.quiet", { onclick: () => signOut() }, icon("out"), "Sign out"),
+    ),
+  );
   const main = h("main", { id: "page", tabindex: "-1" });
   frame = { side, main };
-  const skip = h("a.skip", { href: "#page", onclick: (event) => { event.preventDefault(); main.focus(); } }, "Skip to the page");
+  const skip = h(
+    "a.skip",
+    {
+      href: "#page",
+      onclick: (event) => {
+        event.preventDefault();
+        main.focus();
+      },
+    },
+    "Skip to the page",
+  );
   replace(root, skip, h("div.frame", side, main));
 }
 

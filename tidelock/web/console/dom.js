@@ -27,14 +27,24 @@ function fill(element, classes, props, children) {
     else if (["value", "checked", "disabled", "selected", "open"].includes(name)) element[name] = value;
     else element.setAttribute(name, value === true ? "" : String(value));
   }
-  element.append(...children.flat(4).filter((c) => c !== null && c !== undefined && c !== false).map(text));
+  element.append(
+    ...children
+      .flat(4)
+      .filter((c) => c !== null && c !== undefined && c !== false)
+      .map(text),
+  );
   return element;
 }
 
 const text = (child) => (child instanceof Node ? child : String(child));
 
 export function replace(parent, ...children) {
-  parent.replaceChildren(...children.flat().filter((c) => c !== null && c !== undefined && c !== false).map(text));
+  parent.replaceChildren(
+    ...children
+      .flat()
+      .filter((c) => c !== null && c !== undefined && c !== false)
+      .map(text),
+  );
   return parent;
 }
 
@@ -65,7 +75,8 @@ const ICONS = {
   usage: "M4 20V10M10 20V4M16 20v-7M21 20H3",
   billing: "M3 6h18v12H3zM3 10h18M7 15h4",
   limits: "M12 13l4-5M4 18a9 9 0 1 1 16 0",
-  members: "M9 11a3.5 3.5 0 1 0 0-7 3.5 3.5 0 0 0 0 7zM2.5 20a6.5 6.5 0 0 1 13 0M16 4.5a3.5 3.5 0 0 1 0 6.5M18 14a6.5 6.5 0 0 1 3.5 6",
+  members:
+    "M9 11a3.5 3.5 0 1 0 0-7 3.5 3.5 0 0 0 0 7zM2.5 20a6.5 6.5 0 0 1 13 0M16 4.5a3.5 3.5 0 0 1 0 6.5M18 14a6.5 6.5 0 0 1 3.5 6",
   audit: "M4 5h16M4 10h16M4 15h10M4 20h7",
   business: "M3 17l6-6 4 4 8-9M15 6h6v6",
   organizations: "M4 21V5l8-2v18M12 9h8v12M7 9h2M7 13h2M7 17h2M15 13h2M15 17h2",

@@ -6,7 +6,12 @@ export const whole = (value) => String(value).replace(/\B(?=(\d{3})+(?!\d))/g, "
 export function compact(value) {
   const n = Number(value);
   const size = Math.abs(n);
-  for (const [unit, suffix] of [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
+  for (const [unit, suffix] of [
+    [1e12, "T"],
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ]) {
     if (size >= unit * 0.9995) return `${trim((n / unit).toPrecision(3))}${suffix}`;
   }
   return size >= 100 || Number.isInteger(n) ? String(Math.round(n)) : trim(n.toPrecision(3));
@@ -54,7 +59,11 @@ export const moment = (ms) => `${shortDay(ms / 1000)} ${clock(ms)}`;
 
 export function ago(seconds, now = Date.now() / 1000) {
   const s = Math.max(0, Math.round(now - seconds));
-  for (const [unit, name] of [[86_400, "day"], [3600, "hour"], [60, "minute"]]) {
+  for (const [unit, name] of [
+    [86_400, "day"],
+    [3600, "hour"],
+    [60, "minute"],
+  ]) {
     const n = Math.floor(s / unit);
     if (n >= 1) return `${n} ${name}${n > 1 ? "s" : ""} ago`;
   }
@@ -64,10 +73,20 @@ export function ago(seconds, now = Date.now() / 1000) {
 /** How long until a moment, in its two largest units: 3 d 4 h */
 export function until(seconds, now = Date.now() / 1000) {
   const s = Math.max(0, Math.round(seconds - now));
-  const parts = [[86_400, "d"], [3600, "h"], [60, "min"], [1, "s"]].map(([unit, name], i, all) => [
-    Math.floor((i ? s % all[i - 1][0] : s) / unit), name]);
+  const parts = [
+    [86_400, "d"],
+    [3600, "h"],
+    [60, "min"],
+    [1, "s"],
+  ].map(([unit, name], i, all) => [Math.floor((i ? s % all[i - 1][0] : s) / unit), name]);
   const first = parts.findIndex(([n]) => n > 0);
-  return first < 0 ? "0 s" : parts.slice(first, first + 2).filter(([n]) => n > 0).map(([n, name]) => `${n} ${name}`).join(" ");
+  return first < 0
+    ? "0 s"
+    : parts
+        .slice(first, first + 2)
+        .filter(([n]) => n > 0)
+        .map(([n, name]) => `${n} ${name}`)
+        .join(" ");
 }
 
 /** First second of the UTC month `by` months from the one `seconds` is in. */

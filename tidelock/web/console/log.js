@@ -5,15 +5,22 @@ import { day, moment } from "./format.js";
 import { errorState, table, tableRow } from "./ui.js";
 
 const COLUMNS = [
-  { name: "When (UTC)", class: "nowrap", cell: (e) => h("span", { title: day(e.effective_at) }, moment(e.effective_at * 1000)) },
+  {
+    name: "When (UTC)",
+    class: "nowrap",
+    cell: (e) => h("span", { title: day(e.effective_at) }, moment(e.effective_at * 1000)),
+  },
   { name: "What", cell: (e) => h("strong", e.type) },
   { name: "Who", class: "clip w1", cell: (e) => (e.actor.type === "api_key" ? h("code", e.actor.id) : e.actor.id) },
   { name: "To what", class: "clip w1", cell: (e) => h("code", e.target) },
   { name: "Details", class: "clip w2", cell: (e) => details(e.detail) },
 ];
 
-const details = (detail) => Object.entries(detail).filter(([, v]) => v !== null && v !== "" && !(Array.isArray(v) && !v.length))
-  .map(([name, v]) => `${name}: ${Array.isArray(v) ? v.join(" ") : typeof v === "object" ? JSON.stringify(v) : v}`).join(" · ");
+const details = (detail) =>
+  Object.entries(detail)
+    .filter(([, v]) => v !== null && v !== "" && !(Array.isArray(v) && !v.length))
+    .map(([name, v]) => `${name}: ${Array.isArray(v) ? v.join(" ") : typeof v === "object" ? JSON.stringify(v) : v}`)
+    .join(" · ");
 
 /** `load(after)` gives a page of entries. */
 export async function log(load) {

@@ -34,7 +34,7 @@ export function exact(value) {
 export function rounded(value, places = 2) {
   const n = nano(value);
   const unit = 10n ** BigInt(9 - places);
-  const size = ((n < 0n ? -n : n) + unit / 2n) / unit * unit;
+  const size = (((n < 0n ? -n : n) + unit / 2n) / unit) * unit;
   const [, whole, fraction] = digits(size);
   return `${n < 0n && size ? "−" : ""}$${whole}${places ? "." + fraction.slice(0, places) : ""}`;
 }

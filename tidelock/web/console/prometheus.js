@@ -9,7 +9,9 @@ export function parse(text) {
     const match = line[0] !== "#" && LINE.exec(line);
     if (!match) continue;
     const [, name, inside, value] = match;
-    const labels = Object.fromEntries([...(inside ?? "").matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g)].map(([, label, said]) => [label, said]));
+    const labels = Object.fromEntries(
+      [...(inside ?? "").matchAll(/(\w+)="((?:[^"\\]|\\.)*)"/g)].map(([, label, said]) => [label, said]),
+    );
     if (!found.has(name)) found.set(name, []);
     found.get(name).push({ labels, value: Number(value) });
   }
@@ -18,13 +20,18 @@ export function parse(text) {
 
 /** Sum of a metric over the samples whose labels fit; null if there is none. */
 export function total(metrics, name, wanted = {}) {
-  const fitting = (metrics.get(name) ?? []).filter(({ labels }) => Object.entries(wanted).every(([label, value]) => labels[label] === value));
+  const fitting = (metrics.get(name) ?? []).filter(({ labels }) =>
+    Object.entries(wanted).every(([label, value]) => labels[label] === value),
+  );
   return fitting.length ? fitting.reduce((sum, { value }) => sum + value, 0) : null;
 }
 
 /** The value below which `share` of a histogram's observations since `before` lie, by its buckets; null without any. */
 export function quantile(metrics, name, share, before = null) {
-  const buckets = (m) => (m?.get(`${name}_bucket`) ?? []).map(({ labels, value }) => [labels.le === "+Inf" ? Infinity : Number(labels.le), value]).sort((a, b) => a[0] - b[0]);
+  const buckets = (m) =>
+    (m?.get(`${name}_bucket`) ?? [])
+      .map(({ labels, value }) => [labels.le === "+Inf" ? Infinity : Number(labels.le), value])
+      .sort((a, b) => a[0] - b[0]);
   const earlier = new Map(buckets(before));
   const counts = buckets(metrics).map(([edge, count]) => [edge, count - (earlier.get(edge) ?? 0)]);
   const all = counts.at(-1)?.[1] ?? 0;

@@ -6,12 +6,31 @@ import { ofReceipt } from "./tokens.js";
 import { badge, exactAmount } from "./ui.js";
 
 export const CAUSES = {
-  balance: "the balance did not cover it", limit_rpm: "requests per minute", limit_tpm: "tokens per minute", limit_tpd: "tokens per day",
-  limit_concurrency: "requests at the same time", limit: "a rate limit", overloaded: "the engine was full", bad_request: "the request was not valid",
-  not_found: "no such model or object", permission: "the key may not do this", timeout: "it took too long", storage: "the books could not be reached",
-  server: "the server failed", client_left: "the client left", conflict: "a conflict with another request", too_large: "the request was too large", key: "a wrong key",
+  balance: "the balance did not cover it",
+  limit_rpm: "requests per minute",
+  limit_tpm: "tokens per minute",
+  limit_tpd: "tokens per day",
+  limit_concurrency: "requests at the same time",
+  limit: "a rate limit",
+  overloaded: "the engine was full",
+  bad_request: "the request was not valid",
+  not_found: "no such model or object",
+  permission: "the key may not do this",
+  timeout: "it took too long",
+  storage: "the books could not be reached",
+  server: "the server failed",
+  client_left: "the client left",
+  conflict: "a conflict with another request",
+  too_large: "the request was too large",
+  key: "a wrong key",
 };
-const SHORT = { limit_rpm: "RPM limit", limit_tpm: "TPM limit", limit_tpd: "TPD limit", limit_concurrency: "concurrency limit", bad_request: "bad request" };
+const SHORT = {
+  limit_rpm: "RPM limit",
+  limit_tpm: "TPM limit",
+  limit_tpd: "TPD limit",
+  limit_concurrency: "concurrency limit",
+  bad_request: "bad request",
+};
 const ENDS = { stop: "finished", length: "length limit", abort: "cut short", lost: "server died" };
 
 export function outcome(r) {
@@ -19,8 +38,11 @@ export function outcome(r) {
     const why = SHORT[r.cause] ?? r.cause.replaceAll("_", " ");
     return badge(`${r.http_status} ${why}`, "bad", r.message ?? CAUSES[r.cause]);
   }
-  return badge(r.cause ? `cut: ${SHORT[r.cause] ?? r.cause}` : ENDS[r.finish_reason] ?? r.finish_reason, r.finish_reason === "stop" ? "good" : "warn",
-    r.message ?? (r.cause ? CAUSES[r.cause] : null));
+  return badge(
+    r.cause ? `cut: ${SHORT[r.cause] ?? r.cause}` : (ENDS[r.finish_reason] ?? r.finish_reason),
+    r.finish_reason === "stop" ? "good" : "warn",
+    r.message ?? (r.cause ? CAUSES[r.cause] : null),
+  );
 }
 
 export const shortId = (id) => (id.length > 14 ? `${id.slice(0, 8)}…${id.slice(-4)}` : id);
@@ -28,16 +50,53 @@ export const shortId = (id) => (id.length > 14 ? `${id.slice(0, 8)}…${id.slice
 const count = (part) => (r) => (r.tokens ? whole(ofReceipt(r)[part]) : "–");
 
 export const COLUMNS = [
-  { name: "Time (UTC)", class: "nowrap", cell: (r) => h("span", { title: `${moment(r.created_ms)} UTC · ${r.id}` },
-    new Date(r.created_ms).toDateString() === new Date().toDateString() ? clock(r.created_ms) : moment(r.created_ms)) },
-  { name: "Model", class: "clip", cell: (r) => [r.model, r.price_version && h("small", { title: "price version" }, [r.price_version, r.mode].filter(Boolean).join(" · "))] },
-  { name: "Key", class: "clip w2", cell: (r) => [r.api_key_name || h("code", shortId(r.api_key_id)), r.project_name && h("small", r.project_name)] },
+  {
+    name: "Time (UTC)",
+    class: "nowrap",
+    cell: (r) =>
+      h(
+        "span",
+        { title: `${moment(r.created_ms)} UTC · ${r.id}` },
+        new Date(r.created_ms).toDateString() === new Date().toDateString() ? clock(r.created_ms) : moment(r.created_ms),
+      ),
+  },
+  {
+    name: "Model",
+    class: "clip",
+    cell: (r) => [
+      r.model,
+      r.price_version && h("small", { title: "price version" }, [r.price_version, r.mode].filter(Boolean).join(" · ")),
+    ],
+  },
+  {
+    name: "Key",
+    class: "clip w2",
+    cell: (r) => [r.api_key_name || h("code", shortId(r.api_key_id)), r.project_name && h("small", r.project_name)],
+  },
   { name: "Input", right: true, class: "w1", cell: count("fresh") },
   { name: "Cached", right: true, class: "w2", cell: count("cached") },
   { name: "Writes", right: true, class: "w3", cell: count("cache_write") },
   { name: "Output", right: true, class: "w1", cell: count("output") },
-  { name: "Cost", right: true, cell: (r) => (r.tokens ? [exactAmount(r.cost_nano_usd), r.held_nano_usd !== null && h("small", { title: "held while it ran" }, "of ", exactAmount(r.held_nano_usd))] : "–") },
-  { name: "First token", right: true, class: "w3", cell: (r) => [duration(r.latency?.first_ms), r.latency && h("small", { title: "until the model was asked" }, `${duration(r.latency.wait_ms)} wait`)] },
+  {
+    name: "Cost",
+    right: true,
+    cell: (r) =>
+      r.tokens
+        ? [
+            exactAmount(r.cost_nano_usd),
+            r.held_nano_usd !== null && h("small", { title: "held while it ran" }, "of ", exactAmount(r.held_nano_usd)),
+          ]
+        : "–",
+  },
+  {
+    name: "First token",
+    right: true,
+    class: "w3",
+    cell: (r) => [
+      duration(r.latency?.first_ms),
+      r.latency && h("small", { title: "until the model was asked" }, `${duration(r.latency.wait_ms)} wait`),
+    ],
+  },
   { name: "Total", right: true, class: "w2", cell: (r) => duration(r.latency?.total_ms) },
   { name: "Outcome", cell: outcome },
 ];
@@ -51,13 +110,18 @@ export async function follow(api, sinceMs, { onNew, onSkipped = () => {}, onStat
   while (!signal.aborted) {
     try {
       onState(true);
-      await api.stream("/v1/organization/receipts/stream", { since_ms: Math.max(0, Math.floor(since - 5000)) }, (name, data) => {
-        if (name === "skipped") onSkipped();
-        if (name !== "receipt" || seen.has(data.id)) return;
-        seen.add(data.id);
-        since = Math.max(since, data.created_ms);
-        onNew(data);
-      }, signal);
+      await api.stream(
+        "/v1/organization/receipts/stream",
+        { since_ms: Math.max(0, Math.floor(since - 5000)) },
+        (name, data) => {
+          if (name === "skipped") onSkipped();
+          if (name !== "receipt" || seen.has(data.id)) return;
+          seen.add(data.id);
+          since = Math.max(since, data.created_ms);
+          onNew(data);
+        },
+        signal,
+      );
     } catch (error) {
       if (error.name === "AbortError" || error.status === 401 || error.status === 403) return;
     }

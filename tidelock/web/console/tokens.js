@@ -13,12 +13,17 @@ export const CLASSES = [
 /** {fresh, cached, cache_write, output} of a row of the usage API. */
 export const ofUsage = (row) => ({
   fresh: row.input_tokens - row.input_cached_tokens - row.input_cache_write_tokens,
-  cached: row.input_cached_tokens, cache_write: row.input_cache_write_tokens, output: row.output_tokens,
+  cached: row.input_cached_tokens,
+  cache_write: row.input_cache_write_tokens,
+  output: row.output_tokens,
 });
 
 /** The same of a receipt. */
 export const ofReceipt = ({ tokens }) => ({
-  fresh: tokens.fresh, cached: tokens.cached, cache_write: tokens.cache_write_5m + tokens.cache_write_1h, output: tokens.output,
+  fresh: tokens.fresh,
+  cached: tokens.cached,
+  cache_write: tokens.cache_write_5m + tokens.cache_write_1h,
+  output: tokens.output,
 });
 
 export function add(a, b) {
@@ -28,5 +33,11 @@ export function add(a, b) {
 export const input = (counts) => counts.fresh + counts.cached + counts.cache_write;
 
 /** Numbers of one request, in small. */
-export const inWords = (counts) => h("span", { title: CLASSES.map(({ id, name }) => `${name} ${whole(counts[id])}`).join(" · ") },
-  compact(input(counts)), h("span.pale", " → "), compact(counts.output));
+export const inWords = (counts) =>
+  h(
+    "span",
+    { title: CLASSES.map(({ id, name }) => `${name} ${whole(counts[id])}`).join(" · ") },
+    compact(input(counts)),
+    h("span.pale", " → "),
+    compact(counts.output),
+  );

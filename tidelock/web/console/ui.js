@@ -29,8 +29,17 @@ export function exactAmount(value) {
 /** columns: {name, cell(row), right, class}; `onrow` makes rows links. */
 export function table(columns, rows, { empty = "Nothing here yet.", onrow, caption } = {}) {
   if (!rows.length) return emptyState(empty);
-  const head = h("thead", h("tr", columns.map((c) => h("th", { scope: "col", class: classes(c) }, c.name))));
-  const body = h("tbody", rows.map((row) => tableRow(columns, row, onrow)));
+  const head = h(
+    "thead",
+    h(
+      "tr",
+      columns.map((c) => h("th", { scope: "col", class: classes(c) }, c.name)),
+    ),
+  );
+  const body = h(
+    "tbody",
+    rows.map((row) => tableRow(columns, row, onrow)),
+  );
   return h("div.scroll", { tabindex: "0", role: "region", "aria-label": caption ?? "Table" }, h("table", head, body));
 }
 
@@ -40,7 +49,11 @@ export function tableRow(columns, row, onrow) {
     const shown = c.cell(row);
     return h("td", { class: classes(c) }, href && n === 0 ? h("a.row", { href }, shown) : shown);
   });
-  return h(href ? "tr.link" : "tr", { onclick: href ? (event) => event.target.closest("a, button") || (location.hash = href) : null }, cells);
+  return h(
+    href ? "tr.link" : "tr",
+    { onclick: href ? (event) => event.target.closest("a, button") || (location.hash = href) : null },
+    cells,
+  );
 }
 
 const classes = (column) => [column.right && "right", column.class].filter(Boolean).join(" ") || null;
@@ -54,7 +67,11 @@ export function errorState(error, retry) {
 }
 
 export const loading = (lines = 3) =>
-  h("div.loading", { role: "status", "aria-label": "Loading" }, Array.from({ length: lines }, () => h("span.bone")));
+  h(
+    "div.loading",
+    { role: "status", "aria-label": "Loading" },
+    Array.from({ length: lines }, () => h("span.bone")),
+  );
 
 /** A place that shows bones, then what `load` resolves to, or one line about what went wrong with a way to try again. */
 export function later(load, lines) {
@@ -72,8 +89,21 @@ export function later(load, lines) {
 }
 
 const TONES = {
-  stop: "good", length: "good", paid: "good", active: "good", sound: "good", settled: "good", abort: "warn", lost: "warn",
-  waiting: "warn", refunded: "warn", refused: "bad", revoked: "bad", disputed: "bad", archived: "", ok: "good",
+  stop: "good",
+  length: "good",
+  paid: "good",
+  active: "good",
+  sound: "good",
+  settled: "good",
+  abort: "warn",
+  lost: "warn",
+  waiting: "warn",
+  refunded: "warn",
+  refused: "bad",
+  revoked: "bad",
+  disputed: "bad",
+  archived: "",
+  ok: "good",
 };
 
 export const badge = (word, tone = TONES[word] ?? "", title) => h("span.badge", { class: tone, title }, word);
@@ -82,7 +112,17 @@ export const badge = (word, tone = TONES[word] ?? "", title) => h("span.badge", 
 export function meter(share, label, tone = "") {
   const width = `${Math.round(Math.min(1, Math.max(0, share)) * 1000) / 10}%`;
   const bar = h("span.fill", { class: tone, style: { width } });
-  return h("span.meter", { role: "meter", "aria-label": label, "aria-valuenow": Math.round(share * 100), "aria-valuemin": 0, "aria-valuemax": 100 }, bar);
+  return h(
+    "span.meter",
+    {
+      role: "meter",
+      "aria-label": label,
+      "aria-valuenow": Math.round(share * 100),
+      "aria-valuemin": 0,
+      "aria-valuemax": 100,
+    },
+    bar,
+  );
 }
 
 export function field(name, input, hint) {
@@ -90,20 +130,38 @@ export function field(name, input, hint) {
 }
 
 export function select(options, value, onchange, label) {
-  return h("select", { onchange: (event) => onchange?.(event.target.value), "aria-label": label, name: label.toLowerCase().replaceAll(" ", "_") },
-    options.map(([id, name]) => h("option", { value: id, selected: id === value }, name)));
+  return h(
+    "select",
+    {
+      onchange: (event) => onchange?.(event.target.value),
+      "aria-label": label,
+      name: label.toLowerCase().replaceAll(" ", "_"),
+    },
+    options.map(([id, name]) => h("option", { value: id, selected: id === value }, name)),
+  );
 }
 
 /** Buttons of which one is on. */
 export function choice(options, value, onchange, label) {
   const group = h("div.choice", { role: "group", "aria-label": label });
-  replace(group, options.map(([id, name]) => h("button", {
-    type: "button", "aria-pressed": String(id === value),
-    onclick: (event) => {
-      for (const button of group.children) button.setAttribute("aria-pressed", String(button === event.currentTarget));
-      onchange(id);
-    },
-  }, name)));
+  replace(
+    group,
+    options.map(([id, name]) =>
+      h(
+        "button",
+        {
+          type: "button",
+          "aria-pressed": String(id === value),
+          onclick: (event) => {
+            for (const button of group.children)
+              button.setAttribute("aria-pressed", String(button === event.currentTarget));
+            onchange(id);
+          },
+        },
+        name,
+      ),
+    ),
+  );
   return group;
 }
 
@@ -113,23 +171,36 @@ export function dialog(title, content, { action = "Save", danger = false, submit
   const close = () => box.close();
   const button = submit && h("button", { class: danger ? "danger" : "primary" }, action);
   const buttons = h("div.buttons", h("button", { type: "button", onclick: close }, submit ? "Cancel" : "Close"), button);
-  const form = h("form", {
-    method: "dialog",
-    onsubmit: async (event) => {
-      event.preventDefault();
-      failed.hidden = true;
-      button.disabled = true;
-      try {
-        const then = await submit(new FormData(form));
-        if (then instanceof Node) replace(form, h("h2", title), then, h("div.buttons", h("button", { type: "button", onclick: close }, "Done")));
-        else close();
-      } catch (error) {
-        failed.textContent = error.message;
-        failed.hidden = false;
-      }
-      button.disabled = false;
+  const form = h(
+    "form",
+    {
+      method: "dialog",
+      onsubmit: async (event) => {
+        event.preventDefault();
+        failed.hidden = true;
+        button.disabled = true;
+        try {
+          const then = await submit(new FormData(form));
+          if (then instanceof Node)
+            replace(
+              form,
+              h("h2", title),
+              then,
+              h("div.buttons", h("button", { type: "button", onclick: close }, "Done")),
+            );
+          else close();
+        } catch (error) {
+          failed.textContent = error.message;
+          failed.hidden = false;
+        }
+        button.disabled = false;
+      },
     },
-  }, h("h2", title), content, failed, buttons);
+    h("h2", title),
+    content,
+    failed,
+    buttons,
+  );
   const box = h("dialog", { "aria-label": title, onclose: () => box.remove() }, form);
   document.body.append(box);
   box.showModal();

@@ -13,16 +13,30 @@ export function frame({ title, unit, note, legend = [], draw, columns, rows, hei
   const tip = h("div.tip", { hidden: true });
   const said = h("div.unseen", { "aria-live": "polite" });
   const numbers = h("div.numbers", { hidden: true });
-  const toggle = h("button.quiet", { type: "button", "aria-pressed": "false", onclick: () => {
-    numbers.hidden = !numbers.hidden;
-    plot.hidden = !numbers.hidden;
-    toggle.setAttribute("aria-pressed", String(!numbers.hidden));
-    toggle.textContent = numbers.hidden ? "Table" : "Chart";
-    if (!numbers.hidden && !numbers.firstChild) replace(numbers, table(columns, rows, { caption: title }));
-  } }, "Table");
+  const toggle = h(
+    "button.quiet",
+    {
+      type: "button",
+      "aria-pressed": "false",
+      onclick: () => {
+        numbers.hidden = !numbers.hidden;
+        plot.hidden = !numbers.hidden;
+        toggle.setAttribute("aria-pressed", String(!numbers.hidden));
+        toggle.textContent = numbers.hidden ? "Table" : "Chart";
+        if (!numbers.hidden && !numbers.firstChild) replace(numbers, table(columns, rows, { caption: title }));
+      },
+    },
+    "Table",
+  );
   const head = h("figcaption", h("div", h("h2", title), unit && h("span.unit", unit)), h("div.actions", actions, toggle));
-  const keys = legend.length > 1 && h("ul.legend", legend.map(({ name, tone, dashed }) =>
-    h("li", h("span.swatch", { class: `bg-${tone}${dashed ? " dashed" : ""}` }), name)));
+  const keys =
+    legend.length > 1 &&
+    h(
+      "ul.legend",
+      legend.map(({ name, tone, dashed }) =>
+        h("li", h("span.swatch", { class: `bg-${tone}${dashed ? " dashed" : ""}` }), name),
+      ),
+    );
   const figure = h("figure.chart", head, keys, plot, numbers, note && h("p.note", note), said);
   let [points, at, svg] = [[], -1, null];
 
@@ -31,8 +45,13 @@ export function frame({ title, unit, note, legend = [], draw, columns, rows, hei
     const point = points[n];
     tip.hidden = !point;
     if (!point) return;
-    replace(tip, h("strong", point.title), point.lines.map(([name, value, tone]) =>
-      h("div", tone && h("span.swatch", { class: `bg-${tone}` }), h("span", name), h("b", value))));
+    replace(
+      tip,
+      h("strong", point.title),
+      point.lines.map(([name, value, tone]) =>
+        h("div", tone && h("span.swatch", { class: `bg-${tone}` }), h("span", name), h("b", value)),
+      ),
+    );
     const room = plot.clientWidth - tip.offsetWidth;
     tip.style.setProperty("transform", `translate(${Math.max(0, Math.min(room, point.x - tip.offsetWidth / 2))}px, 0)`);
     svg.querySelector(".guide")?.setAttribute("transform", `translate(${point.x} 0)`);
@@ -47,7 +66,11 @@ export function frame({ title, unit, note, legend = [], draw, columns, rows, hei
     const width = plot.clientWidth;
     if (!width) return;
     ({ svg, points } = draw(width, height));
-    for (const [name, value] of Object.entries({ role: "img", tabindex: 0, "aria-label": `${title}. Arrow keys read the values.` })) {
+    for (const [name, value] of Object.entries({
+      role: "img",
+      tabindex: 0,
+      "aria-label": `${title}. Arrow keys read the values.`,
+    })) {
       svg.setAttribute(name, value);
     }
     svg.addEventListener("pointermove", (event) => {
@@ -72,10 +95,21 @@ export function frame({ title, unit, note, legend = [], draw, columns, rows, hei
 
 /** Horizontal lines with their values. */
 export function grid(marks, y, left, right, label) {
-  return s("g.grid", marks.map((mark) => s("g", { transform: `translate(0 ${y(mark).toFixed(1)})` },
-    s("line", { x1: left, x2: right, class: mark === 0 ? "zero" : null }),
-    s("text", { x: left - 8, y: 4, "text-anchor": "end" }, label(mark)))));
+  return s(
+    "g.grid",
+    marks.map((mark) =>
+      s(
+        "g",
+        { transform: `translate(0 ${y(mark).toFixed(1)})` },
+        s("line", { x1: left, x2: right, class: mark === 0 ? "zero" : null }),
+        s("text", { x: left - 8, y: 4, "text-anchor": "end" }, label(mark)),
+      ),
+    ),
+  );
 }
+
+/** Said in a chart where there is nothing to draw. */
+export const nothing = (x, y) => s("text.name", { x, y, "text-anchor": "middle" }, "nothing in this time");
 
 /** Room that the labels of the vertical axis need. */
 export const gutter = (marks, label) => 16 + 6.6 * Math.max(...marks.map((m) => label(m).length));

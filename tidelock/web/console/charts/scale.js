@@ -1,6 +1,7 @@
 // From numbers to places: the arithmetic of the charts, without a document.
 
-/** Round values from at or below `low` to at or above `high`, about `count` of them, at least `least` apart; 0 is one if it lies between. */
+/** Round values from at or below `low` to at or above `high`, about `count` of them, at least `least` apart; 0 is one if it
+ * lies between. */
 export function ticks(low, high, count = 4, least = 0) {
   if (!(high > low)) high = low + (Math.abs(low) || 1);
   const rough = Math.max((high - low) / count, least);

@@ -4,122 +4,192 @@ import { h } from "../dom.js";
 import { day, until } from "../format.js";
 import { exact, nano, share, usd } from "../money.js";
 import { amount, badge, card, confirm, dialog, emptyState, exactAmount, heading, later, meter, table } from "../ui.js";
+import { owns, plansCard } from "./plans.js";
 
 const SPANS = { "5h": "5-hour window", "7d": "7-day window" };
 
 export async function render({ api, me, signal, again }) {
   const plans = await api.get("/v1/organization/plans", {}, signal);
-  const subscription = plans.subscribed && await api.get("/v1/organization/subscription", {}, signal);
+  const subscription = plans.subscribed && (await api.get("/v1/organization/subscription", {}, signal));
   return [
     heading("Billing", me.tax_id ? `${me.name}, tax number ${me.tax_id}` : me.name),
     h("div.columns", subscriptionCard(api, me, subscription, plans.data, again), lotsCard(api, me, signal)),
     plans.data.length > 0 && plansCard(api, me, subscription, plans.data, again),
-    h("section.card.flush", h("h2", "Invoices"), later(async () => invoices((await api.get("/v1/organization/invoices", {}, signal)).data))),
-    h("section.card.flush", h("h2", "Payments"), later(async () => payments((await api.get("/v1/organization/payments", {}, signal)).data))),
+    h(
+      "section.card.flush",
+      h("h2", "Invoices"),
+      later(async () => invoices((await api.get("/v1/organization/invoices", {}, signal)).data)),
+    ),
+    h(
+      "section.card.flush",
+      h("h2", "Payments"),
+      later(async () => payments((await api.get("/v1/organization/payments", {}, signal)).data)),
+    ),
   ];
 }
 
-const owns = (me) => me.api_key.scopes.includes("admin") && me.api_key.scopes.includes("billing");
-
 function subscriptionCard(api, me, sub, plans, again) {
-  if (!sub) return card("Subscription", emptyState(plans.length ? "No plan. Requests are paid from the prepaid balance." : "No plans are on sale. Requests are paid from the prepaid balance."));
+  if (!sub)
+    return card(
+      "Subscription",
+      emptyState(
+        plans.length
+          ? "No plan. Requests are paid from the prepaid balance."
+          : "No plans are on sale. Requests are paid from the prepaid balance.",
+      ),
+    );
   const left = nano(sub.credits_left_nano_usd);
-  const then = sub.next_plan === null ? badge("ends", "warn") : sub.next_plan === sub.plan ? badge("renews", "good") : badge(`becomes ${sub.next_plan}`, "warn");
-  const cancel = owns(me) && sub.next_plan !== null && h("button.quiet", { onclick: () => confirm("End the plan?",
-    `It stays until ${day(sub.current_period_end)}, and so do its credits. Nothing is charged after that.`, "End plan", async () => {
-      await api.delete("/v1/organization/subscription");
-      again();
-    }) }, "End the plan");
-  return card(h("div.bar", h("h2", "Subscription"), h("div", then)),
+  const then =
+    sub.next_plan === null
+      ? badge("ends", "warn")
+      : sub.next_plan === sub.plan
+        ? badge("renews", "good")
+        : badge(`becomes ${sub.next_plan}`, "warn");
+  const cancel =
+    owns(me) &&
+    sub.next_plan !== null &&
+    h(
+      "button.quiet",
+      {
+        onclick: () =>
+          confirm(
+            "End the plan?",
+            `It stays until ${day(sub.current_period_end)}, and so do its credits. Nothing is charged after that.`,
+            "End plan",
+            async () => {
+              await api.delete("/v1/organization/subscription");
+              again();
+            },
+          ),
+      },
+      "End the plan",
+    );
+  return card(
+    h("div.bar", h("h2", "Subscription"), h("div", then)),
     h("div.bar", h("span.big", sub.plan), h("span.muted", amount(sub.price_nano_usd), " a month")),
-    gauge("Credits of this month", nano(sub.credits_nano_usd) - left, nano(sub.credits_nano_usd), `until ${day(sub.current_period_end)}, ${until(sub.current_period_end)}`),
-    sub.windows.map((w) => gauge(SPANS[w.span] ?? w.span, w.used_nano_usd, w.limit_nano_usd,
-      w.ends_at ? `free again in ${until(w.ends_at)}` : "begins with the next request")),
-    cancel && h("div.buttons", cancel));
+    gauge(
+      "Credits of this month",
+      nano(sub.credits_nano_usd) - left,
+      nano(sub.credits_nano_usd),
+      `until ${day(sub.current_period_end)}, ${until(sub.current_period_end)}`,
+    ),
+    sub.windows.map((w) =>
+      gauge(
+        SPANS[w.span] ?? w.span,
+        w.used_nano_usd,
+        w.limit_nano_usd,
+        w.ends_at ? `free again in ${until(w.ends_at)}` : "begins with the next request",
+      ),
+    ),
+    cancel && h("div.buttons", cancel),
+  );
 }
 
 function gauge(name, used, limit, hint) {
   const part = share(used, limit);
-  return h("div.gauge", h("div.bar", h("span", name), h("span.money", `${usd(used)} of ${usd(limit)}`)),
-    meter(part, `${name}: ${usd(used)} of ${usd(limit)} used`, part > 0.95 ? "bad" : part > 0.8 ? "warn" : ""), h("span.hint", hint));
+  return h(
+    "div.gauge",
+    h("div.bar", h("span", name), h("span.money", `${usd(used)} of ${usd(limit)}`)),
+    meter(part, `${name}: ${usd(used)} of ${usd(limit)} used`, part > 0.95 ? "bad" : part > 0.8 ? "warn" : ""),
+    h("span.hint", hint),
+  );
 }
 
 function lotsCard(api, me, signal) {
-  return h("section.card.flush", h("h2", "Balance"), me.api_key.scopes.includes("usage") ? later(async () => {
-    const b = await api.get("/v1/organization/balance", {}, signal);
-    const rows = [["Cash", b.cash_nano_usd], ["Extra usage", b.extra_nano_usd], ...b.lots.map((lot) =>
-      [lot.kind === "plan" ? "Plan credits" : `Voucher ${lot.lot}`, lot.nano_usd, lot.expires_at]), ["Held now", b.held_nano_usd, null]];
-    return table([{ name: "Pocket", class: "clip", cell: ([name]) => name },
-      { name: "Expires", class: "nowrap", cell: ([, , at]) => (at ? day(at) : h("span.muted", "never")) },
-      { name: "Amount", right: true, cell: ([, value]) => exactAmount(value) }], rows, { caption: "Balance by pocket" });
-  }) : emptyState("Reading the balance needs the scope usage."));
-}
-
-function plansCard(api, me, sub, plans, again) {
-  const window = (value) => (value === null ? h("span.muted", "no limit") : amount(value));
-  const columns = [
-    { name: "Plan", cell: (p) => [h("strong", p.id), p.id === sub?.plan && [" ", badge("yours", "good")]] },
-    { name: "A month", right: true, cell: (p) => amount(p.price_nano_usd) },
-    { name: "Credits", right: true, cell: (p) => amount(p.credits_nano_usd) },
-    { name: "In 5 hours", right: true, class: "w1", cell: (p) => window(p.five_hours_nano_usd) },
-    { name: "In 7 days", right: true, class: "w1", cell: (p) => window(p.week_nano_usd) },
-    { name: "", right: true, cell: (p) => (p.id === sub?.plan && sub.next_plan === sub.plan ? "" : p.available || p.id === sub?.plan
-      ? h("button", { onclick: () => preview(api, me, p, sub, again), "aria-label": `${sub ? "Change to" : "Subscribe to"} ${p.id}` }, sub ? "Change…" : "Subscribe…")
-      : badge("sold out", "warn")) },
-  ];
-  const shown = table(columns, plans, { caption: "Plans" });
-  [...shown.querySelectorAll("tbody tr")].forEach((row, n) => row.classList.toggle("here", plans[n].id === sub?.plan));
-  return h("section.card.flush", h("h2", "Plans"), shown);
-}
-
-async function preview(api, me, plan, sub, again) {
-  const said = later(async () => {
-    const p = await api.get(`/v1/organization/plans/${encodeURIComponent(plan.id)}/preview`);
-    const rest = nano(p.unused_nano_usd);
-    const words = {
-      subscribe: "It begins at once and is paid from the cash balance.",
-      upgrade: "It begins at once, with fresh credits and windows. What is left of the present month is taken off the price.",
-      downgrade: `It begins with the next period, on ${day(p.effective_at)}. Nothing is charged until then.`,
-      keep: "The plan stays as it is, and a change that was planned is taken back.",
-    }[p.kind];
-    return h("div", { style: { display: "grid", gap: "14px" } }, h("p", words), h("dl.pairs",
-      h("dt", `${plan.id}, one month`), h("dd", exactAmount(plan.price_nano_usd)),
-      rest > 0n && [h("dt", `Unused part of ${sub.plan}`), h("dd", exactAmount(-rest))],
-      h("dt", h("strong", "Charged now")), h("dd", h("strong", exactAmount(p.charge_nano_usd)))));
-  });
-  const may = owns(me);
-  dialog(`${sub ? "Change to" : "Subscribe to"} ${plan.id}`, [said, !may && h("p.hint", "Doing it needs a key with the scopes billing and admin.")], {
-    action: sub ? "Change plan" : "Subscribe",
-    submit: may ? async () => {
-      await api.post("/v1/organization/subscription", { plan: plan.id });
-      again();
-    } : undefined,
-  });
+  return h(
+    "section.card.flush",
+    h("h2", "Balance"),
+    me.api_key.scopes.includes("usage")
+      ? later(async () => {
+          const b = await api.get("/v1/organization/balance", {}, signal);
+          const rows = [
+            ["Cash", b.cash_nano_usd],
+            ["Extra usage", b.extra_nano_usd],
+            ...b.lots.map((lot) => [
+              lot.kind === "plan" ? "Plan credits" : `Voucher ${lot.lot}`,
+              lot.nano_usd,
+              lot.expires_at,
+            ]),
+            ["Held now", b.held_nano_usd, null],
+          ];
+          return table(
+            [
+              { name: "Pocket", class: "clip", cell: ([name]) => name },
+              { name: "Expires", class: "nowrap", cell: ([, , at]) => (at ? day(at) : h("span.muted", "never")) },
+              { name: "Amount", right: true, cell: ([, value]) => exactAmount(value) },
+            ],
+            rows,
+            { caption: "Balance by pocket" },
+          );
+        })
+      : emptyState("Reading the balance needs the scope usage."),
+  );
 }
 
 const KINDS = { topup: "Top-up", credit: "Credit note", usage: "Usage" };
 
 function invoices(data) {
-  const open = (i) => dialog(`Invoice ${i.number}`, [
-    h("dl.pairs.left", h("dt", "Billed to"), h("dd", i.billed_to), i.tax_id && [h("dt", "Tax number"), h("dd", i.tax_id)],
-      h("dt", "Date"), h("dd", day(i.created_at)), h("dt", "Reference"), h("dd", h("code", i.reference))),
-    table([{ name: "", cell: (l) => l.text }, { name: "Quantity", right: true, cell: (l) => l.quantity }, { name: "USD", right: true, cell: (l) => exactAmount(l.nano_usd) }],
-      [...i.lines, { text: "Tax", quantity: "", nano_usd: i.tax_nano_usd }, { text: "Total", quantity: "", nano_usd: i.total_nano_usd }], { caption: "Lines" }),
-  ]);
-  return table([
-    { name: "No.", cell: (i) => h("button.open", { onclick: () => open(i), "aria-label": `Open invoice ${i.number}` }, String(i.number)) },
-    { name: "Date", class: "nowrap", cell: (i) => day(i.created_at) },
-    { name: "For", cell: (i) => [KINDS[i.kind] ?? i.kind, h("small", i.reference)] },
-    { name: "Net", right: true, class: "w1", cell: (i) => exact(i.net_nano_usd) }, { name: "Tax", right: true, class: "w1", cell: (i) => exact(i.tax_nano_usd) },
-    { name: "Total", right: true, cell: (i) => h("strong", exact(i.total_nano_usd)) },
-  ], data, { caption: "Invoices", empty: "No invoice yet. Each payment makes one." });
+  const open = (i) =>
+    dialog(`Invoice ${i.number}`, [
+      h(
+        "dl.pairs.left",
+        h("dt", "Billed to"),
+        h("dd", i.billed_to),
+        i.tax_id && [h("dt", "Tax number"), h("dd", i.tax_id)],
+        h("dt", "Date"),
+        h("dd", day(i.created_at)),
+        h("dt", "Reference"),
+        h("dd", h("code", i.reference)),
+      ),
+      table(
+        [
+          { name: "", cell: (l) => l.text },
+          { name: "Quantity", right: true, cell: (l) => l.quantity },
+          { name: "USD", right: true, cell: (l) => exactAmount(l.nano_usd) },
+        ],
+        [
+          ...i.lines,
+          { text: "Tax", quantity: "", nano_usd: i.tax_nano_usd },
+          { text: "Total", quantity: "", nano_usd: i.total_nano_usd },
+        ],
+        { caption: "Lines" },
+      ),
+    ]);
+  return table(
+    [
+      {
+        name: "No.",
+        cell: (i) =>
+          h("button.open", { onclick: () => open(i), "aria-label": `Open invoice ${i.number}` }, String(i.number)),
+      },
+      { name: "Date", class: "nowrap", cell: (i) => day(i.created_at) },
+      { name: "For", cell: (i) => [KINDS[i.kind] ?? i.kind, h("small", i.reference)] },
+      { name: "Net", right: true, class: "w1", cell: (i) => exact(i.net_nano_usd) },
+      { name: "Tax", right: true, class: "w1", cell: (i) => exact(i.tax_nano_usd) },
+      { name: "Total", right: true, cell: (i) => h("strong", exact(i.total_nano_usd)) },
+    ],
+    data,
+    { caption: "Invoices", empty: "No invoice yet. Each payment makes one." },
+  );
 }
 
 function payments(data) {
-  return table([
-    { name: "Date", class: "nowrap", cell: (p) => day(p.created_at) }, { name: "Reference", class: "clip", cell: (p) => h("code", p.id) },
-    { name: "Into", class: "w1", cell: (p) => (p.pocket === "extra" ? "extra usage" : p.pocket) }, { name: "Status", cell: (p) => badge(p.status) },
-    { name: "Net", right: true, cell: (p) => exact(p.net_nano_usd) }, { name: "Tax", right: true, class: "w1", cell: (p) => exact(p.tax_nano_usd) },
-    { name: "Returned", right: true, class: "w2", cell: (p) => (nano(p.returned_nano_usd) ? exact(p.returned_nano_usd) : "–") },
-  ], data, { caption: "Payments", empty: "No payment yet." });
+  return table(
+    [
+      { name: "Date", class: "nowrap", cell: (p) => day(p.created_at) },
+      { name: "Reference", class: "clip", cell: (p) => h("code", p.id) },
+      { name: "Into", class: "w1", cell: (p) => (p.pocket === "extra" ? "extra usage" : p.pocket) },
+      { name: "Status", cell: (p) => badge(p.status) },
+      { name: "Net", right: true, cell: (p) => exact(p.net_nano_usd) },
+      { name: "Tax", right: true, class: "w1", cell: (p) => exact(p.tax_nano_usd) },
+      {
+        name: "Returned",
+        right: true,
+        class: "w2",
+        cell: (p) => (nano(p.returned_nano_usd) ? exact(p.returned_nano_usd) : "–"),
+      },
+    ],
+    data,
+    { caption: "Payments", empty: "No payment yet." },
+  );
 }

@@ -16,14 +16,30 @@ export async function render({ api, signal }) {
   const cards = scopes(limits.now).map((scope) => {
     const place = h("div", bars(limits.now[scope]));
     places.set(scope, place);
-    return card(scope === "" ? "Whole organisation" : h("h2", scope.startsWith("proj") ? "Project " : "Key ", h("code", shortId(scope))), place);
+    return card(
+      scope === ""
+        ? "Whole organisation"
+        : h("h2", scope.startsWith("proj") ? "Project " : "Key ", h("code", shortId(scope))),
+      place,
+    );
   });
   follow(api, places, state, signal);
   return [
-    heading("Limits", "A request counts with its prompt and the most it may answer; what it does not use is given back at its end.", state),
+    heading(
+      "Limits",
+      "A request counts with its prompt and the most it may answer; what it does not use is given back at its end.",
+      state,
+    ),
     h("div.columns", cards),
-    h("section.card.flush", h("div.bar", h("h2", limits.tier === null ? "Tiers" : `Tier ${limits.tier}`), h("span.muted", `${usd(limits.recharged_nano_usd)} recharged in all`)),
-      ladder(limits)),
+    h(
+      "section.card.flush",
+      h(
+        "div.bar",
+        h("h2", limits.tier === null ? "Tiers" : `Tier ${limits.tier}`),
+        h("span.muted", `${usd(limits.recharged_nano_usd)} recharged in all`),
+      ),
+      ladder(limits),
+    ),
   ];
 }
 

@@ -7,24 +7,40 @@ import { detail } from "./receipt.js";
 
 const PAGE = 50;
 const MOST = 400; // rows kept on the page while it is live
-const OUTCOMES = [["", "Any outcome"], ["stop", "Finished"], ["length", "Length limit"], ["abort", "Cut short"], ["lost", "Server died"], ["refused", "Refused"]];
+const OUTCOMES = [
+  ["", "Any outcome"],
+  ["stop", "Finished"],
+  ["length", "Length limit"],
+  ["abort", "Cut short"],
+  ["lost", "Server died"],
+  ["refused", "Refused"],
+];
 
 export async function render(context) {
-  const { api, params, query, signal } = context;
+  const { api, me, params, query, signal } = context;
   if (params[0]) return detail(context, params[0]);
-  const wanted = Object.fromEntries(["outcome", "model", "api_key_id", "project_id"].map((name) => [name, query.get(name) ?? ""]));
+  const wanted = Object.fromEntries(
+    ["outcome", "model", "api_key_id", "project_id"].map((name) => [name, query.get(name) ?? ""]),
+  );
   const filter = (name) => (value) => {
     const next = new URLSearchParams(Object.entries({ ...wanted, [name]: value }).filter(([, said]) => said));
     location.hash = `#/receipts${next.size ? `?${next}` : ""}`;
   };
-  const [first, choices] = await Promise.all([api.get("/v1/organization/receipts", { ...wanted, limit: PAGE }, signal), filters(api, signal)]);
+  const [first, choices] = await Promise.all([
+    api.get("/v1/organization/receipts", { ...wanted, limit: PAGE }, signal),
+    filters(api, me, signal),
+  ]);
   const state = h("span.live", { role: "status" }, "Connecting");
   const pause = h("button", { type: "button", "aria-pressed": "false" }, "Pause");
-  const controls = h("div.filters",
+  const controls = h(
+    "div.filters",
     select(OUTCOMES, wanted.outcome, filter("outcome"), "Outcome"),
     choices.models.length > 1 && select([["", "All models"], ...choices.models], wanted.model, filter("model"), "Model"),
-    choices.keys.length > 1 && select([["", "All keys"], ...choices.keys], wanted.api_key_id, filter("api_key_id"), "Key"),
-    choices.projects.length > 1 && select([["", "All projects"], ...choices.projects], wanted.project_id, filter("project_id"), "Project"));
+    choices.keys.length > 1 &&
+      select([["", "All keys"], ...choices.keys], wanted.api_key_id, filter("api_key_id"), "Key"),
+    choices.projects.length > 1 &&
+      select([["", "All projects"], ...choices.projects], wanted.project_id, filter("project_id"), "Project"),
+  );
   const list = listOf(api, wanted, first, signal);
   live(api, list, wanted, first.data[0]?.created_ms ?? Date.now(), state, pause, signal);
   return [
@@ -40,9 +56,18 @@ function listOf(api, wanted, first, signal) {
   const node = h("div");
   let cursor = first.has_more ? first.last_id : null;
   const more = h("div.more", h("button", { type: "button", onclick: older }, "Older receipts"));
-  const draw = () => replace(node, table(COLUMNS, first.data, {
-    onrow: link, caption: "Receipts", empty: Object.values(wanted).some(Boolean) ? "No receipt fits these filters." : "No request yet. They appear here as they settle.",
-  }), more);
+  const draw = () =>
+    replace(
+      node,
+      table(COLUMNS, first.data, {
+        onrow: link,
+        caption: "Receipts",
+        empty: Object.values(wanted).some(Boolean)
+          ? "No receipt fits these filters."
+          : "No request yet. They appear here as they settle.",
+      }),
+      more,
+    );
   more.hidden = !cursor;
   draw();
 
@@ -81,43 +106,46 @@ function listOf(api, wanted, first, signal) {
 function live(api, list, wanted, sinceMs, state, pause, signal) {
   const held = [];
   let paused = false;
-  const fits = (r) => (!wanted.outcome || (r.status === "refused" ? "refused" : r.finish_reason) === wanted.outcome)
-    && (!wanted.model || r.model === wanted.model) && (!wanted.api_key_id || r.api_key_id === wanted.api_key_id)
-    && (!wanted.project_id || r.project_id === wanted.project_id);
+  const fits = (r) =>
+    (!wanted.outcome || (r.status === "refused" ? "refused" : r.finish_reason) === wanted.outcome) &&
+    (!wanted.model || r.model === wanted.model) &&
+    (!wanted.api_key_id || r.api_key_id === wanted.api_key_id) &&
+    (!wanted.project_id || r.project_id === wanted.project_id);
   pause.addEventListener("click", () => {
     paused = !paused;
     pause.setAttribute("aria-pressed", String(paused));
     pause.textContent = paused ? "Continue" : "Pause";
     if (!paused) held.splice(0).forEach(list.put);
   });
-  follow(api, sinceMs, {
-    onNew: (receipt) => {
-      if (!fits(receipt)) return;
-      if (paused) pause.textContent = `Continue (${held.push(receipt)} new)`;
-      else list.put(receipt);
+  follow(
+    api,
+    sinceMs,
+    {
+      onNew: (receipt) => {
+        if (!fits(receipt)) return;
+        if (paused) pause.textContent = `Continue (${held.push(receipt)} new)`;
+        else list.put(receipt);
+      },
+      onState: (on) => {
+        state.classList.toggle("on", on);
+        state.textContent = on ? "Live" : "Connecting again";
+      },
+      onSkipped: () =>
+        list.node.prepend(h("p.notice.warn", "More came than is shown live; reload the page for all of them.")),
     },
-    onState: (on) => {
-      state.classList.toggle("on", on);
-      state.textContent = on ? "Live" : "Connecting again";
-    },
-    onSkipped: () => list.node.prepend(h("p.notice.warn", "More came than is shown live; reload the page for all of them.")),
-  }, signal);
+    signal,
+  );
 }
 
 /** What can be filtered by, as far as the key may know it. */
-async function filters(api, signal) {
-  const tried = async (work) => {
-    try {
-      return await work();
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      return [];
-    }
-  };
-  const models = await tried(async () => (await api.get("/v1/models", {}, signal)).data.map((m) => [m.id, m.id]));
-  const projects = await tried(async () => (await api.get("/v1/organization/projects", {}, signal)).data.map((p) => [p.id, p.name]));
-  const keys = (await Promise.all(projects.map(([id]) => tried(async () =>
-    (await api.get(`/v1/organization/projects/${id}/api_keys`, {}, signal)).data.map((k) => [k.id, k.name || k.redacted_value]))))).flat();
-  return { models, projects, keys };
+async function filters(api, me, signal) {
+  const list = async (scope, path) => (me.api_key.scopes.includes(scope) ? (await api.get(path, {}, signal)).data : []);
+  const models = (await list("model", "/v1/models")).map((m) => [m.id, m.id]);
+  const projects = (await list("admin", "/v1/organization/projects")).map((p) => [p.id, p.name]);
+  const keys = await Promise.all(
+    projects.map(async ([id]) =>
+      (await list("admin", `/v1/organization/projects/${id}/api_keys`)).map((k) => [k.id, k.name || k.redacted_value]),
+    ),
+  );
+  return { models, projects, keys: keys.flat() };
 }
-
