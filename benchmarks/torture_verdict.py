@@ -94,8 +94,9 @@ def _replay(db: Database) -> tuple[Levels, dict[tuple[str, str], int], dict[tupl
         for scope, limits in memo["scopes"].items():
             key = (customer, scope)
             rates[key] = dict(zip(TOKENS, limits, strict=True))
-            _drain(levels[key], rates[key], now - at.get(key, now))
-            at[key] = max(now, at.get(key, now))  # of two workers, who came first may have been let in second
+            if kind == "hold":
+                _drain(levels[key], rates[key], now - at.get(key, now))
+                at[key] = max(now, at.get(key, now))  # of two workers, who came first may have been let in second
             for which, rate in rates[key].items():
                 if rate is None:
                     continue

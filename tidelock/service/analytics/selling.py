@@ -109,9 +109,9 @@ JOIN months m ON t.created >= m.starts AND t.created < m.ends WHERE t.kind = 'pl
         "capacity.served",
         "Plan credits that requests took in the month, less what they gave back, by plan: the part of capacity.sold that was "
         "really asked of the machines.",
-        """SELECT m.month, COALESCE(p.plan, ''), CAST(SUM(-e.nano_usd) AS BIGINT) FROM transactions t
+        """SELECT m.month, COALESCE(g.detail, ''), CAST(SUM(-e.nano_usd) AS BIGINT) FROM transactions t
 JOIN entries e ON e.customer = t.customer AND e.seq = t.seq AND e.kind = 'plan'
-JOIN months m ON t.created >= m.starts AND t.created < m.ends LEFT JOIN plan_terms p ON p.reference = e.lot
+JOIN months m ON t.created >= m.starts AND t.created < m.ends LEFT JOIN transactions g ON g.kind = 'plan_grant' AND g.reference = e.lot
 WHERE t.kind IN ('hold', 'extend', 'settle', 'release') GROUP BY 1, 2""",
         USD,
     ),
