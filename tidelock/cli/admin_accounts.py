@@ -35,6 +35,7 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
     usd = (("--usd",), {"required": True})
     reference = (("--reference",), {"required": True, "help": "the same one is never booked twice"})
     plan = (("plan",), {"metavar": "PLAN"})
+    quantity = (("--quantity",), {"type": int, "metavar": "SEATS", "help": "price and credits are for each"})
     rates = [((f"--{name}",), {"type": int, "metavar": "N", "help": text}) for name, text in (
         ("concurrency", "requests at the same time"), ("rpm", "requests a minute"), ("tpm", "tokens a minute"), ("tpd", "tokens a day"))]
     groups: dict[str, tuple[str, dict[str, tuple[Run, str, str, list]]]] = {
@@ -82,12 +83,15 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
             "list": (_plans, "what is sold, and how much of it", "", []),
             "define": (_define, "a plan, or new terms of one", "coder --usd 19 --credits 25 --five-hours 3 --week 10 --seats 100",
                        [plan, usd, (("--credits",), {"required": True, "metavar": "USD", "help": "a month"}),
+                        (("--months",), {"type": int, "choices": (1, 12), "default": 1, "help": "that a term has and the price is for"}),
+                        (("--least",), {"type": int, "default": 1, "help": "seats of one customer"}),
+                        (("--most",), {"type": int, "default": 1, "help": "seats of one customer"}),
                         (("--five-hours",), {"metavar": "USD"}), (("--week",), {"metavar": "USD"}),
                         (("--seats",), {"type": int, "required": True, "help": "never more are sold"})]),
             "show": (_subscription, "an organisation's plan", "ann", [org]),
             "subscribe": (_subscribe, "paid from the cash balance", "ann coder --wait",
-                          [org, plan, (("--wait",), {"action": "store_true", "help": "join the waiting list if it is sold out"})]),
-            "change": (_change, "up at once and prorated, down with the next period", "ann pro", [org, plan]),
+                          [org, plan, quantity, (("--wait",), {"action": "store_true", "help": "join the waiting list if it is sold out"})]),
+            "change": (_change, "up at once and prorated, down with the next period", "ann pro", [org, plan, quantity]),
             "cancel": (_cancel, "with the end of the period", "ann", [org]),
             "extra-cap": (_extra, "of the extra-usage wallet, a month", "ann 50", [org, (("usd",), {"help": "or none"})]),
             "turn": (_turn, "begin the periods that are due (servers do so by themselves)", "", []),
@@ -298,19 +302,22 @@ def _exists(db: Database, org: str, scope: str) -> None:
 # ---- plans, payments, invoices -----------------------------------------------------------------------------------
 
 
+TERMS = {1: "a month", 12: "a year"}
+
+
 def _plans(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     found = Plans(Ledger(db)).plans()
     for p in found:
-        print(f"{p['name']:<16} {format_usd(p['price_nano'])} USD a month, {format_usd(p['credits_nano'])} USD of credits, "
+        print(f"{p['name']:<16} {format_usd(p['price_nano'])} USD {TERMS[p['months']]}, {format_usd(p['credits_nano'])} USD of credits a month, "
               f"{p['sold']} of {p['seats']} sold, {p['waiting']} waiting")  # fmt: skip
     return {"plans": found}
 
 
 def _define(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     windows = [nano_usd(value) if value else None for value in (args.five_hours, args.week)]
-    plan = Plan(args.plan, nano_usd(args.usd), nano_usd(args.credits), *windows, args.seats)
+    plan = Plan(args.plan, nano_usd(args.usd), nano_usd(args.credits), *windows, args.seats, args.months, args.least, args.most)
     Plans(Ledger(db)).define(plan, actor())
-    print(f"plan {plan.name}: {args.usd} USD a month, {plan.seats} seats")
+    print(f"plan {plan.name}: {args.usd} USD {TERMS[plan.months]}, {plan.seats} seats")
     return asdict(plan)
 
 
@@ -321,7 +328,7 @@ def _subscription(args: argparse.Namespace, db: Database) -> dict[str, Any]:
 def _subscribe(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     plans = Plans(Ledger(db))
     try:
-        plans.subscribe(args.org, args.plan, actor())
+        plans.subscribe(args.org, args.plan, actor(), args.quantity)
     except SoldOut:
         if not args.wait:
             raise
@@ -332,7 +339,7 @@ def _subscribe(args: argparse.Namespace, db: Database) -> dict[str, Any]:
 
 
 def _change(args: argparse.Namespace, db: Database) -> dict[str, Any]:
-    Plans(Ledger(db)).change(args.org, args.plan, actor())
+    Plans(Ledger(db)).change(args.org, args.plan, actor(), args.quantity)
     return _shown(args.org, db)
 
 
@@ -360,7 +367,8 @@ def _shown(org: str, db: Database) -> dict[str, Any]:
         print(f"{org} has no plan")
         return {"organization": org, "plan": None}
     then = "ends" if sub.cancelled else f"becomes {sub.next_plan}" if sub.next_plan else "renews"
-    print(f"{org}: {sub.plan}, {then} on {datetime.fromtimestamp(sub.ends, UTC):%Y-%m-%d %H:%M:%S} UTC")
+    count = f", {sub.quantity} seats" if sub.quantity > 1 else ""
+    print(f"{org}: {sub.plan}{count}, {then} on {datetime.fromtimestamp(sub.ends, UTC):%Y-%m-%d %H:%M:%S} UTC")
     return {**asdict(sub), "begins": sub.begins, "ends": sub.ends}
 
 
