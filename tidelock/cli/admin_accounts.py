@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tidelock.service import invoices
+from tidelock.service import charges, invoices
 from tidelock.service.accounts import ROLES, SCOPES, USUAL_SCOPES, Accounts
 from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
@@ -103,6 +103,12 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
                       (("--extra",), {"action": "store_true", "help": "into the extra-usage wallet"})]),
             "refund": (_refund, "book that part of a payment was paid back, tax included", "wire-7 --usd 20 --reference back-1",
                        [(("payment",), {}), usd, reference]),
+            "auto": (_auto, "top up by itself when the cash falls low; --below none: no more",
+                     "ann --below 5 --charge 20 --per-day 2 --month-cap 200 --method cus_1",
+                     [org, (("--below",), {"required": True, "metavar": "USD"}), (("--charge",), {"metavar": "USD"}),
+                      (("--per-day",), {"type": int, "default": 1, "help": "charges in any 24 hours, at most"}),
+                      (("--month-cap",), {"metavar": "USD", "help": "charged in a calendar month, at most"}),
+                      (("--method",), {"default": "", "help": "the payment provider's name for whom it charges"})]),
         }),
         "invoices": ("invoices", {
             "list": (_invoices, "an organisation's invoices", "ann", [org]),
@@ -378,6 +384,17 @@ def _payments(args: argparse.Namespace, db: Database) -> dict[str, Any]:
         back = f", {format_usd(p['taken_nano'])} back" if p["taken_nano"] else ""
         print(f"{p['id']:<28} {format_usd(p['net_nano'])} USD + {format_usd(p['tax_nano'])} tax{back}")
     return {"payments": found}
+
+
+def _auto(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    below = 0 if args.below == "none" else nano_usd(args.below)
+    if below and not (args.charge and args.month_cap):
+        raise UserError("an automatic top-up needs --charge and --month-cap")
+    rule = charges.Rule(below, nano_usd(args.charge), args.per_day, nano_usd(args.month_cap), args.method) if below else None
+    charges.set_rule(Ledger(db), args.org, rule, actor())
+    what = f"below {args.below} USD of cash, {args.charge} USD are charged" if rule else "no automatic top-up"
+    print(f"{args.org}: {what}")
+    return {"organization": args.org, "rule": asdict(rule) if rule else None}
 
 
 def _book(args: argparse.Namespace, db: Database) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidelock.service.accounts import Accounts
+from tidelock.service.charges import HttpProvider, Provider
 from tidelock.service.db import Database, service_database
 from tidelock.service.guesses import Guesses
 from tidelock.service.idempotency import Idempotency
@@ -51,6 +52,7 @@ class ServiceState:
     tiers: Tiers
     plans: Plans
     payments: Payments
+    provider: Provider | None  # who charges for automatic top-ups
     webhook_secrets: Path  # one a line; without the file no event is believed
     prices: Schedule
     objects: Objects
@@ -106,9 +108,9 @@ def open_state(
 ) -> ServiceState:
     """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`.
 
-    Three files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
-    `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`; and `webhook_secrets`, what the
-    payment provider signs with. `database` overrides the first.
+    Files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
+    `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`; `webhook_secrets`, what the
+    payment provider signs with; and `payment_provider`, its URL and our secret there, for automatic top-ups. `database` overrides the first.
     Raises UserError for a template that would have to render a stored conversation anew to go on with it.
     """
     if not template.prefix_stable:
@@ -139,6 +141,7 @@ def open_state(
         tiers=Tiers(db),
         plans=Plans(ledger),
         payments=Payments(ledger),
+        provider=HttpProvider.read(directory / "payment_provider"),
         webhook_secrets=directory / "webhook_secrets",
         prices=schedule,
         objects=Objects(db),

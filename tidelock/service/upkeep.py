@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from tidelock.service import notices
+from tidelock.service import charges, notices
 from tidelock.service.db import StorageDown
 from tidelock.service.state import ServiceState
 
@@ -39,6 +39,7 @@ async def slowly(state: ServiceState) -> None:
         await asyncio.sleep(min(state.sweep_interval_s, state.reconciler.every_s / 4))
         try:
             await asyncio.to_thread(state.reconciler.tick, state.inexact)
+            await asyncio.to_thread(charges.tick, state.ledger, state.provider)
             await asyncio.to_thread(notices.deliver, state.ledger.db)
         except StorageDown as error:
             log.warning("reconciliation waits for the database: %s", error)
