@@ -64,7 +64,7 @@ class Town:
         Accounts(self.db).ensure("ann")
         self.bank = ThreadingHTTPServer(("127.0.0.1", 0), Bank)
         self.bank.moods, self.bank.asked, self.bank.charged = [], [], {}
-        threading.Thread(target=self.bank.serve_forever, daemon=True).start()
+        threading.Thread(target=self.bank.serve_forever, args=(0.01,), daemon=True).start()
         self.provider = HttpProvider(f"http://127.0.0.1:{self.bank.server_port}", "sk_test", timeout_s=3)
         charges.set_rule(self.ledger, "ann", RULE)
 

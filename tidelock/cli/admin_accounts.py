@@ -4,6 +4,7 @@ they pay. A table of verbs; each says in one line what it did, and returns it fo
 from __future__ import annotations
 
 import argparse
+import time
 import getpass
 import tomllib
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tidelock.service import charges, invoices
+from tidelock.service import budget_rules, charges, invoices
 from tidelock.service.accounts import ROLES, SCOPES, USUAL_SCOPES, Accounts
 from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
@@ -77,6 +78,11 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
             "set": (_set_limits, "by hand; what is not named comes from the tier (nothing named: all of it)", "ann --rpm 100 --tpm 500000",
                     [org, *rates, (("--scope",), {"default": "", "help": "a project's or key's id: a cap within the organisation's"}),
                      (("--tier",), {"type": int, "help": "of the ladder, whatever was recharged"})]),
+            "budget": (_budget, "a month, of an organisation or of one project or key; without amounts: none",
+                       "ann --soft 50 --hard 100 --scope proj_1",
+                       [org, (("--scope",), {"default": "", "metavar": "ID", "help": "a project's or key's (default: the organisation's own)"}),
+                        (("--soft",), {"metavar": "USD", "help": "who crosses it is told"}),
+                        (("--hard",), {"metavar": "USD", "help": "nothing is begun beyond it"})]),
             "ladder": (_ladder, "which tiers are in force: kimi, open (none), or a TOML file of [[tier]]", "kimi", [(("ladder",), {})]),
         }),
         "plans": ("subscriptions", {
@@ -268,6 +274,16 @@ def _set_limits(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     Tiers(db).set_caps(args.org, limits, args.scope, args.tier, actor())
     print(f"{args.scope or args.org}: {_said(limits)}{f', tier {args.tier}' if args.tier is not None else ''}")
     return {"organization": args.org, "scope": args.scope, "tier": args.tier, "limits": asdict(limits)}
+
+
+def _budget(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    soft, hard = (nano_usd(value) if value else None for value in (args.soft, args.hard))
+    budget_rules.set_budget(db, args.org, args.scope, soft, hard, time.time(), actor())
+    for budget in (found := budget_rules.listed(db, args.org, time.time())):
+        amounts = ", ".join(f"{kind} {format_usd(budget[f'{kind}_nano_usd'])}" for kind in ("soft", "hard", "spent")
+                            if budget[f"{kind}_nano_usd"] is not None)  # fmt: skip
+        print(f"{budget['scope'] or args.org}: {amounts} USD this month")
+    return {"organization": args.org, "budgets": found}
 
 
 def _ladder(args: argparse.Namespace, db: Database) -> dict[str, Any]:

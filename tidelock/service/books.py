@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tidelock.service.budgets import Budgets
 from tidelock.service.chain import link
 from tidelock.service.db import Transaction
 from tidelock.service.ladder import Ladder
@@ -35,6 +36,10 @@ class InsufficientBalance(Exception):
     """The customer's pockets do not cover what was asked for."""
 
 
+class BudgetReached(InsufficientBalance):
+    """They do, and a hard budget does not."""
+
+
 @dataclass(frozen=True)
 class Admission:
     """What a request wants admitted: the prompt whole, and of `max_tokens` of answer as many as the pockets cover."""
@@ -55,6 +60,7 @@ class Admission:
     project: str = ""
     ladder: Ladder | None = None  # whose limits count; None: none do
     reserve: int = 0  # tokens, prompt and answer, that count against them
+    budgeted: bool = False  # somebody has budgets: look whether they apply
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class _Book:
 
 HOLD_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "mode", "prompt_tokens", "max_tokens", "tools",
                 "nano_usd", "parts", "steps", "progress", "worker", "state", "created", "expires", "project",
-                "reserved")  # fmt: skip
+                "reserved", "budgets")  # fmt: skip
 HOLD_CHANGES = ("max_tokens", "tools", "nano_usd", "parts", "steps", "progress", "state", "expires")
 USAGE_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "mode", "prompt_tokens", "cached_tokens",
                  "cache_write_5m_tokens", "cache_write_1h_tokens", "completion_tokens", "tools", "nano_usd", "credit_nano",
@@ -151,6 +157,7 @@ class Books:
         self._prices: dict[str, PriceBook] = {}
         self._booked: set[tuple[str, str]] = set()
         self._limiter = Limiter(tx, sorted(self._books), self.now)
+        self._budgets = Budgets(tx, sorted(self._books), self.now)
 
     # ---- reading, under the lock -------------------------------------------------------------------------------
 
@@ -281,14 +288,19 @@ class Books:
     # ---- one request's life ------------------------------------------------------------------------------------
 
     def hold(self, ask: Admission) -> Hold:
-        """Raises InsufficientBalance if the pockets do not cover the prompt, the tools and `least_tokens`, RateLimited if a
-        limit is reached."""
+        """Raises InsufficientBalance if the pockets do not cover the prompt, the tools and `least_tokens`, BudgetReached if
+        only a budget does not, RateLimited if a limit is reached."""
         if ask.request_id in self._holds:
             raise AssertionError(f"request {ask.request_id} already has a hold")
+        budgets = self._budgets.of(ask.customer, ask.project, ask.key_id) if ask.budgeted else ""
         pockets = self.pockets(ask.customer, ask.burn)
-        affordable = ask.price.tokens_within(sum(nano for _, nano in pockets), ask.prompt_tokens, ask.tools)
+        covered = self._within_budget(ask.customer, budgets, pockets)
+        affordable = ask.price.tokens_within(sum(nano for _, nano in covered), ask.prompt_tokens, ask.tools)
         if affordable < ask.least_tokens:
-            raise InsufficientBalance(ask.customer)
+            if ask.price.tokens_within(sum(nano for _, nano in pockets), ask.prompt_tokens, ask.tools) < ask.least_tokens:
+                raise InsufficientBalance(ask.customer)
+            self._budgets.refused(ask.customer, budgets)
+            raise BudgetReached(ask.customer)
         reserved, standing = "", Standing()
         if ask.ladder is not None:
             recharged = -self.balance(ask.customer, OUTSIDE) - self.balance(ask.customer, REFUNDS)
@@ -298,15 +310,17 @@ class Books:
         self._limiter.opened(ask.customer, ask.project, ask.key_id)
         tokens = min(ask.max_tokens, affordable)
         nano_usd = ask.price.ceiling_nano(ask.prompt_tokens, tokens, ask.tools)
-        parts = take(pockets, nano_usd)
+        parts = take(covered, nano_usd)
         self._holds[ask.request_id] = {
             "request_id": ask.request_id, "customer": ask.customer, "key_id": ask.key_id, "model": ask.model,
             "price_version": ask.price_version, "mode": ask.mode, "prompt_tokens": ask.prompt_tokens,
             "max_tokens": tokens, "tools": _json(ask.tools), "nano_usd": nano_usd, "parts": _parts_json(parts), "steps": 1,
             "progress": 0, "worker": self._worker, "state": "open", "created": self.now,
             "expires": self.now + ask.lifetime_s, "project": ask.project, "reserved": reserved,
+            "budgets": budgets,
         }  # fmt: skip
         self._new_holds.add(ask.request_id)
+        self._budgets.hold(ask.customer, budgets, nano_usd)
         self._set_aside(ask.customer, "hold", ask.request_id, parts)
         return Hold(
             ask.request_id, ask.customer, ask.key_id, ask.model, ask.price, ask.price_version, ask.prompt_tokens, tokens,
@@ -326,7 +340,7 @@ class Books:
         customer, called = hold["customer"], json.loads(hold["tools"])
         for name, count in (tools or {}).items():
             called[name] = called.get(name, 0) + count
-        pockets = self.pockets(customer, asked.burn)
+        pockets = self._within_budget(customer, hold["budgets"], self.pockets(customer, asked.burn))
         within = hold["nano_usd"] + sum(nano for _, nano in pockets)
         more = min(tokens, price.tokens_within(within, hold["prompt_tokens"], called) - hold["max_tokens"])
         if more < 0 and tools:
@@ -341,6 +355,7 @@ class Books:
             hold["tools"] = _json(called)
             hold["parts"] = _parts_json(_merge(_parts(hold), parts))
             hold["steps"] += 1
+            self._budgets.hold(customer, hold["budgets"], nano)
             self._set_aside(customer, "extend", f"{request_id}/{hold['steps']}", parts)
         self._changed_holds.add(request_id)
         return more
@@ -376,7 +391,7 @@ class Books:
         hold = self._holds.get(request_id)
         if hold is None or hold["state"] != "open":
             return False
-        self._close(hold, "released", 0)
+        self._close(hold, "released", 0, 0)
         back = [(name, nano) for name, nano in _parts(hold)]
         self._give_back(hold, back)
         self.post(hold["customer"], "release", request_id, [(HELD, -hold["nano_usd"]), *back])
@@ -401,16 +416,21 @@ class Books:
             took.wait_ms, took.first_ms, took.total_ms,
         )  # fmt: skip
         self._usage.append(row)
-        self._close(hold, state, used.prompt + used.completion)
+        self._close(hold, state, used.prompt + used.completion, cost)
         entries = [(HELD, -hold["nano_usd"]), (REVENUE, cost), *back]
         self.post(hold["customer"], "settle", hold["request_id"], entries, usage_detail(row))
         return cost
 
-    def _close(self, hold: dict[str, Any], state: str, used_tokens: int) -> None:
+    def _within_budget(self, customer: str, budgets: str, pockets: list[Entry]) -> list[Entry]:
+        left = self._budgets.left(customer, budgets)
+        return pockets if left is None else take(pockets, left)
+
+    def _close(self, hold: dict[str, Any], state: str, used_tokens: int, cost: int) -> None:
         hold["state"] = state
         self._changed_holds.add(hold["request_id"])
         self._limiter.opened(hold["customer"], hold["project"], hold["key_id"], by=-1)
         self._limiter.give_back(hold["customer"], hold["reserved"], used_tokens)
+        self._budgets.close(hold["customer"], hold["budgets"], hold["nano_usd"], cost)
 
     def _set_aside(self, customer: str, kind: str, reference: str, parts: list[Entry]) -> None:
         total = sum(nano for _, nano in parts)
@@ -471,6 +491,7 @@ class Books:
         ]  # fmt: skip
         tx.update("allowances", ("customer", "pocket", "span"), ("limit_nano", "started", "ends", "used_nano"), spent)
         self._limiter.write()
+        self._budgets.write()
 
 
 def usage_detail(row: Sequence[Any]) -> str:

@@ -20,7 +20,7 @@ from tidelock.service.tally import cause
 MOST_OF_ONE, MOST = 100, 2000  # between two heartbeats
 KEPT_S = 30 * 86400.0
 COLUMNS = ("request_id", "customer", "key_id", "model", "cause", "status", "message", "created")
-OURS = ("rate_limit_exceeded", "insufficient_quota", "balance_exhausted")  # messages made of our own words and numbers
+OURS = ("rate_limit_exceeded", "insufficient_quota", "balance_exhausted", "budget_reached")  # messages made of our own words and numbers
 
 
 class Refused:

@@ -67,6 +67,7 @@ class ServiceState:
     sweep_interval_s: float = 30.0
     keep_holds_s: float = 30 * 86400.0  # after they were closed; a few are removed with every sweep
     keep_alive_s: float = 10.0  # a stream says something at least this often
+    budgeted: bool = False  # somebody has a budget, as of the last heartbeat
     merge_s: float = 0.01  # a stream is written to at most this often
     stall_timeout_s: float = 60.0  # a client that takes nothing for this long has left
     max_body_bytes: int = 32 << 20

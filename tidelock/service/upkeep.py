@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from tidelock.service import charges, notices
+from tidelock.service import budget_rules, charges, notices
 from tidelock.service.db import StorageDown
 from tidelock.service.state import ServiceState
 
@@ -55,6 +55,7 @@ def flush(state: ServiceState) -> None:
 
 
 def recover(state: ServiceState) -> None:
+    state.budgeted = budget_rules.in_force(state.ledger.db)
     dead = state.worker.dead()
     lost = state.ledger.recover(dead)
     if lost:

@@ -57,6 +57,7 @@ CREATE TABLE budgets (
     month BIGINT NOT NULL,     -- the one that spent_nano is of, counted from year 0
     spent_nano BIGINT NOT NULL CHECK (spent_nano >= 0),
     held_nano BIGINT NOT NULL CHECK (held_nano >= 0),  -- by requests that run
+    told BIGINT NOT NULL,      -- bits: the soft one was told of, the hard one was
     PRIMARY KEY (customer, scope)
 );
 ALTER TABLE holds ADD COLUMN budgets TEXT NOT NULL DEFAULT '';
