@@ -307,7 +307,11 @@ def test_a_running_server_tells_it_to_the_admin_only(service, capsys, tmp_path):
     assert ask(admin).json()["by_kind"] == {"debit_wrong": 1, "trace_tokens": 1}
     assert main(["admin", "reconcile", str(tmp_path)]) == 1 and "debit_wrong" in capsys.readouterr().out
     with service.state.ledger.db.transaction() as tx:
-        tx("UPDATE usage SET completion_tokens = completion_tokens - 1")
+        tx("UPDATE usage SET completion_tokens = completion_tokens - 1, upstream = 'talk', upstream_completion = 99")
+    (tmp_path / "upstreams.toml").write_text('[[upstream]]\nname = "talk"\nurl = "http://x"\nkind = "chat"\n')
+    assert main(["admin", "reconcile", str(tmp_path)]) == 0 and "99 reported_completion" in capsys.readouterr().out
+    (tmp_path / "upstreams.toml").write_text('[[upstream]]\nname = "talk"\nurl = "http://x"\nkind = "tokens"\n')
+    assert main(["admin", "reconcile", str(tmp_path)]) == 1 and "upstream_completion" in capsys.readouterr().out
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
