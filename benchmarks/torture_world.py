@@ -48,5 +48,6 @@ def make(db: Database, pepper: Path, customers: int, balance_nano: int) -> dict[
         tiers.set_caps(name, Limits(tokens=40_000), key.id)
         set_budget(db, name, project, balance_nano // 20, balance_nano // 10, time.time())
         set_budget(db, name, key.id, None, balance_nano // 15, time.time())
-        made[name] = Organization(name, project, {"default": default, "project": capped, "member": member, "viewer": blind, "revoked": revoked})  # fmt: skip
+        own = {"default": default, "project": capped, "member": member, "viewer": blind, "revoked": revoked}
+        made[name] = Organization(name, project, own)
     return made

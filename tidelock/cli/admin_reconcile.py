@@ -24,8 +24,8 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
     compare.add_argument("--since", metavar="TIME", help="2026-11-01 or 2026-11-01T12:00 (UTC); default: everything")
     compare.add_argument("--until", metavar="TIME", help="up to, not including (default: now)")
     compare.add_argument("--text-upstream", action="append", default=[], metavar="NAME",
-                         help="this one counts tokens of another tokenizer, so only its sums are shown (as those of DIR/upstreams.toml that "
-                              "are of kind chat)")  # fmt: skip
+                         help="this one counts tokens of another tokenizer, so only its sums are shown (as those of kind chat "
+                              "in DIR/upstreams.toml)")  # fmt: skip
     compare.set_defaults(act=run)
     hook = actions.add_parser("webhook", parents=[where], help="where notices are sent, signed: the operator's, or an organisation's")
     hook.add_argument("url")

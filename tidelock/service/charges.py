@@ -49,7 +49,8 @@ class Refused(Exception):
 
 class Provider(Protocol):
     def charge(self, charge: str, customer: str, method: str, cents: int, tax_cents: int) -> str:
-        """Asks for `cents`, of which so many are tax; returns the payment's id. Safe to repeat. Raises Refused, or OSError where nobody knows."""
+        """Asks for `cents`, of which so many are tax; returns the payment's id. Safe to repeat. Raises Refused, or OSError
+        where nobody knows."""
 
 
 class HttpProvider:
@@ -119,7 +120,8 @@ def tick(ledger: Ledger, provider: Provider | None) -> int:
         _make(ledger, customer)
     asked, now = 0, ledger.clock()
     sql = ("SELECT c.id, c.customer, c.nano_usd, c.attempts, r.method, COALESCE(o.tax_bps, 0) FROM auto_charges c "
-           "JOIN auto_topups r ON r.customer = c.customer LEFT JOIN organizations o ON o.id = c.customer WHERE c.state = 'due' AND c.due <= ? ORDER BY c.due")  # fmt: skip
+           "JOIN auto_topups r ON r.customer = c.customer LEFT JOIN organizations o ON o.id = c.customer "
+           "WHERE c.state = 'due' AND c.due <= ? ORDER BY c.due")  # fmt: skip
     for row in ledger.db.read(sql, (now,)):
         asked += _ask(ledger, provider, row, now)
     with ledger.db.transaction() as tx:

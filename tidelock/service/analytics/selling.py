@@ -68,7 +68,7 @@ def _change(side: str, what: str, words: str, unit: str) -> Metric:
 SELLING = [
     Metric(
         "tiers.customers",
-        "Customers that ever recharged, by the tier that what they have recharged in all, less refunds, gives at the end of the month, on the ladder "
+        "Customers that ever recharged, by the tier that all they have recharged, less refunds, gives at the end of the month, on the ladder "
         "in force today; tiers set by hand do not count.",
         """SELECT s.month, 'tier ' || (SELECT MAX(t.tier) FROM tiers t WHERE t.tier = 0 OR t.from_nano <= s.total), COUNT(*)
 FROM standing s GROUP BY 1, 2""",
