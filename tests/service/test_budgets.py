@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 
 import openai
@@ -194,7 +195,8 @@ def test_held_and_spent_are_what_the_holds_and_usage_rows_say(steps):
             hold = running[n % len(running)]
             with shop.ledger.books(["ann"], [hold.request_id]) as books:
                 if what == "extend":
-                    books.extend(hold, n, progress=n)
+                    with suppress(BudgetReached):
+                        books.extend(hold, n, progress=n)
                 elif what == "settle":
                     books.settle(hold.request_id, PRICE, Metered(Counts(0, completion=n), "stop"))
                 elif what == "lose":
@@ -227,3 +229,22 @@ def test_the_api_says_so_and_the_command_line_sets_it(service, capsys, tmp_path)
     with pytest.raises(openai.RateLimitError) as caught:
         client.chat.completions.create(model="tide", messages=[{"role": "user", "content": "hi"}])
     assert caught.value.code == "budget_reached" and caught.value.response.headers["x-should-retry"] == "false"
+
+
+def test_a_stream_that_a_budget_ends_says_so_and_has_an_exact_bill(service):
+    secret = service.key()
+    (key,) = service.state.keys.list("ann")
+    service.state.budgeted = True
+    service.policy.turns = [Message("assistant", "word " * 200)]
+    budget_rules.set_budget(service.state.ledger.db, "ann", key.project, None, 400_000, time.time())
+    stream = service.client(secret, max_retries=0).chat.completions.create(
+        model="tide", messages=[{"role": "user", "content": "hi"}], max_tokens=900, stream=True
+    )
+    with pytest.raises(openai.APIError) as caught:
+        list(stream)
+    assert caught.value.code == "budget_reached"
+    service.wait(lambda: service.state.ledger.db.read("SELECT 1 FROM usage"))
+    (row,) = service.state.ledger.db.read("SELECT nano_usd FROM usage")
+    assert 400_000 - 1500 < row["nano_usd"] <= 400_000
+    (budget,) = budget_rules.listed(service.state.ledger.db, "ann", time.time())
+    assert (budget["spent_nano_usd"], budget["held_nano_usd"]) == (row["nano_usd"], 0)

@@ -105,14 +105,16 @@ class Books(Posting):
         """Covers up to `tokens` more of answer and the tool calls; returns how many tokens more, 0 at the end of the
         money. `progress`: tokens the client has been sent so far; a crash after this is charged at least those.
 
-        Raises InsufficientBalance if the tool calls are not covered, KeyError if the hold is no longer open.
+        Raises InsufficientBalance if the tool calls are not covered, BudgetReached if a budget and not the money ended,
+        KeyError if the hold is no longer open.
         """
         request_id, price = asked.request_id, asked.price
         hold = self._open_hold(request_id)
         customer, called = hold["customer"], json.loads(hold["tools"])
         for name, count in (tools or {}).items():
             called[name] = called.get(name, 0) + count
-        pockets = self._within_budget(customer, hold["budgets"], self.pockets(customer, asked.burn))
+        purse = self.pockets(customer, asked.burn)
+        pockets = self._within_budget(customer, hold["budgets"], purse)
         within = hold["nano_usd"] + sum(nano for _, nano in pockets)
         more = min(tokens, price.tokens_within(within, hold["prompt_tokens"], called) - hold["max_tokens"])
         if more < 0 and tools:
@@ -130,6 +132,9 @@ class Books(Posting):
             self._budgets.hold(customer, hold["budgets"], nano)
             self._set_aside(customer, "extend", f"{request_id}/{hold['steps']}", parts)
         self._changed_holds.add(request_id)
+        if not more and not tools and pockets != purse:
+            self._budgets.refused(customer, hold["budgets"])
+            raise BudgetReached(customer)
         return more
 
     def settle(self, request_id: str, price: Price, metered: Metered) -> int:

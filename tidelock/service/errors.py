@@ -115,8 +115,9 @@ def insufficient_balance() -> ApiError:
     return ApiError(429, "exceeded_current_quota_error", message, code="insufficient_quota", retry=False)
 
 
-def budget_reached() -> ApiError:
-    message = "a monthly budget of your organization, project or key does not cover this request; raise it, or wait for the next month"
+def budget_reached(midway: bool = False) -> ApiError:
+    what = "any more of this answer; what you were sent is charged" if midway else "this request"
+    message = f"a monthly budget of your organization, project or key does not cover {what}; raise it, or wait for the next month"
     return ApiError(429, "exceeded_current_quota_error", message, code="budget_reached", retry=False)
 
 

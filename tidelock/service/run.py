@@ -334,7 +334,7 @@ async def _sampled(
                 if inbox is not None:
                     inbox.put(pieces)
                 if broke and inbox is not None:
-                    raise errors.balance_exhausted()
+                    raise errors.budget_reached(midway=True) if meter.tab.over_budget else errors.balance_exhausted()
                 if broke or choice.stopped is not None:
                     break
     except PolicyError as error:
