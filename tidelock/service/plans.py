@@ -12,7 +12,7 @@ customer's lock.
 from __future__ import annotations
 
 import secrets
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tidelock.service.accounts import OPERATOR, log
@@ -26,6 +26,16 @@ from tidelock.service.windows import Allowance, period
 from tidelock.tokens.errors import UserError
 
 __all__ = ["Plan", "Plans", "SoldOut", "Subscription", "prorated"]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What changing to a plan would do, if it were done now."""
+
+    kind: str  # "subscribe" | "upgrade" | "downgrade" | "keep"
+    charge_nano: int  # from the cash balance, at once
+    unused_nano: int  # of the present term's price, already taken off the charge
+    effective: float
 
 
 class Plans:
@@ -105,12 +115,12 @@ class Plans:
         with self._ledger.books([customer]) as books:
             sub = require(books, customer)
             old, new = named(books, sub.plan), named(books, plan)
-            count = _count(new, max(new.least, min(sub.quantity, new.most)) if quantity is None else quantity)
+            count = _changed(new, sub, quantity)
             moves = {sub.next_plan: -sub.next_quantity} if sub.next_plan else {}
             sub.next_plan, sub.next_quantity, sub.cancelled = "", 0, 0
             if (new.name, count) == (old.name, sub.quantity):
                 seats(books, customer, moves)
-            elif (new.monthly_nano(count), count) > (old.monthly_nano(sub.quantity), sub.quantity):
+            elif _is_up(new, count, old, sub):
                 moves[old.name] = moves.get(old.name, 0) - sub.quantity
                 moves[new.name] = moves.get(new.name, 0) + count
                 seats(books, customer, moves)
@@ -129,6 +139,21 @@ class Plans:
             detail = {"from": old.name, "to": new.name, "quantity": count}
             log(books.execute, customer, actor, "plan.changed", sub.id, detail, books.now)
         return sub
+
+    def preview(self, customer: str, plan: str, quantity: int | None = None) -> Preview:
+        """By the same arithmetic as `subscribe` and `change`; books nothing. Raises UnknownId."""
+        with self._ledger.books([customer]) as books:
+            known(books, customer)
+            new, sub = named(books, plan), active(books, customer)
+            if sub is None:
+                return Preview("subscribe", new.price_nano * _count(new, quantity), 0, books.now)
+            old, count = named(books, sub.plan), _changed(new, sub, quantity)
+            if (new.name, count) == (old.name, sub.quantity):
+                return Preview("keep", 0, 0, books.now)
+            if _is_up(new, count, old, sub):
+                credited = unused(books, sub, old)
+                return Preview("upgrade", new.price_nano * count - credited, credited, books.now)
+            return Preview("downgrade", 0, 0, sub.ends)
 
     def cancel(self, customer: str, actor: str = OPERATOR) -> Subscription:
         """With the end of the term; until then all stays."""
@@ -219,3 +244,12 @@ def _count(plan: Plan, quantity: int | None) -> int:
     if not plan.least <= count <= plan.most:
         raise UserError(f"plan {plan.name!r} is sold with {plan.least} to {plan.most} seats, not {count}")
     return count
+
+
+def _changed(new: Plan, sub: Subscription, quantity: int | None) -> int:
+    """Seats after a change; default: as many as now, as far as the plan has them."""
+    return _count(new, max(new.least, min(sub.quantity, new.most)) if quantity is None else quantity)
+
+
+def _is_up(new: Plan, count: int, old: Plan, sub: Subscription) -> bool:
+    return (new.monthly_nano(count), count) > (old.monthly_nano(sub.quantity), sub.quantity)
