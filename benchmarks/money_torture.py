@@ -248,6 +248,7 @@ def happened(torture: Torture, ledger: Ledger) -> dict:
         "without an answer": torture.unanswered,
         "ends": dict(ends.most_common()),
         "refused by a limit": ends["429 rate_limit_exceeded"],
+        "refused by a budget": ends["429 budget_reached"],
         "usage_rows": len(usage),
         "of which settled for a dead server": sum(row["finish_reason"] == "lost" for row in usage),
         "kill -9": sum(server.kills for server in torture.servers),

@@ -40,6 +40,7 @@ def must_be_zero(seen: Iterable[Any], ledger: Ledger, sent: Counter[str], paid: 
         "leaked_holds": db.read("SELECT COUNT(*) FROM holds WHERE state = 'open'")[0][0],
         "leaked_limit_reservations": _wrong_levels(db),
         "limits_not_free_after_a_day": _still_limited(db),
+        "wrong_budgets": _wrong_budgets(db),
         "charged_though_refused": sum(known.end[:1] in ("4", "5") and known.request_id in charged for known in seen),
         "sum_nano": audit.sum_nano,
         "broken_links": audit.broken_links,
@@ -94,8 +95,9 @@ def _replay(db: Database) -> tuple[Levels, dict[tuple[str, str], int], dict[tupl
         for scope, limits in memo["scopes"].items():
             key = (customer, scope)
             rates[key] = dict(zip(TOKENS, limits, strict=True))
-            _drain(levels[key], rates[key], now - at.get(key, now))
-            at[key] = max(now, at.get(key, now))  # of two workers, who came first may have been let in second
+            if kind == "hold":
+                _drain(levels[key], rates[key], now - at.get(key, now))
+                at[key] = max(now, at.get(key, now))  # of two workers, who came first may have been let in second
             for which, rate in rates[key].items():
                 if rate is None:
                     continue
@@ -110,6 +112,17 @@ def _replay(db: Database) -> tuple[Levels, dict[tuple[str, str], int], dict[tupl
 def _drain(levels: dict[str, int], rates: dict[str, int | None], elapsed_ms: int) -> None:
     for which, rate in rates.items():
         levels[which] = max(levels[which] - (rate or 0) * max(elapsed_ms, 0), 0)
+
+
+def _wrong_budgets(db: Database) -> int:
+    """Budgets that are exceeded, hold something for nobody, or have counted other than the usage rows say."""
+    project = {row[0]: row[1] for row in db.read("SELECT id, project FROM keys")}
+    spent: Counter[tuple[str, str]] = Counter()
+    for customer, key, nano in db.read("SELECT customer, key_id, nano_usd FROM usage"):
+        spent[customer, key] += nano
+        spent[customer, project[key]] += nano
+    rows = db.read("SELECT customer, scope, hard_nano, spent_nano, held_nano FROM budgets")
+    return sum(held != 0 or used > hard or used != spent[customer, scope] for customer, scope, hard, used, held in rows)
 
 
 class _Undo(Exception):

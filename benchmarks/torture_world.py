@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from tidelock.service.accounts import Accounts
+from tidelock.service.budget_rules import set_budget
 from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ladder import KIMI, Limits
@@ -25,7 +27,7 @@ class Organization:
 
 def make(db: Database, pepper: Path, customers: int, balance_nano: int) -> dict[str, Organization]:
     """Every tier is there, set by hand (their balances are tiny); some organisations, projects and keys have caps of their
-    own, so that every kind of limit is hit by somebody."""
+    own, and hard budgets, so that every kind of limit is hit by somebody."""
     accounts, keys, ledger, tiers = Accounts(db), KeyStore.open(db, pepper), Ledger(db), Tiers(db)
     tiers.set_ladder(KIMI)
     made = {}
@@ -44,5 +46,8 @@ def make(db: Database, pepper: Path, customers: int, balance_nano: int) -> dict[
         tiers.set_caps(name, Limits(day_tokens=400_000) if n % 4 == 3 else Limits(), tier=n % len(KIMI.tiers))
         tiers.set_caps(name, Limits(concurrency=3, requests=30), project)
         tiers.set_caps(name, Limits(tokens=40_000), key.id)
-        made[name] = Organization(name, project, {"default": default, "project": capped, "member": member, "viewer": blind, "revoked": revoked})  # fmt: skip
+        set_budget(db, name, project, balance_nano // 20, balance_nano // 10, time.time())
+        set_budget(db, name, key.id, None, balance_nano // 15, time.time())
+        own = {"default": default, "project": capped, "member": member, "viewer": blind, "revoked": revoked}
+        made[name] = Organization(name, project, own)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tidelock.cli.main import main
-from tidelock.service import invoices, notices, signature
+from tidelock.service import invoices, notices, signature, upkeep
 from tidelock.service.books import Metered, Upstream
 from tidelock.service.db import Database
 from tidelock.service.ledger import Ledger
@@ -247,7 +248,7 @@ class Receiver(BaseHTTPRequestHandler):
 def receiver():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
     server.got, server.statuses = [], []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -307,7 +308,11 @@ def test_a_running_server_tells_it_to_the_admin_only(service, capsys, tmp_path):
     assert ask(admin).json()["by_kind"] == {"debit_wrong": 1, "trace_tokens": 1}
     assert main(["admin", "reconcile", str(tmp_path)]) == 1 and "debit_wrong" in capsys.readouterr().out
     with service.state.ledger.db.transaction() as tx:
-        tx("UPDATE usage SET completion_tokens = completion_tokens - 1")
+        tx("UPDATE usage SET completion_tokens = completion_tokens - 1, upstream = 'talk', upstream_completion = 99")
+    (tmp_path / "upstreams.toml").write_text('[[upstream]]\nname = "talk"\nurl = "http://x"\nkind = "chat"\n')
+    assert main(["admin", "reconcile", str(tmp_path)]) == 0 and "99 reported_completion" in capsys.readouterr().out
+    (tmp_path / "upstreams.toml").write_text('[[upstream]]\nname = "talk"\nurl = "http://x"\nkind = "tokens"\n')
+    assert main(["admin", "reconcile", str(tmp_path)]) == 1 and "upstream_completion" in capsys.readouterr().out
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -325,3 +330,28 @@ def test_what_is_wrong_is_what_differs_whatever_the_counts(tmp_path_factory, req
     assert {one.id: one.difference for one in found.listed} == {f"q{n}": r - b for n, (b, r, _) in enumerate(requests) if r != b}
     assert found.drift_nano == sum(1500 * abs(r - b) for b, r, _ in requests)
     db.close()
+
+
+def test_the_server_s_own_upkeep_reconciles_and_delivers(service, receiver):
+    service.key()
+    notices.set_webhook(service.state.ledger.db, notices.OPERATOR, f"http://127.0.0.1:{receiver.server_port}/alarm")
+    service.client(service.key("bob")).chat.completions.create(model="tide", messages=[{"role": "user", "content": "hi"}])
+    service.wait(lambda: service.state.ledger.db.read("SELECT 1 FROM usage"))
+    with service.state.ledger.db.transaction() as tx:
+        tx("UPDATE usage SET nano_usd = nano_usd + 5")
+    service.state.sweep_interval_s = 0.02
+
+    async def for_a_while() -> None:
+        task = asyncio.create_task(upkeep.slowly(service.state))
+        for _ in range(300):
+            await asyncio.sleep(0.02)
+            if receiver.got:
+                break
+        task.cancel()
+
+    asyncio.run(for_a_while())
+    assert json.loads(receiver.got[0][1])["data"]["by_kind"] == {"charge_wrong": 1}
+    scraped = httpx.get(service.running.base_url.removesuffix("/v1") + "/metrics").text
+    assert "tidelock_reconciliation_drift_nano_usd 5.0" in scraped and "tidelock_reconciliation_age_seconds nan" not in scraped
+    with service.state.ledger.db.transaction() as tx:
+        tx("UPDATE usage SET nano_usd = nano_usd - 5")

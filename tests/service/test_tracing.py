@@ -46,7 +46,7 @@ class Collector(http.server.BaseHTTPRequestHandler):
 def collector():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector)
     server.posts = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

@@ -4,6 +4,7 @@ they pay. A table of verbs; each says in one line what it did, and returns it fo
 from __future__ import annotations
 
 import argparse
+import time
 import getpass
 import tomllib
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tidelock.service import invoices
+from tidelock.service import budget_rules, charges, invoices
 from tidelock.service.accounts import ROLES, SCOPES, USUAL_SCOPES, Accounts
 from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
@@ -35,6 +36,7 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
     usd = (("--usd",), {"required": True})
     reference = (("--reference",), {"required": True, "help": "the same one is never booked twice"})
     plan = (("plan",), {"metavar": "PLAN"})
+    quantity = (("--quantity",), {"type": int, "metavar": "SEATS", "help": "price and credits are for each"})
     rates = [((f"--{name}",), {"type": int, "metavar": "N", "help": text}) for name, text in (
         ("concurrency", "requests at the same time"), ("rpm", "requests a minute"), ("tpm", "tokens a minute"), ("tpd", "tokens a day"))]
     groups: dict[str, tuple[str, dict[str, tuple[Run, str, str, list]]]] = {
@@ -76,18 +78,26 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
             "set": (_set_limits, "by hand; what is not named comes from the tier (nothing named: all of it)", "ann --rpm 100 --tpm 500000",
                     [org, *rates, (("--scope",), {"default": "", "help": "a project's or key's id: a cap within the organisation's"}),
                      (("--tier",), {"type": int, "help": "of the ladder, whatever was recharged"})]),
+            "budget": (_budget, "a month, of an organisation or of one project or key; without amounts: none",
+                       "ann --soft 50 --hard 100 --scope proj_1",
+                       [org, (("--scope",), {"default": "", "metavar": "ID", "help": "a project's or key's (default: the organisation's own)"}),
+                        (("--soft",), {"metavar": "USD", "help": "who crosses it is told"}),
+                        (("--hard",), {"metavar": "USD", "help": "nothing is begun beyond it"})]),
             "ladder": (_ladder, "which tiers are in force: kimi, open (none), or a TOML file of [[tier]]", "kimi", [(("ladder",), {})]),
         }),
         "plans": ("subscriptions", {
             "list": (_plans, "what is sold, and how much of it", "", []),
             "define": (_define, "a plan, or new terms of one", "coder --usd 19 --credits 25 --five-hours 3 --week 10 --seats 100",
                        [plan, usd, (("--credits",), {"required": True, "metavar": "USD", "help": "a month"}),
+                        (("--months",), {"type": int, "choices": (1, 12), "default": 1, "help": "that a term has and the price is for"}),
+                        (("--least",), {"type": int, "default": 1, "help": "seats of one customer"}),
+                        (("--most",), {"type": int, "default": 1, "help": "seats of one customer"}),
                         (("--five-hours",), {"metavar": "USD"}), (("--week",), {"metavar": "USD"}),
                         (("--seats",), {"type": int, "required": True, "help": "never more are sold"})]),
             "show": (_subscription, "an organisation's plan", "ann", [org]),
             "subscribe": (_subscribe, "paid from the cash balance", "ann coder --wait",
-                          [org, plan, (("--wait",), {"action": "store_true", "help": "join the waiting list if it is sold out"})]),
-            "change": (_change, "up at once and prorated, down with the next period", "ann pro", [org, plan]),
+                          [org, plan, quantity, (("--wait",), {"action": "store_true", "help": "join the waiting list if it is sold out"})]),
+            "change": (_change, "up at once and prorated, down with the next period", "ann pro", [org, plan, quantity]),
             "cancel": (_cancel, "with the end of the period", "ann", [org]),
             "extra-cap": (_extra, "of the extra-usage wallet, a month", "ann 50", [org, (("usd",), {"help": "or none"})]),
             "turn": (_turn, "begin the periods that are due (servers do so by themselves)", "", []),
@@ -99,6 +109,12 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
                       (("--extra",), {"action": "store_true", "help": "into the extra-usage wallet"})]),
             "refund": (_refund, "book that part of a payment was paid back, tax included", "wire-7 --usd 20 --reference back-1",
                        [(("payment",), {}), usd, reference]),
+            "auto": (_auto, "top up by itself when the cash falls low; --below none: no more",
+                     "ann --below 5 --charge 20 --per-day 2 --month-cap 200 --method cus_1",
+                     [org, (("--below",), {"required": True, "metavar": "USD"}), (("--charge",), {"metavar": "USD"}),
+                      (("--per-day",), {"type": int, "default": 1, "help": "charges in any 24 hours, at most"}),
+                      (("--month-cap",), {"metavar": "USD", "help": "charged in a calendar month, at most"}),
+                      (("--method",), {"default": "", "help": "the payment provider's name for whom it charges"})]),
         }),
         "invoices": ("invoices", {
             "list": (_invoices, "an organisation's invoices", "ann", [org]),
@@ -260,6 +276,16 @@ def _set_limits(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     return {"organization": args.org, "scope": args.scope, "tier": args.tier, "limits": asdict(limits)}
 
 
+def _budget(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    soft, hard = (nano_usd(value) if value else None for value in (args.soft, args.hard))
+    budget_rules.set_budget(db, args.org, args.scope, soft, hard, time.time(), actor())
+    for budget in (found := budget_rules.listed(db, args.org, time.time())):
+        amounts = ", ".join(f"{kind} {format_usd(budget[f'{kind}_nano_usd'])}" for kind in ("soft", "hard", "spent")
+                            if budget[f"{kind}_nano_usd"] is not None)  # fmt: skip
+        print(f"{budget['scope'] or args.org}: {amounts} USD this month")
+    return {"organization": args.org, "budgets": found}
+
+
 def _ladder(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     ladder = KNOWN.get(args.ladder) or _read_ladder(Path(args.ladder))
     Tiers(db).set_ladder(ladder, actor())
@@ -298,19 +324,22 @@ def _exists(db: Database, org: str, scope: str) -> None:
 # ---- plans, payments, invoices -----------------------------------------------------------------------------------
 
 
+TERMS = {1: "a month", 12: "a year"}
+
+
 def _plans(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     found = Plans(Ledger(db)).plans()
     for p in found:
-        print(f"{p['name']:<16} {format_usd(p['price_nano'])} USD a month, {format_usd(p['credits_nano'])} USD of credits, "
+        print(f"{p['name']:<16} {format_usd(p['price_nano'])} USD {TERMS[p['months']]}, {format_usd(p['credits_nano'])} USD of credits a month, "
               f"{p['sold']} of {p['seats']} sold, {p['waiting']} waiting")  # fmt: skip
     return {"plans": found}
 
 
 def _define(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     windows = [nano_usd(value) if value else None for value in (args.five_hours, args.week)]
-    plan = Plan(args.plan, nano_usd(args.usd), nano_usd(args.credits), *windows, args.seats)
+    plan = Plan(args.plan, nano_usd(args.usd), nano_usd(args.credits), *windows, args.seats, args.months, args.least, args.most)
     Plans(Ledger(db)).define(plan, actor())
-    print(f"plan {plan.name}: {args.usd} USD a month, {plan.seats} seats")
+    print(f"plan {plan.name}: {args.usd} USD {TERMS[plan.months]}, {plan.seats} seats")
     return asdict(plan)
 
 
@@ -321,7 +350,7 @@ def _subscription(args: argparse.Namespace, db: Database) -> dict[str, Any]:
 def _subscribe(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     plans = Plans(Ledger(db))
     try:
-        plans.subscribe(args.org, args.plan, actor())
+        plans.subscribe(args.org, args.plan, actor(), args.quantity)
     except SoldOut:
         if not args.wait:
             raise
@@ -332,7 +361,7 @@ def _subscribe(args: argparse.Namespace, db: Database) -> dict[str, Any]:
 
 
 def _change(args: argparse.Namespace, db: Database) -> dict[str, Any]:
-    Plans(Ledger(db)).change(args.org, args.plan, actor())
+    Plans(Ledger(db)).change(args.org, args.plan, actor(), args.quantity)
     return _shown(args.org, db)
 
 
@@ -360,7 +389,8 @@ def _shown(org: str, db: Database) -> dict[str, Any]:
         print(f"{org} has no plan")
         return {"organization": org, "plan": None}
     then = "ends" if sub.cancelled else f"becomes {sub.next_plan}" if sub.next_plan else "renews"
-    print(f"{org}: {sub.plan}, {then} on {datetime.fromtimestamp(sub.ends, UTC):%Y-%m-%d %H:%M:%S} UTC")
+    count = f", {sub.quantity} seats" if sub.quantity > 1 else ""
+    print(f"{org}: {sub.plan}{count}, {then} on {datetime.fromtimestamp(sub.ends, UTC):%Y-%m-%d %H:%M:%S} UTC")
     return {**asdict(sub), "begins": sub.begins, "ends": sub.ends}
 
 
@@ -370,6 +400,17 @@ def _payments(args: argparse.Namespace, db: Database) -> dict[str, Any]:
         back = f", {format_usd(p['taken_nano'])} back" if p["taken_nano"] else ""
         print(f"{p['id']:<28} {format_usd(p['net_nano'])} USD + {format_usd(p['tax_nano'])} tax{back}")
     return {"payments": found}
+
+
+def _auto(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    below = 0 if args.below == "none" else nano_usd(args.below)
+    if below and not (args.charge and args.month_cap):
+        raise UserError("an automatic top-up needs --charge and --month-cap")
+    rule = charges.Rule(below, nano_usd(args.charge), args.per_day, nano_usd(args.month_cap), args.method) if below else None
+    charges.set_rule(Ledger(db), args.org, rule, actor())
+    what = f"below {args.below} USD of cash, {args.charge} USD are charged" if rule else "no automatic top-up"
+    print(f"{args.org}: {what}")
+    return {"organization": args.org, "rule": asdict(rule) if rule else None}
 
 
 def _book(args: argparse.Namespace, db: Database) -> dict[str, Any]:

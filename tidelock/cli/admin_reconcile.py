@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
     compare.add_argument("--since", metavar="TIME", help="2026-11-01 or 2026-11-01T12:00 (UTC); default: everything")
     compare.add_argument("--until", metavar="TIME", help="up to, not including (default: now)")
     compare.add_argument("--text-upstream", action="append", default=[], metavar="NAME",
-                         help="this one counts tokens of another tokenizer; only its sums are shown")  # fmt: skip
+                         help="this one counts tokens of another tokenizer, so only its sums are shown (as those of kind chat "
+                              "in DIR/upstreams.toml)")  # fmt: skip
     compare.set_defaults(act=run)
     hook = actions.add_parser("webhook", parents=[where], help="where notices are sent, signed: the operator's, or an organisation's")
     hook.add_argument("url")
@@ -35,7 +37,7 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     since = _moment(args.since) if args.since else 0.0
     until = _moment(args.until) if args.until else (datetime.now(UTC) + timedelta(minutes=1)).timestamp()
-    text = set(args.text_upstream)
+    text = {*args.text_upstream, *_text_upstreams(args.dir / "upstreams.toml")}
     first, *siblings = journals(args.dir / "trace.jsonl")
     found, _ = reconcile(db, since, until, first, inexact=lambda upstream: upstream in text, siblings=siblings)
     for name, count in sorted(found.checked.items()):
@@ -54,6 +56,15 @@ def run(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     verdict = "everything agrees" if not found.total else f"{found.total} discrepancies worth {format_usd(found.drift_nano)} USD"
     print(f"{'verdict':>20}  {verdict}")
     return {**found.shown(), "failed": bool(found.total)}
+
+
+def _text_upstreams(path: Path) -> list[str]:
+    try:
+        return [one["name"] for one in tomllib.loads(path.read_text()).get("upstream", []) if one.get("kind") == "chat"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def webhook(args: argparse.Namespace, db: Database) -> dict[str, Any]:

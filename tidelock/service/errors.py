@@ -115,6 +115,12 @@ def insufficient_balance() -> ApiError:
     return ApiError(429, "exceeded_current_quota_error", message, code="insufficient_quota", retry=False)
 
 
+def budget_reached(midway: bool = False) -> ApiError:
+    what = "any more of this answer; what you were sent is charged" if midway else "this request"
+    message = f"a monthly budget of your organization, project or key does not cover {what}; raise it, or wait for the next month"
+    return ApiError(429, "exceeded_current_quota_error", message, code="budget_reached", retry=False)
+
+
 def balance_exhausted() -> ApiError:
     message = f"{EMPTY} to go on with this answer; what you were sent is charged, and nothing more"
     return ApiError(429, "exceeded_current_quota_error", message, code="insufficient_quota", retry=False)

@@ -1,8 +1,9 @@
 """What the server writes to its log: JSON lines or text on one stream, every line of a request with its id.
 
 `logging` with one formatter, and msgspec to encode: structlog was measured first, and on its shortest path the access line
-costs 10.3 us where it costs 6.8 here (`benchmarks/logging_cost.py`), for a dependency more. No line may hold a key's secret or a word that a client sent. So the message of an exception, which may
-quote either, is left out and its frames are kept; level debug keeps the message too, for a developer's machine.
+costs 10.3 us where it costs 6.8 here (`benchmarks/logging_cost.py`), for a dependency more. No line may hold a key's secret
+or a word that a client sent. So the message of an exception, which may quote either, is left out and its frames are kept;
+level debug keeps the message too, for a developer's machine.
 """
 
 from __future__ import annotations

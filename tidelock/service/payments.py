@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tidelock.service import invoices
+from tidelock.service import charges, invoices
 from tidelock.service.accounts import OPERATOR, UnknownId, log
 from tidelock.service.books import OUTSIDE, RECEIVABLE, REFUNDS, Books
 from tidelock.service.db import Transaction
@@ -40,6 +40,8 @@ class Said:
     pocket: str = "cash"
     refunded_nano: int = 0  # in all
     disputes: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    charge: str = ""  # the automatic top-up it is of (`charges`)
+    failed: bool = False  # there will be no money: nothing else is said
 
 
 class Payments:
@@ -108,6 +110,10 @@ class Payments:
                 return False
             if said is None:
                 return False
+            if said.charge:
+                charges.told(tx, said.charge, said.payment, said.failed, now)
+            if said.failed:
+                return bool(said.charge)
             row = _heard(tx, said, now)
             if row["customer"]:
                 books = Books(tx, [row["customer"]], now=now)
@@ -166,15 +172,19 @@ def _settle(books: Books, row: dict[str, Any]) -> None:
 
 def _said(kind: str, thing: dict[str, Any]) -> Said | None:
     """Raises UserError, or whatever a shape that is not the provider's leads to."""
-    if kind not in ("payment_intent.succeeded", "checkout.session.completed", "charge.refunded", "charge.dispute.created",
+    if kind not in ("payment_intent.succeeded", "payment_intent.payment_failed", "checkout.session.completed", "charge.refunded", "charge.dispute.created",
                     "charge.dispute.updated", "charge.dispute.closed"):  # fmt: skip
         return None
     if thing["currency"].lower() != "usd":
         raise UserError(f"payments are in usd here, not {thing['currency']}")
     about = thing.get("metadata") or {}
+    charge = about.get("auto_topup", "")
+    if kind == "payment_intent.payment_failed":
+        return Said(_text(thing["id"]), charge=charge, failed=True)
     if kind == "payment_intent.succeeded":
         paid, tax = _nano(thing["amount_received"]), _nano(int(about.get("tax_cents", 0)))
-        return Said(_text(thing["id"]), _text(about["organization"]), _positive(paid - tax), tax, about.get("pocket", "cash"))
+        return Said(_text(thing["id"]), _text(about["organization"]), _positive(paid - tax), tax, about.get("pocket", "cash"),
+                    charge=charge)  # fmt: skip
     if kind == "checkout.session.completed":
         if thing.get("payment_status") != "paid":
             return None

@@ -20,7 +20,7 @@ from tidelock.service.tally import HOUR_S, cause
 MOST_OF_ONE, MOST = 600, 2000  # of one customer in an hour; of all between two heartbeats
 KEPT_S = 30 * 86400.0
 COLUMNS = ("request_id", "customer", "key_id", "model", "cause", "status", "message", "created")
-OURS = ("rate_limit_exceeded", "insufficient_quota", "balance_exhausted")  # messages made of our own words and numbers
+OURS = ("rate_limit_exceeded", "insufficient_quota", "balance_exhausted", "budget_reached")  # messages made of our own words and numbers
 
 
 class Refused:

@@ -20,7 +20,7 @@ from tidelock.service.answer import Bill, Choice, Ended, Event, Piece, Usage
 from tidelock.service.ask import Ask
 from tidelock.service.errors import ApiError
 from tidelock.service.forcing import constraint, held
-from tidelock.service.books import Admission, InsufficientBalance, Latency, Metered
+from tidelock.service.books import Admission, BudgetReached, InsufficientBalance, Latency, Metered
 from tidelock.service.keys import Key
 from tidelock.service.limiter import RateLimited
 from tidelock.service.limits import limit_headers
@@ -236,11 +236,14 @@ async def metered(state: ServiceState, turn: Turn) -> AsyncIterator[Meter]:
         project=turn.key.project,
         ladder=None if turn.mode == "batch" else state.tiers.ladder,
         reserve=turn.prompt_tokens + most,
+        budgeted=state.budgeted,
     )
     try:
         async with opened(state.till, admission, turn.ask.stream) as tab:
             turn.headers.update(limit_headers(tab.hold.standing))
             yield Meter(state, turn, tab)
+    except BudgetReached:
+        raise errors.budget_reached() from None
     except InsufficientBalance:
         raise errors.insufficient_balance() from None
     except RateLimited as reached:
@@ -333,7 +336,7 @@ async def _sampled(
                 if inbox is not None:
                     inbox.put(pieces)
                 if broke and inbox is not None:
-                    raise errors.balance_exhausted()
+                    raise errors.budget_reached(midway=True) if meter.tab.over_budget else errors.balance_exhausted()
                 if broke or choice.stopped is not None:
                     break
     except PolicyError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tidelock.service.accounts import Accounts
+from tidelock.service.charges import HttpProvider, Provider
 from tidelock.service.db import Database, service_database
 from tidelock.service.member import Member
 from tidelock.service.guesses import Guesses
@@ -53,6 +54,7 @@ class ServiceState:
     tiers: Tiers
     plans: Plans
     payments: Payments
+    provider: Provider | None  # who charges for automatic top-ups
     webhook_secrets: Path  # one a line; without the file no event is believed
     prices: Schedule
     objects: Objects
@@ -67,6 +69,7 @@ class ServiceState:
     sweep_interval_s: float = 30.0
     keep_holds_s: float = 30 * 86400.0  # after they were closed; a few are removed with every sweep
     keep_alive_s: float = 10.0  # a stream says something at least this often
+    budgeted: bool = False  # somebody has a budget, as of the last heartbeat
     merge_s: float = 0.01  # a stream is written to at most this often
     stall_timeout_s: float = 60.0  # a client that takes nothing for this long has left
     max_body_bytes: int = 32 << 20
@@ -110,10 +113,11 @@ def open_state(
 ) -> ServiceState:
     """Opens (or creates) the service's files in `directory`: `service.sqlite`, `pepper` and `trace.jsonl`.
 
-    Three files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
-    `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`; and `webhook_secrets`, what the
-    payment provider signs with. `database` overrides the first. `member`: which worker of a server that has several; each
-    writes a journal of its own (`tokens.siblings`).
+    Files a founder may put there: `database`, one line with a `postgresql://` URL, for several workers or machines;
+    `prices.toml`, the price book (`pricefile`), which then counts instead of `prices`; `webhook_secrets`, what the
+    payment provider signs with; and `payment_provider`, its URL and our secret there, for automatic top-ups. `database`
+    overrides the first. `member`: which worker of a server that has several; each writes a journal of its own
+    (`tokens.siblings`).
     Raises UserError for a template that would have to render a stored conversation anew to go on with it.
     """
     if not template.prefix_stable:
@@ -144,6 +148,7 @@ def open_state(
         tiers=Tiers(db),
         plans=Plans(ledger),
         payments=Payments(ledger),
+        provider=HttpProvider.read(directory / "payment_provider"),
         webhook_secrets=directory / "webhook_secrets",
         prices=schedule,
         objects=Objects(db),

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from tidelock.service.books import Admission, Hold, Metered
+from tidelock.service.books import Admission, BudgetReached, Hold, Metered
 from tidelock.service.db import StorageDown
 from tidelock.service.prices import Counts
 from tidelock.service.record import current, step
@@ -29,6 +29,7 @@ class Tab:
         self._ahead: asyncio.Task[int] | None = None
         self.delivered = False  # the client has been sent something of it: set by who sends
         self.exhausted = False  # the balance did not cover what was to come
+        self.over_budget = False  # or rather a budget did not
         self.charge: int | None = None  # nano-USD, once settled
 
     async def take(self, tokens: int) -> int:
@@ -88,7 +89,11 @@ class Tab:
         return self._taken if self._streaming else 0
 
     async def _extend(self) -> int:
-        return await self._till.extend(self.hold, self._stretch(), progress=self._progress())
+        try:
+            return await self._till.extend(self.hold, self._stretch(), progress=self._progress())
+        except BudgetReached:
+            self.over_budget = True
+            return 0
 
     async def _grow(self) -> None:
         task, self._ahead = self._ahead or asyncio.create_task(self._extend()), None

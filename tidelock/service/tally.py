@@ -25,6 +25,8 @@ WHICH_LIMIT = re.compile(r"reached (?:max )?(concurrency|RPM|TPM|TPD)\b")  # in 
 
 def cause(error: ApiError) -> str:
     """One word for why a request got no answer: its lost revenue is to be found under it."""
+    if error.code == "budget_reached":
+        return "budget"
     if error.kind == "exceeded_current_quota_error":
         return "balance"
     if error.code == "too_many_wrong_keys":

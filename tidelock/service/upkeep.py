@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from tidelock.service import notices
+from tidelock.service import budget_rules, charges, notices
 from tidelock.service.db import StorageDown
 from tidelock.service.state import ServiceState
 
@@ -40,6 +40,7 @@ async def slowly(state: ServiceState) -> None:
         await asyncio.sleep(min(state.sweep_interval_s, state.reconciler.every_s / 4))
         try:
             await asyncio.to_thread(state.reconciler.tick, state.inexact)
+            await asyncio.to_thread(charges.tick, state.ledger, state.provider)
             await asyncio.to_thread(notices.deliver, state.ledger.db)
         except StorageDown as error:
             log.warning("reconciliation waits for the database: %s", error)
@@ -55,6 +56,7 @@ def flush(state: ServiceState) -> None:
 
 
 def recover(state: ServiceState) -> None:
+    state.budgeted = budget_rules.in_force(state.ledger.db)
     dead = state.worker.dead()
     lost = state.ledger.recover(dead)
     if lost:

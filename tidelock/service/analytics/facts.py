@@ -94,9 +94,11 @@ def sell(tx: Transaction, term: Term) -> None:
 
 
 def cut_short(tx: Transaction, reference: str, now: float, credited_nano: int = 0) -> None:
-    """The term ends now: it was given back, or another one takes its place, which so much of its price pays for."""
-    tx("UPDATE plan_terms SET ends = ?, cut_s = ?, credited_nano = ? WHERE reference = ? AND starts < ? AND ends > ?",
-       (now, floor(now), credited_nano, reference, now, now))  # fmt: skip
+    """The term ends now (a second after its start at the earliest): it was given back, or another one takes its place, which
+    so much of its price pays for."""
+    tx("UPDATE plan_terms SET ends = CASE WHEN starts >= ? THEN starts + 1 ELSE ? END, "
+       "cut_s = CASE WHEN starts >= ? THEN begins_s + 1 ELSE ? END, credited_nano = ? WHERE reference = ? AND ends > ?",
+       (now, now, now, floor(now), credited_nano, reference, now))  # fmt: skip
 
 
 def _pair(customer: str, pair: Any) -> tuple[str, str]:

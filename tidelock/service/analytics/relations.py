@@ -73,15 +73,16 @@ earned (month, plan, begun, price_nano, at_start, at_end, is_over) AS MATERIALIZ
            CASE WHEN m.starts >= t.cut_s THEN t.price_nano - t.credited_nano
                 WHEN m.starts <= t.begins_s THEN 0
                 WHEN m.starts >= t.planned_s THEN t.price_nano
-                ELSE t.price_nano / NULLIF(t.planned_s - t.begins_s, 0) * (m.starts - t.begins_s)
-                   + t.price_nano % NULLIF(t.planned_s - t.begins_s, 0) * (m.starts - t.begins_s) / NULLIF(t.planned_s - t.begins_s, 0) END,
+                ELSE t.price_nano / t.seconds * (m.starts - t.begins_s) + t.price_nano % t.seconds * (m.starts - t.begins_s) / t.seconds
+           END,
            CASE WHEN m.ends >= t.cut_s THEN t.price_nano - t.credited_nano
                 WHEN m.ends <= t.begins_s THEN 0
                 WHEN m.ends >= t.planned_s THEN t.price_nano
-                ELSE t.price_nano / NULLIF(t.planned_s - t.begins_s, 0) * (m.ends - t.begins_s)
-                   + t.price_nano % NULLIF(t.planned_s - t.begins_s, 0) * (m.ends - t.begins_s) / NULLIF(t.planned_s - t.begins_s, 0) END,
+                ELSE t.price_nano / t.seconds * (m.ends - t.begins_s) + t.price_nano % t.seconds * (m.ends - t.begins_s) / t.seconds
+           END,
            CASE WHEN m.ends >= t.cut_s THEN 1 ELSE 0 END
-    FROM plan_terms t CROSS JOIN months m WHERE t.price_nano > 0
+    FROM (SELECT plan, begins_s, planned_s, cut_s, credited_nano, price_nano, NULLIF(planned_s - begins_s, 0) AS seconds
+          FROM plan_terms WHERE price_nano > 0) AS t CROSS JOIN months m
 ),
 -- recurring revenue in force at the last instant of each month
 mrr (n, customer, nano) AS (

@@ -255,6 +255,12 @@ def _plans(read: Any, out: Any, names: list[str]) -> None:
         before = now
 
 
+def _in_order(term: Any) -> tuple[str, int]:
+    """A subscription's terms, the first one first."""
+    subscription, _, number = term["reference"].rpartition("/")
+    return subscription, int(number) if number.isdecimal() else 0
+
+
 def _recognised(read: Any, out: Any, names: list[str]) -> None:
     """What an upgrade credited is told by the ledger: the new plan's price less the fee that was taken for it."""
     fees: Counter[str] = Counter()
@@ -264,12 +270,17 @@ def _recognised(read: Any, out: Any, names: list[str]) -> None:
     ):
         fees[reference] += nano or 0
     rows = read("SELECT reference, customer, plan, starts, ends, planned_s, price_nano FROM plan_terms WHERE price_nano > 0")
-    credited = {(row["customer"], row["starts"]): row["price_nano"] - fees[row["reference"]] for row in rows if row["reference"] in fees}
+    credited, before = {}, None
+    for row in sorted(rows, key=_in_order):
+        subscription = row["reference"].rpartition("/")[0]
+        if before is not None and before.rpartition("/")[0] == subscription and row["reference"] in fees:
+            credited[before] = row["price_nano"] - fees[row["reference"]]
+        before = row["reference"]
     for row in rows:
         begins, ends, price = int(row["starts"] // 1), int(row["ends"] // 1), row["price_nano"]
         whole = price
         if ends < row["planned_s"]:
-            whole -= credited.get((row["customer"], row["ends"]), 0)
+            whole -= credited.get(row["reference"], 0)
         before = 0
         for name in names:
             at = int(_end(name))

@@ -73,7 +73,7 @@ def _prices(read: Any, out: Any, months: list[tuple[str, float, float]]) -> None
 
 
 def _capacity(read: Any, out: Any, months: list[tuple[str, float, float]]) -> None:
-    plans = {row[0]: row[1] for row in read("SELECT reference, plan FROM plan_terms")}
+    plans = {row[0]: row[1] for row in read("SELECT reference, detail FROM transactions WHERE kind = 'plan_grant'")}
     for kind, detail, when, lot, nano in read(
         "SELECT t.kind, t.detail, t.created, e.lot, e.nano_usd FROM transactions t JOIN entries e "
         "ON e.customer = t.customer AND e.seq = t.seq WHERE e.kind = 'plan'"

@@ -68,7 +68,7 @@ def _change(side: str, what: str, words: str, unit: str) -> Metric:
 SELLING = [
     Metric(
         "tiers.customers",
-        "Customers that ever recharged, by the tier that what they have recharged in all, less refunds, gives at the end of the month, on the ladder "
+        "Customers that ever recharged, by the tier that all they have recharged, less refunds, gives at the end of the month, on the ladder "
         "in force today; tiers set by hand do not count.",
         """SELECT s.month, 'tier ' || (SELECT MAX(t.tier) FROM tiers t WHERE t.tier = 0 OR t.from_nano <= s.total), COUNT(*)
 FROM standing s GROUP BY 1, 2""",
@@ -109,9 +109,9 @@ JOIN months m ON t.created >= m.starts AND t.created < m.ends WHERE t.kind = 'pl
         "capacity.served",
         "Plan credits that requests took in the month, less what they gave back, by plan: the part of capacity.sold that was "
         "really asked of the machines.",
-        """SELECT m.month, COALESCE(p.plan, ''), CAST(SUM(-e.nano_usd) AS BIGINT) FROM transactions t
+        """SELECT m.month, COALESCE(g.detail, ''), CAST(SUM(-e.nano_usd) AS BIGINT) FROM transactions t
 JOIN entries e ON e.customer = t.customer AND e.seq = t.seq AND e.kind = 'plan'
-JOIN months m ON t.created >= m.starts AND t.created < m.ends LEFT JOIN plan_terms p ON p.reference = e.lot
+JOIN months m ON t.created >= m.starts AND t.created < m.ends LEFT JOIN transactions g ON g.kind = 'plan_grant' AND g.reference = e.lot
 WHERE t.kind IN ('hold', 'extend', 'settle', 'release') GROUP BY 1, 2""",
         USD,
     ),

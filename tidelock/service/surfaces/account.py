@@ -86,7 +86,7 @@ async def usages(state: ServiceState, request: Request) -> dict[str, Any]:
             return _window(allowance.used_nano, allowance.limit_nano, allowance.ends or now + seconds)
         used = _spent(state, key.customer, now - seconds)
         free = credits if sub else ledger.balance(key.customer)
-        return _window(used, used + free, sub.ends if sub else now + seconds)
+        return _window(used, used + free, sub.month_ends if sub else now + seconds)
 
     five_hours = {"window": {"duration": 300, "timeUnit": "TIME_UNIT_MINUTE"}, "detail": window("5h", FIVE_HOURS)}
     answer: dict[str, Any] = {"usage": window("7d", WEEK), "limits": [five_hours]}
