@@ -130,7 +130,9 @@ class Scheduler:
             budget = min(budget, self._pace.rows_in(self.limits.step_s))
         work = plan(self.running, budget, self.line.level)
         for weights in dict.fromkeys(seq.weights for seq, _ in work):
-            self._run(weights, [(seq, rows) for seq, rows in work if seq.weights is weights])
+            # A stand-in went with its original, if that has just ended on the old weights.
+            if ready := [(seq, rows) for seq, rows in work if seq.weights is weights and seq.state == RUNNING]:
+                self._run(weights, ready)
         if work:
             self.stats.steps += 1
             self._pace.saw(sum(rows for _, rows in work), time.perf_counter() - begun)
