@@ -6,8 +6,10 @@
 A random model is written as a run directory and as GGUF; each server is a process of its own with the same threads;
 `tidelock bench serve` then takes them in turn, round after round: 16 conversations at a time of up to 6 turns, behind 4
 openings, every seventh turn going two ways. Writes its table and plots, and the ratio of total tokens per second. Ours
-serves packed weights (`tidelock serve --weights`), llama-server the same numbers: 16 slots over one unified cache, prompt
-cache in host memory, prompts reused from any slot (`BEST` says the options; the others that were tried were slower).
+serves packed weights (`tidelock serve --weights`), llama-server the same numbers from 16 slots with its prompt cache and
+flash attention. Its threads wait for each other by spinning, which on a machine that others use costs more than the second
+thread brings; so it is started twice, with one thread and with all, and the ratio is to the faster of the two. (Tried and
+slower here: one unified cache with and without idle slots saved, no flash attention. `--llama-options` tries others.)
 Without llama.cpp (see benchmarks/llama.py) ours is measured alone.
 """
 
@@ -24,7 +26,7 @@ from pathlib import Path
 
 CONTEXT = 2048
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-BEST = ("-cb", "-kvu", "--cache-reuse", "256", "-b", "2048", "-ub", "512", "--slot-prompt-similarity", "0.02")
+BEST = ("-cb", "-fa", "on", "--cache-reuse", "256", "-b", "2048", "-ub", "512", "--slot-prompt-similarity", "0.02")
 
 
 def model_of(name: str):
@@ -62,7 +64,8 @@ def ratio(result: dict) -> str:
         rounds: dict[int, dict[str, float]] = {}
         for r in result["rounds"]:
             if r["load"] == load:
-                rounds.setdefault(r["round"], {})[r["kind"]] = r["total_per_s"]
+                mine = rounds.setdefault(r["round"], {})
+                mine[r["kind"]] = max(mine.get(r["kind"], 0.0), r["total_per_s"])
         found = sorted(r["tokens"] / r["llama"] for r in rounds.values() if len(r) == 2)
         if found:
             lines.append(f"{load}: {statistics.median(found):.2f} times llama-server's total tokens per second "
@@ -80,7 +83,7 @@ def main() -> None:
     parser.add_argument("--llama-options", default=" ".join(BEST), help="of llama-server, beside threads, slots and context")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("bench"))
-    parser.add_argument("--models", type=Path, metavar="DIR", help="keep the model's files here, and use those that are there")
+    parser.add_argument("--models", type=Path, metavar="DIR", help="keep the model's files here, and use what is there")
     parser.add_argument("rest", nargs="*", help="more options of `tidelock bench serve`, behind --")
     args = parser.parse_args()
     from benchmarks.llama import find_server, llama_server
@@ -97,7 +100,8 @@ def main() -> None:
         path, checkpoint = home / f"run-{args.model}", home / f"run-{args.model}" / "checkpoints" / "random"
         if not checkpoint.exists():
             write_run(path, args.model)
-        made = tidelock("keys", "create", "--dir", str(path / "service"), "--customer", "bench", "--admin", "--json", "-", env=env)
+        words = ("--dir", str(path / "service"), "--customer", "bench", "--admin", "--json", "-")
+        made = tidelock("keys", "create", *words, env=env)
         key = json.loads(made.stdout[made.stdout.index("{") :])["secret"]
         servers = ["tokens:" + stack.enter_context(served(path, args.threads, options=("--weights", args.weights)))
                    .removesuffix("/v1")]  # fmt: skip
@@ -108,13 +112,18 @@ def main() -> None:
             if not gguf.exists():
                 convert(checkpoint, gguf, "gguf", DTYPES[args.weights])
             options = (*args.llama_options.split(), *llama_options(read_any_config(checkpoint)))
-            servers.append("llama:" + stack.enter_context(
-                llama_server(binary, gguf, threads=args.threads, slots=args.slots, context=CONTEXT, options=options)))  # fmt: skip
+            for threads in sorted({1, args.threads}):
+                url = stack.enter_context(llama_server(binary, gguf, threads=threads, slots=args.slots, context=CONTEXT,
+                                                       options=options))  # fmt: skip
+                servers.append(f"llama:{url}")
         tidelock("bench", "serve", *servers, "--api-key", key, "--end-id", str(RunDir(path).template().stop_ids[0]),
                  "--context", str(CONTEXT), "--rounds", str(args.rounds), "--load", "agents", "--out", str(args.out),
                  *args.rest, env=env)  # fmt: skip
-        text = (f"# {args.model}, {args.weights} weights, {args.threads} threads, load average {os.getloadavg()[0]:.1f}\n\n"
-                f"{(args.out / 'bench.md').read_text()}\n{ratio(json.loads((args.out / 'bench.json').read_text()))}\n")  # fmt: skip
+        text = "\n\n".join([
+            f"# {args.model}, {args.weights} weights, {args.threads} threads, load average {os.getloadavg()[0]:.1f}",
+            f"llama-server, in the order of its rows, with {sorted({1, args.threads})} threads",
+            (args.out / "bench.md").read_text().strip(), ratio(json.loads((args.out / "bench.json").read_text())),
+        ])  # fmt: skip
         (args.out / "serving.md").write_text(text)
         print(text)
 

@@ -70,5 +70,5 @@ class Driver:
         self.drain()
         return got
 
-    def swap(self, seed, version, go_on=False):
-        self.scheduler.swap(Weights(make("nano-k3", seed), version), go_on)
+    def swap(self, seed, version, go_on=False, model="nano-k3"):
+        self.scheduler.swap(Weights(make(model, seed), version), go_on)

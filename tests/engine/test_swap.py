@@ -70,6 +70,45 @@ def test_continue_goes_on_with_the_new_weights_and_every_token_is_exactly_its_ve
     assert set(late.versions) == {2}
 
 
+def long_streams(preset, ends=()):
+    """Four streams behind 40 tokens they share, moved to new weights; those in `ends` are aborted while they move."""
+    d = Driver(preset, stream_every=3, step_tokens=32, n_pages=256, n_slots=64)
+    got = [d.submit([*(3 * j % (VOCAB - 1) for j in range(39)), END, *((i + j) % (VOCAB - 1) for j in range(40))], max_tokens=60,
+                    seed=i) for i in range(4)]  # fmt: skip
+    while not all(len(g.ids) > 6 for g in got):
+        d.step(1)
+    d.swap(1, 2, go_on=True, model=preset)
+    before = [len(g.ids) for g in got]
+    d.step(4)
+    assert any(s.unsampled for s in d.scheduler.running) and all(len(g.ids) > n for g, n in zip(got, before))
+    for i in ends:
+        d.scheduler.end(got[i].seq, "abort")
+    d.drain()
+    return d, got
+
+
+@exact
+@pytest.mark.parametrize("preset", ["nano-k3", "nano-k2"])
+def test_long_streams_move_to_new_weights_without_standing_still(preset):
+    d, got = long_streams(preset)
+    naive = Naive(preset)
+    for g in got:
+        changed = g.versions.index(2)
+        assert len(g.ids) == 60 and g.versions == [1] * changed + [2] * (60 - changed)
+        whole = torch.tensor([*g.seq.prompt, *g.ids], dtype=torch.int32).numpy()
+        for i, (token, logprob, version) in enumerate(zip(g.ids, g.logprobs, g.versions)):
+            row = naive.logits(version - 1, whole)[len(g.seq.prompt) + i - 1]
+            assert float(torch.log_softmax(row[None], -1)[0, token]) == logprob
+    assert {root for root in d.scheduler.tree._roots} == {d.scheduler.weights} and not d.scheduler.running
+
+
+def test_who_ends_while_it_moves_leaves_nothing_behind():
+    d, got = long_streams("nano-k3", ends=(0, 2))
+    assert [len(g.ids) == 60 for g in got] == [False, True, False, True] and not d.scheduler.running
+    d.scheduler.tree.clear()
+    assert d.scheduler.memory.pages.free == 256 and d.scheduler.memory.slots.free == 64
+
+
 def test_the_same_version_number_again_is_still_other_weights():
     d = Driver("nano-k3")
     before = d.ask([1, 2, 3, 4, 5])

@@ -120,8 +120,8 @@ class Engine:
         """Serve this model from the next step on. Returns when new requests get it.
 
         "finish": a request that has begun ends on the weights it began with, whose cache stays until then.
-        "continue": it goes on with the new weights, which first run its prompt and answer so far; its chunks tell which
-        version sampled which tokens.
+        "continue": it goes on with the new weights as soon as they have run, beside its stream from the old ones, its prompt
+        and answer so far; its chunks tell which version sampled which tokens.
         """
         if policy not in SWAPS:
             raise PolicyError(f"unknown swap policy {policy!r}; use one of {', '.join(SWAPS)}", status=400,
@@ -275,7 +275,7 @@ class Engine:
         self._when_idle.append(then)
 
     def _abort_all(self) -> None:
-        for seq in (*self._scheduler.running, *self._scheduler.line):
+        for seq in (*self._scheduler.requests, *self._scheduler.line):
             self._scheduler.end(seq, "abort")
 
     def _stop(self, error: PolicyError) -> None:

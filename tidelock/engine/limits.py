@@ -11,6 +11,7 @@ class Limits:
 
     max_batch: int = 64  # requests that run at the same time
     step_tokens: int = 2048  # rows of one forward, decoding and prefill together
+    step_s: float = 0.4  # seconds that a step should take at most while requests stream: prompts run in chunks that fit
     page_size: int = 16  # tokens
     n_pages: int | None = None  # latent pages; None: what fits into its part of cache_bytes, at most 8192
     n_slots: int | None = None  # KDA states, one per running request and snapshot; None: likewise, at most 1024

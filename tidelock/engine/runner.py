@@ -37,6 +37,22 @@ def forward(model: TransformerLM | ServingModel, memory: Memory, work: Work) -> 
     return hidden, torch.from_numpy(cu[1:].astype(np.int64) - 1)
 
 
+class Pace:
+    """How many rows a step of some length has, from what the last ones took."""
+
+    LEAST, FIRST = 64, 128  # fewer rows cost more than they are worth; what is dared before anything is known
+
+    def __init__(self) -> None:
+        self._rate = 0.0  # rows per second
+
+    def saw(self, rows: int, seconds: float) -> None:
+        if rows >= self.LEAST and seconds > 0:
+            self._rate = 0.7 * self._rate + 0.3 * rows / seconds if self._rate else rows / seconds
+
+    def rows_in(self, seconds: float) -> int:
+        return max(self.LEAST, int(self._rate * seconds)) if self._rate else self.FIRST
+
+
 def plan(running: list[Sequence], budget: int, level: Callable[[Sequence], int]) -> Work:
     """The next step's work, at most `budget` tokens. Decoding sequences first, those that ran longest ago before others;
     but a quarter of the budget is for prompts, and what the others leave: the more urgent first (`level`, lower first),

@@ -24,9 +24,10 @@ from .eviction import Eviction
 from .limits import Limits, Stats
 from .line import Line
 from .memory import Memory
+from .moving import Moving
 from .offload import Store
 from .routing import noted, routing_for
-from .runner import Work, forward, plan
+from .runner import Pace, Work, forward, plan
 from .sampler import draw
 from .sampling import Drawn
 from .sequence import DONE, RUNNING, WAITING, Sequence
@@ -50,6 +51,7 @@ class Scheduler:
         self.line = Line(limits, self.stats)
         self.running: list[Sequence] = []
         self.drafts = Drafting(weights.model, limits, self.memory, self.eviction, self.stats) if limits.draft_tokens else None
+        self.moving, self._pace = Moving(self), Pace()
         self._boundary = boundary_id
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._full = False  # the next in line did not fit, and nothing has changed since
@@ -57,6 +59,11 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         return bool(self.running or len(self.line))
+
+    @property
+    def requests(self) -> list[Sequence]:
+        """What runs, without stand-ins."""
+        return [s for s in self.running if not s.unsampled]
 
     # -- what may be asked between steps ------------------------------------------------------------------------------
 
@@ -74,7 +81,7 @@ class Scheduler:
         if seq.state == WAITING:
             self.line.leave(seq)
         if seq.state != DONE:
-            self._send(seq, reason)
+            self.send(seq, reason)
             self._retire(seq)
 
     def expire(self) -> float | None:
@@ -85,23 +92,28 @@ class Scheduler:
         return self._deadlines[0][0] - now if self._deadlines else None
 
     def swap(self, weights: Weights, go_on: bool) -> None:
-        """New requests get the new weights. Running ones finish on theirs or, to `go_on`, wait at the head of the line
-        to run prompt and answer so far through the new ones: a token's log-probability is then always that of its
-        recorded version given the ids before it, which old latents under new weights would not give."""
+        """New requests get the new weights. Running ones finish on theirs or, to `go_on`, move (`moving`)."""
         before = {self.weights, *(s.weights for s in self.running)}
         self.weights, self._full = weights, False
         if go_on:
-            begun, self.running = self.running, []
-            for seq in sorted(begun, key=lambda s: s.number, reverse=True):
-                self._send(seq, None, everything=True)
-                self._withdraw(seq)
-                seq.state, seq.computed, seq.weights, seq.decoding = WAITING, 0, None, False
-                self.line.rejoin(seq)
+            self.moving.begin()
         for old in before:
-            self._drop_if_unused(old)
+            self.drop_if_unused(old)
+
+    def back_in_line(self, seq: Sequence) -> None:
+        """A running request waits at the head of its line, to run its prompt and its answer so far once more."""
+        self.send(seq, None, everything=True)
+        self.running.remove(seq)
+        self.moving.forget(seq)
+        old = seq.weights
+        self.withdraw(seq)
+        seq.state, seq.computed, seq.weights, seq.decoding = WAITING, 0, None, False
+        self.line.rejoin(seq)
+        self._full = False
+        self.drop_if_unused(old)
 
     def fail_all(self, error: PolicyError) -> None:
-        for seq in (*self.running, *self.line):
+        for seq in (*self.requests, *self.line):
             self._fail(seq, error)
 
     def close(self) -> None:
@@ -111,12 +123,19 @@ class Scheduler:
     def step(self) -> None:
         """Admit, run one packed forward per set of weights, sample, deliver."""
         self.expire()
+        self.moving.step()
         self._admit()
-        work = plan(self.running, self.limits.step_tokens, self.line.level)
+        begun, budget = time.perf_counter(), self.limits.step_tokens
+        if any(s.decoding for s in self.running):
+            budget = min(budget, self._pace.rows_in(self.limits.step_s))
+        work = plan(self.running, budget, self.line.level)
         for weights in dict.fromkeys(seq.weights for seq, _ in work):
-            self._run(weights, [(seq, rows) for seq, rows in work if seq.weights is weights])
+            # A stand-in went with its original, if that has just ended on the old weights.
+            if ready := [(seq, rows) for seq, rows in work if seq.weights is weights and seq.state == RUNNING]:
+                self._run(weights, ready)
         if work:
             self.stats.steps += 1
+            self._pace.saw(sum(rows for _, rows in work), time.perf_counter() - begun)
 
     # -- admission ----------------------------------------------------------------------------------------------------
 
@@ -258,9 +277,9 @@ class Scheduler:
             self.drafts.grew(seq, token)
         seq.decoding = True
         if seq.sampler.ready() >= self.limits.stream_every:
-            self._send(seq, None)
+            self.send(seq, None)
 
-    def _send(self, seq: Sequence, finish_reason: str | None, everything: bool = False) -> None:
+    def send(self, seq: Sequence, finish_reason: str | None, everything: bool = False) -> None:
         version = (seq.weights or self.weights).version
         chunk = seq.sampler.chunk(version, finish_reason, max(seq.cached, 0), everything)
         if finish_reason is not None and seq.routing is not None:
@@ -312,12 +331,13 @@ class Scheduler:
         was, seq.state, self._full = seq.state, DONE, False
         if was == RUNNING:
             self.running.remove(seq)
+            self.moving.forget(seq)
             if keep:
                 self._keep_turn(seq)
-            self._withdraw(seq)
-            self._drop_if_unused(seq.weights)
+            self.withdraw(seq)
+            self.drop_if_unused(seq.weights)
 
-    def _withdraw(self, seq: Sequence) -> None:
+    def withdraw(self, seq: Sequence) -> None:
         """Give back everything a running sequence holds."""
         self.line.settle(seq)
         if self.drafts:
@@ -333,7 +353,7 @@ class Scheduler:
         if seq.node is not None:
             seq.node.pins -= 1
 
-    def _drop_if_unused(self, weights: Weights) -> None:
+    def drop_if_unused(self, weights: Weights) -> None:
         """An old version's cache goes with the last request that runs on it."""
         if weights is not self.weights and not any(s.weights is weights for s in self.running):
             self.tree.drop(weights)

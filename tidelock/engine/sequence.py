@@ -59,6 +59,8 @@ class Sequence:
     track: Track | None = None
     routing: Routing | None = None  # where the experts were asked for
     sampler: Sampler | None = None  # None: one without stop strings and constraint
+    stand_in: Sequence | None = None  # which runs its ids through new weights (`moving`)
+    unsampled: int = 0  # 1 for a stand-in, whose last token waits for its original
 
     def __post_init__(self) -> None:
         self.urgency = self.params.priority
@@ -86,6 +88,8 @@ class Sequence:
             self._buffer = grown
         self._buffer[self._length] = token
         self._length += 1
+        if self.stand_in is not None:
+            self.stand_in.append(token)
 
     def upcoming(self, rows: int) -> np.ndarray:
         """The ids of its next `rows` rows, which end with its draft."""
@@ -108,4 +112,4 @@ class Sequence:
 
     @property
     def next_stop(self) -> int:
-        return min((s for s in self.stops if s > self.computed), default=self._length)
+        return min((s for s in self.stops if s > self.computed), default=self._length - self.unsampled)
