@@ -71,6 +71,7 @@ class Pool:
         self.closers: list[Any] = []  # awaited by `aclose`
         self._line, self._jobs = Line(options.max_waiting), {}
         self._next = 0  # of round-robin
+        self._swapping = asyncio.Lock()
         self._swapped: tuple[str, int] | None = None  # what the last swap gave them all
 
     @property
@@ -134,8 +135,9 @@ class Pool:
 
     async def swap(self, checkpoint: str, version: int) -> None:
         """To all or none; see `swapping`."""
-        await swap_all(self.upstreams, checkpoint, version, self._swapped)
-        self._swapped = (checkpoint, version)
+        async with self._swapping:
+            await swap_all(self.upstreams, checkpoint, version, self._swapped)
+            self._swapped = (checkpoint, version)
         self._serve()
 
     # ---- its life -----------------------------------------------------------------------------------------------
