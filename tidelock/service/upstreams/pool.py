@@ -213,7 +213,7 @@ class Pool:
             upstream.circuit.rest(pause_s)
             asyncio.get_running_loop().call_later(pause_s + 0.001, self._serve)
         else:
-            upstream.circuit.failed()
+            upstream.circuit.failed(2 if cause == "connect" else 1)
         if job.handed_on or job.aborted or job.sent > self.options.retries:
             return False
         if pause_s is None:
