@@ -196,6 +196,10 @@ def test_an_answer_that_was_begun_goes_on_where_the_server_can_and_is_refused_wh
     with pytest.raises(PolicyError, match="begun answer") as e:
         generate(events, SamplingParams(), {}, begun)
     assert e.value.status == 400
+    for raw in ([1, 2, 3], [1, *TEMPLATE.generation_prompt()]):  # ids of no conversation
+        with pytest.raises(PolicyError) as e:
+            generate(events, SamplingParams(), {}, raw)
+        assert e.value.status == 400
     quiet = [*PROMPT, *Rendering(Form(TEMPLATE)).say("content", "x")[:-1]]  # no thought, please
     assert generate(events, SamplingParams(), {"dialect": "kimi"}, quiet)[1]["thinking"] == {"type": "disabled"}
     assert "thinking" not in generate(events, SamplingParams(), {}, quiet)[1]

@@ -193,7 +193,7 @@ def test_health_and_metrics_tell_of_each_upstream_and_of_no_address(tmp_path):
             while g.state.policy.version != 7:  # the first look is over; the next ones shall not take it back
                 await asyncio.sleep(0.01)
             servers[0].healthy = False
-            for n in range(6):
+            for n in range(10):
                 assert (await g.chat(f"q{n}"))[2]
             async with g.http.get(f"{g.root}/health") as response:
                 health = await response.json()
@@ -201,18 +201,18 @@ def test_health_and_metrics_tell_of_each_upstream_and_of_no_address(tmp_path):
                 metrics = await response.text()
             assert [u["name"] for u in health["upstreams"]] == ["a", "b"] and health["weights_version"] == 7
             assert health["status"] == "degraded" and health["upstreams"][0]["state"] == "open"
-            for line in ('tidelock_upstream_failures_total{cause="500",upstream="a"} 3.0',
-                         'tidelock_upstream_retries_total{upstream="a"} 3.0',
-                         'tidelock_upstream_requests_total{upstream="b"} 6.0',
+            for line in ('tidelock_upstream_failures_total{cause="500",upstream="a"} 5.0',
+                         'tidelock_upstream_retries_total{upstream="a"} 5.0',
+                         'tidelock_upstream_requests_total{upstream="b"} 10.0',
                          'tidelock_upstream_state{state="open",upstream="a"} 1.0',
                          'tidelock_upstream_in_flight{upstream="b"} 0.0',
-                         'tidelock_upstream_cached_tokens_total{upstream="b"} 18.0',
+                         'tidelock_upstream_cached_tokens_total{upstream="b"} 30.0',
                          "tidelock_pool_waiting 0.0"):  # fmt: skip
                 assert line in metrics, line
             assert "127.0.0.1" not in metrics + json.dumps(health)
             frame = Frame.between(Scrape(0.0, {}), Scrape.read(metrics, 2.0))
             assert [u[:3] for u in frame.upstreams] == [("a", "open", 0), ("b", "closed", 0)]
-            assert frame.upstreams[0][4] >= 1.5 and frame.upstreams[1][3:] == (3.0, 0.0)
+            assert frame.upstreams[0][4] >= 2.5 and frame.upstreams[1][3:] == (5.0, 0.0)
             console = Console(file=io.StringIO(), width=100)
             console.print(View("u").draw(frame))
             assert "half-open" not in console.file.getvalue() and "open" in console.file.getvalue()

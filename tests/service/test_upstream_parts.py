@@ -231,6 +231,7 @@ WRONG = {
     ONE.replace("tokens", "text"): 'kind is "tokens" or "chat"',
     ONE.replace("tokens", "chat"): "upstream a: model is missing",
     ONE.replace("http:", "ftp:"): "http:// or https://",
+    ONE.replace('"a"', '"a,b"'): "a name is made of",
     ONE + ONE: "two upstreams are called a",
     ONE + "wieght = 2": "upstream a: unknown field wieght",
     ONE + "weight = true": "weight is a number, not True",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tidelock.remote import Patience, TextPolicy, TokenPolicy
 from tidelock.service.upstreams import Pool, Upstream
+from tidelock.service.upstreams.circuit import TRIP
 from tidelock.service.upstreams.pool import Options
 from tidelock.tokens.message import Message
 from tidelock.tokens.policy import Constraint, PolicyError, SamplingParams
@@ -132,12 +133,12 @@ def test_when_all_fail_the_client_hears_of_it_after_so_many_tries_and_the_circui
         async with pool_of(*servers, options=Options(choice="round-robin", retries=2, wait_s=1)) as pool:
             _, error = await ask(pool)
             assert error.status == 502 and sum(len(s.sent) for s in servers) == 3  # one and two more
-            for _ in range(4):
+            for _ in range(7):
                 await ask(pool)
             assert all(u.circuit.state == "open" for u in pool.upstreams) and pool.health()["status"] == "down"
             before = sum(len(s.sent) for s in servers)
             _, error = await ask(pool)
-            assert error.status == 503 and before == sum(len(s.sent) for s in servers) == 12 and pool.refused["down"]
+            assert error.status == 503 and before == sum(len(s.sent) for s in servers) == 4 * TRIP and pool.refused["down"]
             assert quiet(pool)
 
     run(work())

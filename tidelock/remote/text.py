@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from tidelock.tokens.errors import UserError
 from tidelock.tokens.message import Message, ToolCall
 from tidelock.tokens.policy import Chunk, PolicyError, Reported, SamplingParams
 from tidelock.tokens.template import Template, canonical
@@ -113,13 +114,16 @@ class TextPolicy:
         at = next((i for i in range(len(ids) - len(opening), -1, -1) if ids[i : i + len(opening)] == opening), None)
         if at is None:
             raise PolicyError("the prompt asks for no answer", status=400, kind="invalid_request_error")
-        begun = ids[at + len(opening) :]
+        try:
+            messages, begun = self.template.parse(ids[:at]), ids[at + len(opening) :]
+        except UserError as e:
+            raise PolicyError(str(e), status=400, kind="invalid_request_error") from None
         if not begun:
-            return self.template.parse(ids[:at]), Message("assistant"), "start"
+            return messages, Message("assistant"), "start"
         parser = self.template.parser()
         parser.feed(begun)
         state = parser.sinks.get(parser.state, "content")
-        return self.template.parse(ids[:at]), parser.finish(), state
+        return messages, parser.finish(), state
 
     def _body(self, messages: Sequence[Message], begun: Message, state: str, params: SamplingParams) -> dict[str, Any]:
         if params.constraint is not None:

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable
 
-TRIP = 3  # failures in a row
+TRIP = 5  # failures in a row; one that cuts a third of its answers is bad, but better than nobody
 SHORTEST_S, LONGEST_S = 0.5, 30.0  # of a pause, before jitter takes up to half of it away
 LOOK_S = 2.0  # between looks at one that is out, likewise: a look costs next to nothing, being out does not
 
@@ -48,10 +48,11 @@ class Circuit:
         if self.state == "closed":
             self._failures = self._pauses = 0
 
-    def failed(self) -> None:
+    def failed(self, weight: int = 1) -> None:
+        """`weight`: 2 where nobody was there at all, which is hardly ever chance."""
         if self.state == "open":  # what was under way fails with the rest and proves nothing new
             return
-        self._failures += 1
+        self._failures += weight
         if self.state == "half-open" or self._failures >= TRIP:
             self._open()
 
@@ -78,7 +79,7 @@ class Circuit:
         if self.state == "open":
             self._pause(LOOK_S)
         else:
-            self.failed()
+            self.failed(2)
 
     def _open(self) -> None:
         self.openings += 1

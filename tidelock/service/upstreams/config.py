@@ -11,8 +11,8 @@
     context_length = 262144       # if it is not the release's
 
     [[upstream]]
-    name = "gpu-1"
-    url = "http://10.0.0.5:8000"
+    name = "gpu-1"                # as /health, metrics and usage rows call it
+    url = "http://10.0.0.5:8000"  # chat: as OpenAI's clients are given it, such as https://api.example.com/v1
     kind = "tokens"               # Tidelock or vLLM, by token ids; "chat" = any OpenAI-compatible server, by text
     model = "tide-nano"           # as it is called there; may be left out for tokens
     api_key_env = "GPU_1_KEY"     # the environment variable with the key; left out: no key
@@ -28,6 +28,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -50,6 +51,7 @@ FIELDS: dict[str, tuple[type, Any]] = {  # of an upstream: type, default (... = 
 }  # fmt: skip
 POOL = {"choice": str, "retries": int, "max_waiting": int, "wait_s": float, "spread": float, "probe_s": float,
         "context_length": int, "model": str}  # fmt: skip
+NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 WORDS = {str: "text", int: "a whole number", float: "a number"}
 
 
@@ -107,6 +109,8 @@ def _upstream(
     for name in ("name", "url", "kind"):
         if not said.get(name):
             raise UserError(f"{where}: {name} is missing")
+    if not NAME.fullmatch(said["name"]):
+        raise UserError(f"{where}: a name is made of letters, digits, dots, hyphens and underscores")
     if said["kind"] not in ("tokens", "chat"):
         raise UserError(f"{where}: kind is \"tokens\" or \"chat\", not {said['kind']!r}")
     if not said["url"].startswith(("http://", "https://")):

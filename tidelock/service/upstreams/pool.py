@@ -71,6 +71,7 @@ class Pool:
         self.closers: list[Any] = []  # awaited by `aclose`
         self._line, self._jobs = Line(options.max_waiting), {}
         self._next = 0  # of round-robin
+        self._swapping = asyncio.Lock()
         self._swapped: tuple[str, int] | None = None  # what the last swap gave them all
 
     @property
@@ -134,8 +135,9 @@ class Pool:
 
     async def swap(self, checkpoint: str, version: int) -> None:
         """To all or none; see `swapping`."""
-        await swap_all(self.upstreams, checkpoint, version, self._swapped)
-        self._swapped = (checkpoint, version)
+        async with self._swapping:
+            await swap_all(self.upstreams, checkpoint, version, self._swapped)
+            self._swapped = (checkpoint, version)
         self._serve()
 
     # ---- its life -----------------------------------------------------------------------------------------------
@@ -211,7 +213,7 @@ class Pool:
             upstream.circuit.rest(pause_s)
             asyncio.get_running_loop().call_later(pause_s + 0.001, self._serve)
         else:
-            upstream.circuit.failed()
+            upstream.circuit.failed(2 if cause == "connect" else 1)
         if job.handed_on or job.aborted or job.sent > self.options.retries:
             return False
         if pause_s is None:
