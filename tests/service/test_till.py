@@ -131,10 +131,10 @@ def test_in_an_outage_holds_fail_at_once_and_a_bill_is_written_when_it_is_over(t
     works, down = ledger.db.transaction, True
 
     @contextmanager
-    def flaky():
+    def flaky(durable=True):
         if down:
             raise StorageDown("pulled the plug")
-        with works() as tx:
+        with works(durable) as tx:
             yield tx
 
     async def main() -> int:
