@@ -201,7 +201,8 @@ def measure(servers: list[Server], kinds: dict[str, bytes], args: argparse.Names
         for _ in range(args.rounds):
             for server in servers[1:]:
                 before = server.cpu_s()
-                seen = _run(load(server, kinds[kind], args.connections), server, seconds=args.seconds)
+                at_once = max(1, args.connections // 4) if kind == "stream" else args.connections
+                seen = _run(load(server, kinds[kind], at_once), server, seconds=args.seconds)
                 server.rate.setdefault(kind, []).append((seen, server.cpu_s() - before))
 
 
@@ -294,7 +295,7 @@ def main() -> None:
             servers.append(litellm(stack, directory, args.litellm, url))
         measure(servers, kinds, args)
         rows = results(servers, kinds)
-        head = (f"{args.database}; {args.connections} connections, {args.customers} customers, {args.rounds} rounds; "
+        head = (f"{args.database}; {args.connections} connections (streams: a quarter), {args.customers} customers, {args.rounds} rounds; "
                 f"a flush of the disk takes {flush[0]:.2f} ms (p99 {flush[1]:.2f}); load {os.getloadavg()[0]:.1f}")  # fmt: skip
         print(head, table(rows), sep="\n\n")
         if args.out:
