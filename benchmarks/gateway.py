@@ -59,14 +59,14 @@ class Server:
 
     def cpu_s(self) -> float:
         """Of the process and its children, so far."""
-        pids = [self.process.pid, *_children(self.process.pid)]
+        pids = [self.process.pid, *children(self.process.pid)]
         return sum(sum(map(int, Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[11:13])) for p in pids) / TICKS
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
     with contextlib.suppress(OSError):
         found = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        return found + [below for child in found for below in _children(child)]
+        return found + [below for child in found for below in children(child)]
     return []
 
 
@@ -145,7 +145,7 @@ def wait_for(port: int, process: subprocess.Popen, log: Path, seconds: float = 1
 
 
 def ours(stack: ExitStack, name: str, directory: Path, shared: tuple[Path, Path], database: str | None, upstream: str | None,
-         args: argparse.Namespace) -> Server:  # fmt: skip
+         args: argparse.Namespace, workers: int = 1) -> Server:  # fmt: skip
     own = directory / name.replace(" ", "-")
     own.mkdir()
     db = Database(database or str(own / "service.sqlite"))
@@ -160,9 +160,12 @@ def ours(stack: ExitStack, name: str, directory: Path, shared: tuple[Path, Path]
     argv = [sys.executable, str(HERE / "gateway_server.py"), "--dir", str(own), "--tokenizer", str(shared[0]), "--said",
             str(shared[1]), "--port", str(port), *(["--database", database] if database else []),
             *(["--upstream", upstream] if upstream else []), *(["--by-hand"] if name == "hop" else []),
+            *(["--workers", str(workers)] if workers > 1 else []),
             *(["--profile", f"{args.profile}.{own.name}"] if args.profile else [])]  # fmt: skip
     process = start(stack, argv, 0, log)
     wait_for(port, process, log)
+    while not (own / "ready").exists():  # of several workers the first one answers before the last one does
+        time.sleep(0.1)
     return Server(name, port, process, secrets)
 
 
@@ -198,7 +201,8 @@ def measure(servers: list[Server], kinds: dict[str, bytes], args: argparse.Names
         for _ in range(args.rounds):
             for server in servers[1:]:
                 before = server.cpu_s()
-                seen = _run(load(server, kinds[kind], args.connections), server, seconds=args.seconds)
+                at_once = max(1, args.connections // 4) if kind == "stream" else args.connections
+                seen = _run(load(server, kinds[kind], at_once), server, seconds=args.seconds)
                 server.rate.setdefault(kind, []).append((seen, server.cpu_s() - before))
 
 
@@ -238,7 +242,7 @@ def results(servers: list[Server], kinds: dict[str, bytes]) -> list[dict]:
                 runs = server.rate[kind]
                 row["per s"] = statistics.median(m.rate for m, _ in runs)
                 row["loaded p99 ms"] = statistics.median(m.ms(0.99) for m, _ in runs)
-                row["cpu us"] = statistics.median(cpu / len(m.latencies_s) * 1e6 for m, cpu in runs)
+                row["cpu us"] = statistics.median(cpu / max(len(m.latencies_s), 1) * 1e6 for m, cpu in runs)
             rows.append(row)
     return rows
 
@@ -291,7 +295,7 @@ def main() -> None:
             servers.append(litellm(stack, directory, args.litellm, url))
         measure(servers, kinds, args)
         rows = results(servers, kinds)
-        head = (f"{args.database}; {args.connections} connections, {args.customers} customers, {args.rounds} rounds; "
+        head = (f"{args.database}; {args.connections} connections (streams: a quarter), {args.customers} customers, {args.rounds} rounds; "
                 f"a flush of the disk takes {flush[0]:.2f} ms (p99 {flush[1]:.2f}); load {os.getloadavg()[0]:.1f}")  # fmt: skip
         print(head, table(rows), sep="\n\n")
         if args.out:

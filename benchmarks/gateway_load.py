@@ -23,7 +23,7 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        return len(self.latencies_s) / self.seconds
+        return len(self.latencies_s) / self.seconds if self.seconds else 0.0
 
     def ms(self, share: float) -> float:
         """A quantile in milliseconds; nan without any answer."""

@@ -16,6 +16,7 @@ import httpx2 as httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tidelock.loop.top import Scrape
 from tidelock.service.db import Database
 from tidelock.service.fleet import Fleet
 from tidelock.service.keys import KeyStore
@@ -162,5 +163,5 @@ def test_samples_of_every_shape_get_their_worker():
     text = b'# HELP a Of a\n# TYPE a counter\na_total{x="1 {"} 2.0\n# HELP b Of b\n# TYPE b gauge\nb 1.0\n'
     one = merged([(0, text), (3, text)])
     found = {(s.name, *sorted(s.labels.items())): s.value for f in text_string_to_metric_families(one.decode()) for s in f.samples}
-    assert one.count(b"# TYPE") == 2
+    assert one.count(b"# TYPE") == 2 and Scrape.read(one.decode()).values == {("a_total", "1 {"): 4.0, ("b",): 2.0}
     assert found["a_total", ("worker", "3"), ("x", "1 {")] == 2.0 and found["b", ("worker", "0")] == 1.0 and len(found) == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
 import time
 
@@ -82,3 +83,36 @@ def test_bad_roles_and_damaged_peppers_are_clear_errors(keys, tmp_path):
     (tmp_path / "short").write_bytes(b"x")
     with pytest.raises(UserError, match="damaged"):
         KeyStore.open(Database(":memory:"), tmp_path / "short")
+
+
+def test_whoever_asks_for_the_same_key_at_the_same_time_shares_one_look(keys, monkeypatch):
+    key, secret = keys.create("ann")
+    looks, fetch = [], keys._db.fetch
+
+    async def counted(sql, args=()):
+        looks.append(args)
+        return await fetch(sql, args)
+
+    monkeypatch.setattr(keys._db, "fetch", counted)
+
+    async def main() -> None:
+        assert await asyncio.gather(*(keys.look_up(secret) for _ in range(20))) == [key] * 20
+        assert await asyncio.gather(*(keys.look_up("sk-wrong") for _ in range(20))) == [None] * 20
+        assert keys.authenticate(secret) == key and keys.authenticate("sk-wrong") is None
+        assert len(looks) == 2
+
+    asyncio.run(main())
+
+
+def test_a_look_that_began_before_a_revocation_does_not_outlive_it(keys, monkeypatch):
+    key, secret = keys.create("ann")
+    fetch = keys._db.fetch
+
+    async def slow(sql, args=()):
+        rows = await fetch(sql, args)
+        if keys.live(key.id):
+            keys.revoke(key.id)  # while the rows are on their way
+        return rows
+
+    monkeypatch.setattr(keys._db, "fetch", slow)
+    assert asyncio.run(keys.look_up(secret)) is None and keys.authenticate(secret) is None

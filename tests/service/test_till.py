@@ -131,10 +131,10 @@ def test_in_an_outage_holds_fail_at_once_and_a_bill_is_written_when_it_is_over(t
     works, down = ledger.db.transaction, True
 
     @contextmanager
-    def flaky():
+    def flaky(durable=True):
         if down:
             raise StorageDown("pulled the plug")
-        with works() as tx:
+        with works(durable) as tx:
             yield tx
 
     async def main() -> int:
@@ -207,3 +207,28 @@ def test_a_tab_that_is_left_without_a_bill_charges_what_was_sent_and_nothing_els
     charged = (10 * 300 + 100 * 1500) * delivered
     assert ledger.balance("ann") == 10**9 - charged and open_holds(ledger.db) == 0
     assert ledger.db.read("SELECT COUNT(*) FROM usage")[0][0] == delivered
+
+
+def test_a_hold_waits_for_no_flush_and_a_settlement_does(till, ledger, monkeypatch):
+    ledger.topup("ann", 10**9)
+    works, flushed = ledger.db.transaction, []
+
+    @contextmanager
+    def noted(durable=True):
+        flushed.append(durable)
+        with works(durable) as tx:
+            yield tx
+
+    monkeypatch.setattr(ledger.db, "transaction", noted)
+
+    async def main() -> None:
+        hold = await till.hold(ask("r1"))
+        await till.extend(hold, 5, progress=3)
+        await till.settle(hold, used(7))
+        await till.release(await till.hold(ask("r2")))
+
+    asyncio.run(main())
+    assert flushed == [False, False, True, False, True]
+    with works() as tx:  # and the database's own setting is the durable one again
+        shown = tx("PRAGMA synchronous" if ledger.db.name == "sqlite" else "SHOW synchronous_commit").fetchone()[0]
+    assert shown in (2, "on")

@@ -23,9 +23,13 @@ class Scrape:
 
     @staticmethod
     def read(text: str, at: float | None = None) -> Scrape:
-        """Raises ValueError when it is no Prometheus text."""
-        values = {(s.name, *(v for _, v in sorted(s.labels.items()))): s.value
-                  for family in text_string_to_metric_families(text) for s in family.samples}  # fmt: skip
+        """Several workers as one: what they count is summed. Raises ValueError when it is no Prometheus text."""
+        values: dict[tuple[str, ...], float] = {}
+        for family in text_string_to_metric_families(text):
+            for s in family.samples:
+                key = (s.name, *(v for k, v in sorted(s.labels.items()) if k != "worker"))
+                join = max if s.name == "tidelock_weights_version" else lambda a, b: a + b
+                values[key] = join(values[key], s.value) if key in values else s.value
         return Scrape(time.monotonic() if at is None else at, values)
 
     def get(self, *key: str) -> float:

@@ -101,7 +101,8 @@ class TextPolicy:
     def _last(self, answer: _Answer, turn: Rendering, messages: list[Message], left: int | None) -> Chunk:
         """Calls and closing. A closing that does not fit is left out: whoever reads the turn closes it as well."""
         finish = FINISHES[answer.finish_reason or ""]
-        calls = canonical([*messages, Message("assistant", tool_calls=answer.tool_calls())])[-1].tool_calls
+        made = answer.tool_calls()
+        calls = canonical([*messages, Message("assistant", tool_calls=made)])[-1].tool_calls if made else ()
         ids = turn.end(calls) if calls or finish == "stop" else []
         if left is not None and len(ids) > left:
             ids, finish = (ids[:left], "length") if calls else ([], finish)

@@ -64,7 +64,7 @@ class Backend(Protocol):
     writers: int  # transactions that may usefully run at the same time
     list_tables: str  # a query
 
-    def transaction(self) -> AbstractContextManager[Transaction]: ...
+    def transaction(self, durable: bool) -> AbstractContextManager[Transaction]: ...
     def read(self, sql: str, args: Sequence[Any]) -> list[Any]: ...
     def snapshot(self) -> AbstractContextManager[Transaction]:
         """A transaction that only reads; it has `stream` besides, which fetches rows as they are taken."""
@@ -109,9 +109,13 @@ class Database:
         migrations.run(self._backend)
 
     @contextmanager
-    def transaction(self) -> Iterator[Transaction]:
-        """Yields `execute(sql, args)`. Raises StorageDown or Conflict, and then nothing has happened."""
-        with self._backend.transaction() as tx:
+    def transaction(self, durable: bool = True) -> Iterator[Transaction]:
+        """Yields `execute(sql, args)`. Raises StorageDown or Conflict, and then nothing has happened.
+
+        durable: on the disk when it is over. False: safe from the end of any process at once, from that of the machine
+        with the next durable one.
+        """
+        with self._backend.transaction(durable) as tx:
             yield tx
 
     def read(self, sql: str, args: Sequence[Any] = ()) -> list[Any]:

@@ -71,8 +71,10 @@ class Postgres:
                         self._idle.append(connection)
 
     @contextmanager
-    def transaction(self) -> Iterator[_Transaction]:
+    def transaction(self, durable: bool = True) -> Iterator[_Transaction]:
         with self._connection() as connection, connection.pipeline() as pipeline, connection.transaction():
+            if not durable:
+                connection.execute("SET LOCAL synchronous_commit = off")
             yield _Transaction(connection, self._types, pipeline)
 
     @contextmanager

@@ -1,8 +1,9 @@
 """Runs the application in the engine's own process, on a socket we bound ourselves.
 
 uvicorn, because it takes a bound socket (so port 0 gives its real port before the first request, and a taken port is
-one clear error) and stops from inside a running loop. granian answered
-chat completions at about the same rate in one short run of each, so speed did not decide.
+one clear error) and stops from inside a running loop; and because with httptools it costs least. Of one core, for a request
+that an application answers at once (300 bytes each way, 64 connections): httptools 31 us, granian 2.8 embedded 46-50 us,
+uvicorn with h11 86-99 us. uvloop makes little of that, and a tenth of the whole service.
 """
 
 from __future__ import annotations

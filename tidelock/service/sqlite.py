@@ -26,7 +26,7 @@ class Sqlite:
         self._path = path
         self._write_lock, self._read_lock = threading.RLock(), threading.RLock()
         with _errors():
-            self._writer = self._connect()
+            self._writer, self._durable = self._connect(), True
             self._reader = self._writer
             if path == ":memory:":
                 self._read_lock = self._write_lock
@@ -45,8 +45,11 @@ class Sqlite:
         return connection
 
     @contextmanager
-    def transaction(self) -> Iterator[_Transaction]:
+    def transaction(self, durable: bool = True) -> Iterator[_Transaction]:
         with self._write_lock, _errors():
+            if durable is not self._durable:  # in WAL mode NORMAL leaves out nothing but the flush at the end
+                self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+                self._durable = durable
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield _Transaction(self._writer)

@@ -191,7 +191,9 @@ class Till:
         customers = [operation.customer for operation in batch]
         requests = [operation.request_id for operation in batch if operation.touches_hold]
         results = []
-        with self.db.transaction() as tx:
+        # A hold need not outlive a power cut, because its request does not; what is owed must. The next settlement takes all
+        # before it to the disk.
+        with self.db.transaction(durable=any(operation.owed for operation in batch)) as tx:
             books = Books(tx, customers, requests, now=self._clock(), worker=self.worker)
             for operation in batch:
                 try:

@@ -170,8 +170,8 @@ class Template:
 
     def _plain(self, ids: Sequence[int], start: int = 0) -> list[int]:
         """The ids from `start` up to the next special one."""
-        end = start
-        while end < len(ids) and not self.tokenizer.is_special(ids[end]):
+        base, end, n = self.tokenizer.base, start, len(ids)
+        while end < n and ids[end] < base:
             end += 1
         return list(ids[start:end])
 

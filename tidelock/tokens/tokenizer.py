@@ -131,6 +131,11 @@ class BPETokenizer(Vocabulary):
     def _base_bytes(self, token: int) -> bytes:
         return self._bytes[token]
 
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        if ids and min(ids) >= 0 and max(ids) < self.base:
+            return b"".join([self._bytes[i] for i in ids])
+        return super().decode_bytes(ids)
+
     def save(self, directory: str | Path) -> None:
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ the reference quotes the first two lines; the third and the message's type are o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from .template import (
     call_position,
     count_calls,
     in_call_order,
-    result_number,
+    last_calls,
     system_parts,
     tools_from_json,
 )
@@ -34,6 +34,7 @@ from .turn import TurnParser, call_id
 
 HEADER = re.compile(r'(\w+)((?: \w+="[^"]*")*)')
 ATTRIBUTE = re.compile(r' (\w+)="([^"]*)"')
+CACHED_IDS = 2048  # of a turn that is remembered
 ROLES = ("system", "user", "assistant", "tool")
 DECLARE = "# Tools\nHere are the available tools, described in JSONSchema.\n\n```json\n"
 DECLARE_LATER = (
@@ -101,6 +102,8 @@ class XTML(Template):
         self.OPEN, self.CLOSE, self.SEP, self.END = (tokenizer.special(n) for n in names)
         self.stop_ids = (self.END,)
         self.start = "think" if thinking else "response"
+        # a conversation comes again with each of its turns
+        self._said_before, self._text_before = lru_cache(4096)(self._said), lru_cache(4096)(self._text)
         self.read_header = lru_cache(4096)(self._read_header)  # a conversation has few different ones
         self._opened = self._open(self.start)
         self._prompt = self._open("message", role="assistant") + self._opened
@@ -208,17 +211,19 @@ class XTML(Template):
 
     def parse(self, ids: Sequence[int]) -> list[Message]:
         messages: list[Message] = []
+        made = 0  # calls
         for header, body in self._split(ids):
-            role, text = header["role"], self.tokenizer.decode(self._plain(body))
+            role, text = header["role"], ""
+            if role != "assistant":
+                text = (self._text_before if len(body) <= CACHED_IDS else self._text)(tuple(body))
             if role == "assistant":
-                parser = self.parser(count_calls(messages))
-                opened = len(self._opened)
-                parser.feed(body[opened:] if body[:opened] == self._opened else body)
-                messages.append(parser.finish())
+                said = self._said_before if len(body) <= CACHED_IDS else self._said
+                messages.append(said(tuple(body), made))
+                made += len(messages[-1].tool_calls)
             elif role == "tool":
                 name, index = header.get("tool", "unknown"), header.get("index", "")
                 position = int(index) - 1 if re.fullmatch("[0-9]{1,9}", index) else 0
-                identifier = call_id(name, result_number(position, messages))
+                identifier = call_id(name, made - len(last_calls(messages)) + position)
                 messages.append(Message("tool", text, tool_call_id=identifier, name=name))
             elif role == "user":
                 messages.append(Message("user", text, name=header.get("name")))
@@ -237,23 +242,39 @@ class XTML(Template):
 
     def _split(self, ids: Sequence[int]) -> list[tuple[dict[str, str], list[int]]]:
         """(attributes, what follows the header) of each message. A cut turn ends where the next message begins."""
-        parts: list[tuple[dict[str, str], list[int]]] = []
-        skip = 0
-        for at, token in enumerate(ids):
-            if token == self.OPEN:
-                header = self._plain(ids, at + 1)
-                closed = ids[at + 1 + len(header) : at + 2 + len(header)]
-                tag, attributes = _tag_and_attributes(self.tokenizer.decode(header))
-                if tag == "message" and attributes.get("role") in ROLES and list(closed) == [self.SEP]:
-                    parts.append((attributes, []))
-                    skip = len(header) + 2
-            if not parts:
-                raise self._not_a_conversation()
-            if skip:
-                skip -= 1
-            else:
-                parts[-1][1].append(token)
-        return parts
+        ids = list(ids)
+        starts: list[tuple[int, int, dict[str, str]]] = []  # (where its header begins, where that ends, attributes)
+        for at in _places(ids, self.OPEN):
+            header = self._plain(ids, at + 1)
+            end = at + 1 + len(header)
+            if ids[end : end + 1] == [self.SEP]:
+                tag, attributes = self.read_header(tuple(header))
+                if tag == "message" and attributes.get("role") in ROLES:
+                    starts.append((at, end + 1, attributes))
+        if ids and (not starts or starts[0][0] != 0):
+            raise self._not_a_conversation()
+        ends = [at for at, _, _ in starts[1:]] + [len(ids)] if starts else []
+        return [(attributes, ids[begin:end]) for (_, begin, attributes), end in zip(starts, ends, strict=True)]
+
+    def _text(self, body: tuple[int, ...]) -> str:
+        return self.tokenizer.decode(self._plain(body))
+
+    def _said(self, body: tuple[int, ...], calls_before: int) -> Message:
+        """The assistant message with these ids."""
+        parser = self.parser(calls_before)
+        opened = len(self._opened)
+        parser.feed(body[opened:] if list(body[:opened]) == self._opened else body)
+        return parser.finish()
+
+
+def _places(ids: list[int], token: int) -> Iterator[int]:
+    at = -1
+    while True:
+        try:
+            at = ids.index(token, at + 1)
+        except ValueError:
+            return
+        yield at
 
 
 class XTMLParser(TurnParser):
