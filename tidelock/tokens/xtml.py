@@ -24,7 +24,6 @@ from .template import (
     Template,
     add_system_text,
     call_position,
-    count_calls,
     in_call_order,
     last_calls,
     system_parts,

@@ -103,21 +103,31 @@ export const COLUMNS = [
 export const BRIEF = COLUMNS.filter(({ name }) => !["Writes", "First token"].includes(name));
 export const link = (r) => `#/receipts/${encodeURIComponent(r.id)}`;
 
+const OVERLAP_MS = 5000; // what is written late may carry a time this long before what was already seen
+
+/** Where to listen from, so that what settled late is heard, but nothing from before the oldest that `page` shows. */
+export function startOf(page) {
+  const [newest, oldest] = [page.data[0]?.created_ms ?? Date.now(), page.data.at(-1)?.created_ms];
+  return Math.max(0, newest - OVERLAP_MS, page.has_more ? oldest : 0);
+}
+
 /** Calls `onNew` for receipts as they settle, until `signal`; `onState` says whether we hear. Comes back after every cut. */
-export async function follow(api, sinceMs, { onNew, onSkipped = () => {}, onState = () => {} }, signal) {
-  let since = sinceMs;
+export async function follow(api, startMs, { onNew, onSkipped = () => {}, onState = () => {} }, signal) {
+  let since = startMs;
+  let newest = startMs;
   const seen = new Set();
   while (!signal.aborted) {
     try {
       onState(true);
       await api.stream(
         "/v1/organization/receipts/stream",
-        { since_ms: Math.max(0, Math.floor(since - 5000)) },
+        { since_ms: Math.floor(since) },
         (name, data) => {
           if (name === "skipped") onSkipped();
           if (name !== "receipt" || seen.has(data.id)) return;
           seen.add(data.id);
-          since = Math.max(since, data.created_ms);
+          newest = Math.max(newest, data.created_ms);
+          since = Math.max(since, newest - OVERLAP_MS);
           onNew(data);
         },
         signal,

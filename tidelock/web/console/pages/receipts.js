@@ -1,7 +1,7 @@
 // Every request as it settles: a list that is live, filters, and one receipt in full.
 
 import { h, replace } from "../dom.js";
-import { COLUMNS, follow, link } from "../receipts.js";
+import { COLUMNS, follow, link, startOf } from "../receipts.js";
 import { errorState, heading, loading, select, table, tableRow } from "../ui.js";
 import { detail } from "./receipt.js";
 
@@ -42,7 +42,7 @@ export async function render(context) {
       select([["", "All projects"], ...choices.projects], wanted.project_id, filter("project_id"), "Project"),
   );
   const list = listOf(api, wanted, first, signal);
-  live(api, list, wanted, first.data[0]?.created_ms ?? Date.now(), state, pause, signal);
+  live(api, list, wanted, startOf(first), state, pause, signal);
   return [
     heading("Receipts", "One line per request, as it settles. Costs are exact to the nano-dollar.", state, pause),
     controls,
@@ -103,7 +103,7 @@ function listOf(api, wanted, first, signal) {
   return { node, put };
 }
 
-function live(api, list, wanted, sinceMs, state, pause, signal) {
+function live(api, list, wanted, startMs, state, pause, signal) {
   const held = [];
   let paused = false;
   const fits = (r) =>
@@ -119,7 +119,7 @@ function live(api, list, wanted, sinceMs, state, pause, signal) {
   });
   follow(
     api,
-    sinceMs,
+    startMs,
     {
       onNew: (receipt) => {
         if (!fits(receipt)) return;
@@ -130,8 +130,10 @@ function live(api, list, wanted, sinceMs, state, pause, signal) {
         state.classList.toggle("on", on);
         state.textContent = on ? "Live" : "Connecting again";
       },
-      onSkipped: () =>
-        list.node.prepend(h("p.notice.warn", "More came than is shown live; reload the page for all of them.")),
+      onSkipped: () => {
+        if (!list.node.querySelector(".notice"))
+          list.node.prepend(h("p.notice.warn", "More came than is shown live; reload the page for all of them."));
+      },
     },
     signal,
   );
