@@ -153,7 +153,7 @@ def begin_term(books: Books, sub: Subscription, plan: Plan, since: float, credit
     price = plan.price_nano * sub.quantity
     pay(books, sub, price - credited_nano)
     allocate(books, sub, plan)
-    sell(books.execute, Term(sub.lot, sub.customer, plan.name, since, sub.ends, sub.months, price))
+    sell(books.execute, Term(sub.lot, sub.customer, plan.name, since, sub.ends, sub.months, price), books.now)
 
 
 def allocate(books: Books, sub: Subscription, plan: Plan) -> None:

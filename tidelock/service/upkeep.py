@@ -35,17 +35,23 @@ async def run(state: ServiceState) -> None:
 
 
 async def slowly(state: ServiceState) -> None:
-    """Until cancelled: what may take long or wait for others, beside the heartbeat and not before it."""
+    """Until cancelled: what may take long or wait for others, beside the heartbeat and not before it. One that fails keeps
+    none of the others."""
+    db = state.ledger.db
+    jobs = {
+        "reconciliation": lambda: state.reconciler.tick(state.inexact),
+        "automatic top-ups": lambda: charges.tick(state.ledger, state.provider),
+        "notices": lambda: notices.deliver(db),
+    }
     while True:
         await asyncio.sleep(min(state.sweep_interval_s, state.reconciler.every_s / 4))
-        try:
-            await asyncio.to_thread(state.reconciler.tick, state.inexact)
-            await asyncio.to_thread(charges.tick, state.ledger, state.provider)
-            await asyncio.to_thread(notices.deliver, state.ledger.db)
-        except StorageDown as error:
-            log.warning("reconciliation waits for the database: %s", error)
-        except Exception:
-            log.exception("reconciliation failed; it will try again")
+        for name, job in jobs.items():
+            try:
+                await asyncio.to_thread(job)
+            except StorageDown as error:
+                log.warning("%s: waiting for the database: %s", name, error)
+            except Exception:
+                log.exception("%s failed; to be tried again", name)
 
 
 def flush(state: ServiceState) -> None:

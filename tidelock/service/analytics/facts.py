@@ -88,9 +88,10 @@ def write(tx: Transaction, facts: Facts) -> None:
            "DO UPDATE SET nano_usd = excluded.nano_usd", (model, starts, nano))  # fmt: skip
 
 
-def sell(tx: Transaction, term: Term) -> None:
+def sell(tx: Transaction, term: Term, now: float | None = None) -> None:
+    """`now`: when its fee is booked, if that may be later than its start: nothing is earned before."""
     columns = (*Term.__dataclass_fields__, "begins_s", "planned_s")
-    tx.insert("plan_terms", columns, [(*term.__dict__.values(), floor(term.starts), floor(term.ends))])
+    tx.insert("plan_terms", columns, [(*term.__dict__.values(), floor(max(term.starts, now or 0)), floor(term.ends))])
 
 
 def cut_short(tx: Transaction, reference: str, now: float, credited_nano: int = 0) -> None:

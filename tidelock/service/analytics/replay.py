@@ -264,11 +264,13 @@ def _in_order(term: Any) -> tuple[str, int]:
 def _recognised(read: Any, out: Any, names: list[str]) -> None:
     """What an upgrade credited is told by the ledger: the new plan's price less the fee that was taken for it."""
     fees: Counter[str] = Counter()
-    for reference, nano in read(
-        "SELECT t.reference, e.nano_usd FROM transactions t LEFT JOIN entries e ON e.customer = t.customer AND e.seq = t.seq "
+    booked: dict[str, float] = {}
+    for reference, when, nano in read(
+        "SELECT t.reference, t.created, e.nano_usd FROM transactions t LEFT JOIN entries e ON e.customer = t.customer AND e.seq = t.seq "
         "AND e.kind = 'fees' WHERE t.kind = 'plan_fee'"
     ):
         fees[reference] += nano or 0
+        booked[reference] = when
     rows = read("SELECT reference, customer, plan, starts, ends, planned_s, price_nano FROM plan_terms WHERE price_nano > 0")
     credited, before = {}, None
     for row in sorted(rows, key=_in_order):
@@ -277,7 +279,8 @@ def _recognised(read: Any, out: Any, names: list[str]) -> None:
             credited[before] = row["price_nano"] - fees[row["reference"]]
         before = row["reference"]
     for row in rows:
-        begins, ends, price = int(row["starts"] // 1), int(row["ends"] // 1), row["price_nano"]
+        begins = int(max(row["starts"], booked.get(row["reference"], 0)) // 1)
+        ends, price = int(row["ends"] // 1), row["price_nano"]
         whole = price
         if ends < row["planned_s"]:
             whole -= credited.get(row["reference"], 0)
