@@ -60,6 +60,12 @@ class Drafting:
             self.memory.slots.release(seq.spare)
         seq.spare, seq.draft = -1, []
 
+    def drop(self, seq: Sequence) -> None:
+        """The draft's step failed: nobody knows what it was worth."""
+        if seq.spare >= 0:
+            self.memory.slots.release(seq.spare)
+        seq.spare, seq.draft = -1, []
+
     def grew(self, seq: Sequence, token: int) -> None:
         """The sequence has sampled one more token."""
         if seq.track is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import queue
 import random
 import threading
@@ -30,6 +31,7 @@ from .selftest import self_test
 from .sequence import Sequence
 from .weights import Weights, check, load, rehearse, served
 
+log = logging.getLogger(__name__)
 SWAPS = ("finish", "continue")
 PAUSES = ("abort", "wait", "keep")
 PAUSED = PolicyError("the engine is paused; retry later", status=503)
@@ -67,6 +69,7 @@ class Engine:
         self._frozen = False
         self._when_idle: list[Callable[[], None]] = []
         self._dead: PolicyError | None = None
+        self._failed = False  # the last step
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -177,11 +180,10 @@ class Engine:
     def _checked(self, prompt_ids: Seq[int], params: SamplingParams) -> np.ndarray:
         """The prompt as int32. Raises PolicyError for what can never run, before anything is allocated for it."""
         _raise(self._dead, self._refusing)
+        check_params(params, self._config.vocab_size)
         longest = len(prompt_ids) + params.max_tokens
         if not len(prompt_ids):
             raise _bad("the prompt is empty")
-        if params.max_tokens < 1:
-            raise _bad(f"max_tokens must be at least 1, not {params.max_tokens}")
         if longest > self.context:
             raise _bad(f"prompt of {len(prompt_ids)} tokens + max_tokens {params.max_tokens} "
                        f"exceeds the context of {self.context}")  # fmt: skip
@@ -190,16 +192,17 @@ class Engine:
         if len(self._live) >= self.limits.queue:
             raise _full()
         try:
-            prompt = np.array(prompt_ids, dtype=np.int64)
+            prompt = np.asarray(prompt_ids)
         except (TypeError, ValueError, OverflowError):
-            raise _bad("the prompt is not a list of token ids") from None
+            prompt = None
+        if prompt is None or prompt.ndim != 1 or prompt.dtype.kind not in "iu":
+            raise _bad("the prompt is not a list of token ids")
         if prompt.min() < 0 or prompt.max() >= self._config.vocab_size:
             raise _bad(f"token ids must be in 0..{self._config.vocab_size - 1}")
         return prompt.astype(np.int32)
 
     def _sampler(self, prompt_ids: Seq[int], params: SamplingParams) -> Sampler:
         """Raises PolicyError (400) for parameters that no draw could honour."""
-        check_params(params, self._config.vocab_size)
         if self._template is None and (params.stop or params.constraint):
             raise _bad("this engine was given no tokenizer, so it knows no stop strings and no constraints")
         read = self._template.text_reader(prompt_ids) if params.stop else None
@@ -225,7 +228,7 @@ class Engine:
             while self._take_commands(deadline):
                 deadline = self._scheduler.expire()
                 if self._scheduler.busy and not self._frozen:
-                    self._scheduler.step()
+                    self._step()
                 if not self._scheduler.busy:
                     while self._when_idle:
                         self._when_idle.pop()()
@@ -234,6 +237,21 @@ class Engine:
         except BaseException as e:
             self._stop(PolicyError(f"the engine failed: {type(e).__name__}: {e}", status=500, kind="server_error"))
             raise
+
+    def _step(self) -> None:
+        """What goes wrong in a step ends the requests that ran in it, and no others: they are told, and the engine goes on.
+        A second failure at once means that the harm is elsewhere: then everybody is told, and it still goes on."""
+        try:
+            self._scheduler.step()
+            self._failed = False
+        except Exception as e:
+            log.exception("a step failed")
+            error = PolicyError(f"the engine failed in this step: {type(e).__name__}: {e}", status=500, kind="server_error")
+            if self._failed:
+                self._scheduler.fail_all(error)
+            else:
+                self._scheduler.fail_step(error)
+            self._failed = True
 
     def _take_commands(self, deadline_s: float | None) -> bool:
         """Run what was asked for since the last step; with nothing to step, wait for it. False: close."""

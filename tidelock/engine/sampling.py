@@ -5,14 +5,17 @@ The order of operations: penalties, bias, temperature, constraint, top-k, top-p,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tidelock.tokens.policy import Kept, PolicyError, SamplingParams, compact
+from tidelock.tokens.policy import Constraint, Kept, PolicyError, SamplingParams, compact
 
 from .cutoffs import cut
 from .penalties import Seen, penalise, penalised
@@ -73,23 +76,66 @@ def _cut_off(p: SamplingParams) -> bool:
 def check_params(params: SamplingParams, vocab: int) -> None:
     """Raises PolicyError (400) for what no draw could honour."""
     p = params
+    for why in itertools.chain(_wrong_types(p), _wrong_values(p, vocab)):
+        raise PolicyError(why, status=400, kind="invalid_request_error")
+
+
+INTEGERS = ("max_tokens", "top_k", "top_logprobs", "priority", "seed", "routed_from")
+NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "deadline_s")
+OPTIONAL = ("seed", "routed_from", "deadline_s")
+
+
+def _wrong_types(p: SamplingParams) -> Iterator[str]:
+    """In a process anybody may pass anything; what the engine's thread computes with is of these types."""
+    for name in INTEGERS:
+        value = getattr(p, name)
+        if not _whole(value) and not (value is None and name in OPTIONAL):
+            yield f"{name} must be a whole number, not {value!r}"[:200]
+        elif value is not None and name != "seed" and abs(value) >= 1 << 53:
+            yield f"{name} is too large"
+    for name in NUMBERS:
+        value = getattr(p, name)
+        if not (isinstance(value, Real) and math.isfinite(value)) and not (value is None and name in OPTIONAL):
+            yield f"{name} must be a number, not {value!r}"[:200]
+    if not isinstance(p.tenant, str):
+        yield "tenant must be a string"
+    if not all(isinstance(s, str) for s in _items(p.stop)) or isinstance(p.stop, str):
+        yield "stop must be strings"
+    if not all(_whole(i) for i in _items(p.stop_ids)):
+        yield "stop_ids must be whole numbers"
+    if not all(isinstance(b, tuple) and len(b) == 2 and _whole(b[0]) and isinstance(b[1], Real) for b in _items(p.logit_bias)):
+        yield "logit_bias must be pairs of an id and a number"
+    if p.constraint is not None and not isinstance(p.constraint, Constraint):
+        yield "constraint must be a Constraint"
+
+
+def _whole(x: object) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _items(x: object) -> Iterable:
+    """What is no collection counts as one wrong item."""
+    return x if isinstance(x, (tuple, list, set, frozenset, str)) else (None,)
+
+
+def _wrong_values(p: SamplingParams, vocab: int) -> Iterator[str]:
     wrong = [
+        (p.max_tokens < 1, f"max_tokens must be at least 1, not {p.max_tokens}"),
         (not 0 <= p.temperature <= 100, "temperature must be between 0 and 100"),
         (not 0 < p.top_p <= 1, "top_p must be above 0 and at most 1"),
         (not 0 <= p.min_p <= 1, "min_p must be between 0 and 1"),
         (p.top_k < 0, "top_k must not be negative"),
-        (not 0 < p.repetition_penalty < float("inf"), "repetition_penalty must be above 0"),
-        (not all(abs(x) < 1e4 for x in (p.presence_penalty, p.frequency_penalty)), "penalties must be finite"),
+        (not 0 < p.repetition_penalty < 1e4, "repetition_penalty must be above 0 and below 10000"),
+        (not all(abs(x) < 1e4 for x in (p.presence_penalty, p.frequency_penalty)), "penalties must be below 10000"),
         (not all(abs(b) < 1e4 for _, b in p.logit_bias), "logit_bias must be finite"),
         (not all(0 <= i < vocab for i, _ in p.logit_bias), f"logit_bias names ids outside the vocabulary of {vocab}"),
         (not 0 <= p.top_logprobs <= 100, "top_logprobs must be between 0 and 100"),
+        (p.routed_from is not None and p.routed_from < 0, "routed_from must not be negative"),
         (not all(0 <= i < vocab for i in p.stop_ids), f"stop_ids names ids outside the vocabulary of {vocab}"),
         (len(p.stop) > MAX_STOPS, f"at most {MAX_STOPS} stop strings"),
         (not all(0 < len(s) <= MAX_STOP for s in p.stop), f"a stop string has 1 to {MAX_STOP} characters"),
     ]
-    for is_wrong, why in wrong:
-        if is_wrong:
-            raise PolicyError(why, status=400, kind="invalid_request_error")
+    yield from (why for is_wrong, why in wrong if is_wrong)
 
 
 def sample(logits: Tensor, asks: Sequence[Ask]) -> list[Drawn]:

@@ -54,6 +54,7 @@ class Scheduler:
         self.moving, self._pace = Moving(self), Pace()
         self._boundary = boundary_id
         self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._stepping: list[Sequence] = []  # what the forward at work is of
         self._full = False  # the next in line did not fit, and nothing has changed since
 
     @property
@@ -116,6 +117,17 @@ class Scheduler:
         for seq in (*self.requests, *self.line):
             self._fail(seq, error)
 
+    def fail_step(self, error: PolicyError) -> None:
+        """End what the step that raised was running, or everybody who runs if it ran nothing yet. What they hold may be half
+        written, so it goes, and nothing of it is kept."""
+        hit = {s for s in self._stepping if s.state == RUNNING} or set(self.running)
+        for seq in self.requests:
+            if seq in hit or seq.stand_in in hit:
+                if seq.draft and self.drafts:
+                    self.drafts.drop(seq)
+                self._fail(seq, error)
+        self._stepping = []
+
     def close(self) -> None:
         self.tree.clear()
         self.store.close()
@@ -132,7 +144,9 @@ class Scheduler:
         for weights in dict.fromkeys(seq.weights for seq, _ in work):
             # A stand-in went with its original, if that has just ended on the old weights.
             if ready := [(seq, rows) for seq, rows in work if seq.weights is weights and seq.state == RUNNING]:
+                self._stepping = [seq for seq, _ in ready]
                 self._run(weights, ready)
+        self._stepping = []
         if work:
             self.stats.steps += 1
             self._pace.saw(sum(rows for _, rows in work), time.perf_counter() - begun)
