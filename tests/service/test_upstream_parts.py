@@ -272,5 +272,7 @@ def test_a_file_is_what_it_says(tmp_path):
     assert (a.weight, a.exact, a.probe, b.exact, b.probe) == (2.0, True, "/health", False, "/models")
     assert b.policy._server.api_key == "sk-1" and b.policy._server.patience.idle_s == 3.0
     assert not front.pool.exact and front.pool.inexact("b") and not front.pool.inexact("a") and front.pool.inexact("a,b")
+    shared = read_upstreams(file, TEMPLATE, {"KEY": "sk-1"}, workers=5).pool
+    assert ([u.max_in_flight for u in shared.upstreams], shared.line.most) == ([12, 12], 51)
     with pytest.raises(UserError, match="cannot read"):
         read_upstreams(tmp_path / "nothing.toml", TEMPLATE)

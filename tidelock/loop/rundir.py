@@ -85,7 +85,7 @@ class RunDir:
         from tidelock.service.upstreams import read_upstreams
 
         template = self.template()
-        front = read_upstreams(upstreams, template)
+        front = read_upstreams(upstreams, template, workers=member.size if member else 1)
         return open_state(
             self.service, policy=front.pool, template=template, prices=PRICES, model=front.model or MODEL,
             context_length=front.context_length or self._context_length(), weights_version=-1, member=member,

@@ -64,16 +64,23 @@ class Front:
     context_length: int | None = None
 
 
-def read_upstreams(path: str | Path, template: Template, environment: Mapping[str, str] = os.environ) -> Front:
-    """Opens no connection. Raises UserError that names the field."""
+def read_upstreams(
+    path: str | Path, template: Template, environment: Mapping[str, str] = os.environ, workers: int = 1
+) -> Front:
+    """Opens no connection. `workers`: how many processes read the same file; each takes its share of `max_in_flight` and
+    of `max_waiting`. Raises UserError that names the field."""
     try:
         data = tomllib.loads(Path(path).read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the upstreams {path}: {error}") from error
     try:
-        return _pool(data, template, environment)
+        front = _pool(data, template, environment)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    for upstream in front.pool.upstreams:
+        upstream.max_in_flight = max(1, upstream.max_in_flight // workers)
+    front.pool.line.most //= workers
+    return front
 
 
 def _pool(data: dict[str, Any], template: Template, environment: Mapping[str, str]) -> Front:

@@ -69,7 +69,7 @@ class Pool:
         self.upstreams, self.options, self._turn = list(upstreams), options, tuple(turn)
         self.refused: dict[str, int] = {"full": 0, "late": 0, "down": 0}
         self.closers: list[Any] = []  # awaited by `aclose`
-        self._line, self._jobs = Line(options.max_waiting), {}
+        self.line, self._jobs = Line(options.max_waiting), {}
         self._next = 0  # of round-robin
         self._swapping = asyncio.Lock()
         self._swapped: tuple[str, int] | None = None  # what the last swap gave them all
@@ -81,7 +81,7 @@ class Pool:
 
     @property
     def waiting(self) -> int:
-        return len(self._line)
+        return len(self.line)
 
     @property
     def version(self) -> int:
@@ -123,7 +123,7 @@ class Pool:
             return
         job.aborted = True
         if job.waiter is not None:
-            self._line.leave(job.waiter)
+            self.line.leave(job.waiter)
         if job.place is not None and not job.place.done():
             job.place.set_result(None)
         elif job.upstream is not None:
@@ -239,7 +239,7 @@ class Pool:
         job.place = place = asyncio.get_running_loop().create_future()
         job.waiter = Waiter(job.params.tenant, job.params.priority, job)
         try:
-            if (out := self._line.join(job.waiter)) is not None:
+            if (out := self.line.join(job.waiter)) is not None:
                 out.what.place.set_exception(self._refusal("full"))
             await asyncio.wait([place], timeout=self.options.wait_s)
             if not place.done():
@@ -250,7 +250,7 @@ class Pool:
                 self._release(job, place.result())
             raise
         finally:
-            self._line.leave(job.waiter)
+            self.line.leave(job.waiter)
             job.place = job.waiter = None
         if upstream is not None and job.aborted:
             self._release(job, upstream)
@@ -286,7 +286,7 @@ class Pool:
         upstream.in_flight += 1
         upstream.tally.requests += 1
         upstream.circuit.sent()
-        self._line.charge(job.params.tenant, job.params.priority)
+        self.line.charge(job.params.tenant, job.params.priority)
         job.upstream, job.sent = upstream, job.sent + 1
         return upstream
 
@@ -299,19 +299,19 @@ class Pool:
 
     def _serve(self) -> None:
         """Places those in line whose turn it is, as far as there is room."""
-        while self._line:
+        while self.line:
             placed = None
             if any(u.free for u in self.upstreams):
-                for waiter in self._line.turns():
+                for waiter in self.line.turns():
                     if (upstream := self._choose(waiter.what)) is not None:
                         placed = waiter
                         break
             if placed is None:
                 break
-            self._line.leave(placed)
+            self.line.leave(placed)
             placed.what.place.set_result(self._take(placed.what, upstream))
-        for waiter in [w for w in self._line if not any(self._may(w.what, u) for u in self.upstreams)]:
-            self._line.leave(waiter)
+        for waiter in [w for w in self.line if not any(self._may(w.what, u) for u in self.upstreams)]:
+            self.line.leave(waiter)
             waiter.what.place.set_exception(self._refusal("down"))
 
     def _refusal(self, why: str) -> PolicyError:
