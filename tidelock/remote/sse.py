@@ -204,7 +204,7 @@ class _Watch:
 
 
 async def _lines(response: aiohttp.ClientResponse, watch: _Watch) -> AsyncIterator[list[bytes]]:
-    """Whole lines, as many as came, of any length (aiohttp's own reader gives up at 128 KiB, and a routing record is longer)."""
+    """Whole lines, as many as came, of any length (aiohttp's own reader gives up at 128 KiB; a routing record is longer)."""
     rest = bytearray()
     while True:
         async with asyncio.timeout_at(watch.until):

@@ -107,7 +107,7 @@ class TextPolicy:
     def _last(
         self, answer: _Answer, turn: Rendering, messages: list[Message], left: int | None, held: list[int]
     ) -> Chunk:
-        """What was held, calls and closing. A closing that does not fit is left out: whoever reads the turn closes it as well."""
+        """What was held, calls and closing. A closing that does not fit is left out: whoever reads the turn closes it too."""
         finish = FINISHES[answer.finish_reason or ""]
         made = answer.tool_calls()
         calls = canonical([*messages, Message("assistant", tool_calls=made)])[-1].tool_calls if made else ()
