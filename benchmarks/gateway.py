@@ -1,8 +1,8 @@
 """What the gateway costs: added latency, requests and streams per second, beside LiteLLM's proxy, in one run.
 
-    python benchmarks/gateway.py                                        # SQLite, beside a direct client
-    python benchmarks/gateway.py --litellm /tmp/venv-litellm/bin/python # with the peer (pip install 'litellm[proxy]==1.108.7')
-    python benchmarks/gateway.py --database postgres --dir /dev/shm     # files where a flush costs nothing
+    python -m benchmarks.gateway                                     # SQLite, beside a direct client
+    python -m benchmarks.gateway --litellm VENV/bin/python           # with the peer: pip install 'litellm[proxy]==1.108.7'
+    python -m benchmarks.gateway --dir /dev/shm                      # files where a flush costs nothing
 
 Ours has everything on: keys, limits, ledger with hold and settlement, usage rows, trace, metrics. LiteLLM has its master
 key and no database (its keys and budgets want prisma's engine, which is downloaded from elsewhere), so it does less. Every
@@ -59,8 +59,8 @@ class Server:
 
     def cpu_s(self) -> float:
         """Of the process and its children, so far."""
-        pids = [self.process.pid, *children(self.process.pid)]
-        return sum(sum(map(int, Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[11:13])) for p in pids) / TICKS
+        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in (self.process.pid, *children(self.process.pid))]
+        return sum(sum(map(int, stat.rpartition(")")[2].split()[11:13])) for stat in stats) / TICKS
 
 
 def children(pid: int) -> list[int]:
@@ -81,18 +81,21 @@ def bodies(tokens: int) -> dict[str, bytes]:
         {"type": "function", "function": {
             "name": f"look_up_{n}", "description": "Looks one thing up in the tables of the harbour office. " * 3,
             "parameters": {"type": "object", "required": ["place"], "properties": {
-                "place": {"type": "string", "description": "harbour"}, "day": {"type": "integer", "minimum": 1, "maximum": 31}}},
+                "place": {"type": "string", "description": "harbour"},
+                "day": {"type": "integer", "minimum": 1, "maximum": 31}}},
         }} for n in range(12)
     ]  # fmt: skip
     talk: list[dict] = [{"role": "system", "content": "You are the harbour's clerk. Be brief and exact. " * 40}]
     for n in range(18):
-        call = {"id": f"call_{n}", "type": "function", "function": {"name": "look_up_1", "arguments": f'{{"place": "pier {n}"}}'}}
+        function = {"name": "look_up_1", "arguments": f'{{"place": "pier {n}"}}'}
+        call = {"id": f"call_{n}", "type": "function", "function": function}
         talk += [
             {"role": "user", "content": f"And at pier {n}? " + "The fog is thick and the pilot wants to know soon. " * 8},
             {"role": "assistant", "content": "I look.", "reasoning_content": "The tables know. " * 4, "tool_calls": [call]},
             {"role": "tool", "tool_call_id": f"call_{n}", "content": f"high water 0{n % 10}:10, 4.2 m; " * 25},
         ]
-        talk.append({"role": "assistant", "content": "High water is early, at about four metres. " * 3, "reasoning_content": ""})
+        answer = "High water is early, at about four metres. " * 3
+        talk.append({"role": "assistant", "content": answer, "reasoning_content": ""})
     small = {"model": "tide", "messages": question, "max_tokens": tokens - 1}
     large = {"model": "tide", "messages": [*talk, last], "tools": tools, "max_tokens": tokens - 1}
     stream = {**small, "max_tokens": tokens + 100, "stream": True, "stream_options": {"include_usage": True}}
@@ -108,7 +111,8 @@ def prepare(directory: Path) -> tuple[Path, Path]:
     words = "word "
     while len(template.sampled(Message("assistant", words))) < STREAMED_TOKENS:
         words += "word "
-    said = {name: [template.sampled(Message("assistant", text)), text] for name, text in (("short", ANSWER), ("long", words))}
+    texts = {"short": ANSWER, "long": words}
+    said = {name: [template.sampled(Message("assistant", text)), text] for name, text in texts.items()}
     (directory / "said.json").write_text(json.dumps(said))
     return directory / "tokenizer", directory / "said.json"
 
@@ -175,7 +179,8 @@ def litellm(stack: ExitStack, directory: Path, python: Path, upstream: str) -> S
         f"model_list:\n- model_name: tide\n  litellm_params: {{model: openai/tide, api_base: {upstream}/v1, api_key: none}}\n"
         "general_settings: {master_key: sk-master}\nlitellm_settings: {telemetry: false}\n"
     )
-    argv = [str(python.parent / "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+    argv = [str(python.parent / "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port),
+            "--num_workers", "1"]  # fmt: skip
     env = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "NO_DOCS": "True"}
     process = start(stack, argv, 0, log, env)
     wait_for(port, process, log)
@@ -196,7 +201,8 @@ def measure(servers: list[Server], kinds: dict[str, bytes], args: argparse.Names
     for kind in kinds.keys() - {"stream"}:
         for _ in range(args.rounds):
             for server in servers:
-                server.latency.setdefault(kind, []).append(_run(load(server, kinds[kind], 1), server, requests=args.sequential))
+                seen = _run(load(server, kinds[kind], 1), server, requests=args.sequential)
+                server.latency.setdefault(kind, []).append(seen)
     for kind in kinds:
         for _ in range(args.rounds):
             for server in servers[1:]:
@@ -210,7 +216,8 @@ def _run(load: Load, server: Server, **until: float) -> Measured:
     measured = load.run(**until)
     load.close()
     if measured.errors:
-        raise SystemExit(f"{server.name}: {measured.errors} errors, the first:\n{measured.first_error.decode(errors='replace')}")
+        first = measured.first_error.decode(errors="replace")
+        raise SystemExit(f"{server.name}: {measured.errors} errors, the first:\n{first}")
     return measured
 
 
@@ -283,8 +290,8 @@ def main() -> None:
         flush = flush_ms(directory)
         postgres = stack.enter_context(local_postgres(durable=True)) if args.database == "postgres" else None
         port = free_port()
-        upstream = start(stack, [sys.executable, str(HERE / "gateway_upstream.py"), "--port", str(port), "--said", str(shared[1])],
-                         1, directory / "upstream.log")  # fmt: skip
+        argv = [sys.executable, str(HERE / "gateway_upstream.py"), "--port", str(port), "--said", str(shared[1])]
+        upstream = start(stack, argv, 1, directory / "upstream.log")
         wait_for(port, upstream, directory / "upstream.log")
         url = f"http://127.0.0.1:{port}"
         servers = [Server("direct", port, upstream, ["none"])]
@@ -295,8 +302,9 @@ def main() -> None:
             servers.append(litellm(stack, directory, args.litellm, url))
         measure(servers, kinds, args)
         rows = results(servers, kinds)
-        head = (f"{args.database}; {args.connections} connections (streams: a quarter), {args.customers} customers, {args.rounds} rounds; "
-                f"a flush of the disk takes {flush[0]:.2f} ms (p99 {flush[1]:.2f}); load {os.getloadavg()[0]:.1f}")  # fmt: skip
+        head = (f"{args.database}; {args.connections} connections (streams: a quarter), {args.customers} customers, "
+                f"{args.rounds} rounds; a flush of the disk takes {flush[0]:.2f} ms (p99 {flush[1]:.2f}); "
+                f"load {os.getloadavg()[0]:.1f}")  # fmt: skip
         print(head, table(rows), sep="\n\n")
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)

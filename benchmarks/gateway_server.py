@@ -77,7 +77,8 @@ class Hop(Canned):
         if self._session is None:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), skip_auto_headers=("User-Agent",))
         stream = params.max_tokens >= len(self._long)
-        asked = {"model": "tide", "prompt": prompt_ids, "max_tokens": params.max_tokens, "return_token_ids": True, "stream": stream}
+        asked = {"model": "tide", "prompt": prompt_ids, "max_tokens": params.max_tokens, "return_token_ids": True,
+                 "stream": stream}  # fmt: skip
         try:
             async with self._session.post(self._url, data=msgspec.json.encode(asked)) as response:
                 if response.status != 200:
@@ -120,7 +121,8 @@ async def run(args: argparse.Namespace) -> None:
 
 def fleet(args: argparse.Namespace) -> None:
     def argv(member: Member, port: int) -> list[str]:
-        return [sys.executable, __file__, *sys.argv[1:], "--port", str(port), "--member", str(member), "--parent", str(os.getpid())]
+        own = ["--port", str(port), "--member", str(member), "--parent", str(os.getpid())]
+        return [sys.executable, __file__, *sys.argv[1:], *own]
 
     Fleet(argv, args.workers).run("127.0.0.1", args.port, args.dir / "ready", lambda url: None)
 

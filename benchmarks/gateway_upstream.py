@@ -34,7 +34,8 @@ def answers(ids: list[int], text: str) -> dict[str, bytes]:
     }  # fmt: skip
 
     def chunk(delta: dict, finish: str | None = None) -> dict:
-        return {**head, "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+        choice = {"index": 0, "delta": delta, "finish_reason": finish}
+        return {**head, "object": "chat.completion.chunk", "choices": [choice]}
 
     def piece(part: list[int], finish: str | None = None) -> dict:
         choice = {"index": 0, "text": "", "token_ids": part, "finish_reason": finish}
@@ -44,14 +45,12 @@ def answers(ids: list[int], text: str) -> dict[str, bytes]:
         return b"".join(b"data: " + json.dumps(item).encode() + b"\n\n" for item in items) + b"data: [DONE]\n\n"
 
     said = [chunk({"content": word}) for word in text.split(" ")]
+    first, last = chunk({"role": "assistant", "content": ""}), {**chunk({}), "choices": [], "usage": usage}
     share = -(-len(ids) // WORDS)
     sampled = [piece(ids[at : at + share]) for at in range(0, len(ids), share)]
     return {
         "chat": _http(json.dumps(whole).encode(), b"application/json"),
-        "chat stream": _http(
-            events([chunk({"role": "assistant", "content": ""}), *said, chunk({}, "stop"), {**chunk({}), "choices": [], "usage": usage}]),
-            b"text/event-stream",
-        ),
+        "chat stream": _http(events([first, *said, chunk({}, "stop"), last]), b"text/event-stream"),
         "ids": _http(json.dumps(exact).encode(), b"application/json"),
         "ids stream": _http(events([*sampled, piece([], "stop")]), b"text/event-stream"),
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """How throughput grows from one worker to two, on PostgreSQL, where database, load and upstream share two cores with them.
 
-    python benchmarks/gateway_workers.py [--share 0.25] [--rounds 3]
+    python -m benchmarks.gateway_workers [--share 0.25] [--rounds 3]
 
 Two workers and all that they need do not fit on two cores, so the ratio of their rates would tell about the machine. Each
 worker therefore gets a fixed share of a core (a cgroup's quota, in periods of 10 ms), the same for one worker as for two,
@@ -73,8 +73,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25, help="of a core, for each worker")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--connections", type=int, default=96)
-    parser.add_argument("--customers", type=int, default=50)
+    parser.add_argument("--connections", type=int, default=192)
+    parser.add_argument("--customers", type=int, default=400)
     parser.add_argument("--no-fsync", action="store_true", help="PostgreSQL without fsync")
     parser.set_defaults(profile=None)
     args = parser.parse_args()
@@ -97,7 +97,8 @@ def main() -> None:
             for n, (server, workers) in servers.items():
                 seen[n].append(measure(server, workers, body, args))
                 time.sleep(0.5)
-        print(f"{args.share:g} of a core each, {args.connections} connections, {args.customers} customers, load {os.getloadavg()[0]:.1f}\n")
+        print(f"{args.share:g} of a core each, {args.connections} connections, {args.customers} customers, "
+              f"load {os.getloadavg()[0]:.1f}\n")  # fmt: skip
         print("| workers | requests/s | p99 ms | cpu us | periods used up |\n|---:|---:|---:|---:|---:|")
         rates = {}
         for n, runs in seen.items():

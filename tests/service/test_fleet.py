@@ -46,11 +46,16 @@ def children(pid: int) -> list[int]:
         return []
 
 
+def samples(text: str) -> dict[tuple, float]:
+    return {(s.name, *sorted(s.labels.items())): s.value for f in text_string_to_metric_families(text) for s in f.samples}
+
+
 class Server:
     def __init__(self, directory: Path, database: str) -> None:
         self.directory = directory
         template = get_template("xtml", ByteTokenizer())
-        said = {name: [template.sampled(Message("assistant", text)), text] for name, text in (("short", "a tide"), ("long", "w " * 80))}
+        texts = {"short": "a tide", "long": "w " * 80}
+        said = {name: [template.sampled(Message("assistant", text)), text] for name, text in texts.items()}
         (directory / "said.json").write_text(json.dumps(said))
         self.db = Database(database)
         _, self.secret = KeyStore.open(self.db, directory / "pepper").create("ann")
@@ -65,11 +70,11 @@ class Server:
     def ask(self, messages: list[dict], session: str) -> httpx.Response:
         """Over a connection of its own, so that the kernel picks the worker anew."""
         body = {"model": "tide", "messages": messages, "max_tokens": 50, "metadata": {"session_id": session}}
-        return httpx.post(f"{self.url}/chat/completions", json=body, headers={"authorization": f"Bearer {self.secret}"}, timeout=30)
+        headers = {"authorization": f"Bearer {self.secret}"}
+        return httpx.post(f"{self.url}/chat/completions", json=body, headers=headers, timeout=30)
 
     def metrics(self) -> dict[tuple, float]:
-        text = httpx.get(self.url.removesuffix("/v1") + "/metrics").text
-        return {(s.name, *sorted(s.labels.items())): s.value for f in text_string_to_metric_families(text) for s in f.samples}
+        return samples(httpx.get(self.url.removesuffix("/v1") + "/metrics").text)
 
     def answered(self) -> dict[str, float]:
         """Chat completions by worker."""
@@ -106,7 +111,8 @@ def talk(server: Server, session: str, turns: int, broken: list[str]) -> list[di
                 time.sleep(0.05)
         assert answer.status_code == 200, answer.text
         answers.append({**answer.json(), "request_id": answer.headers["x-request-id"]})
-        messages.append({k: v for k, v in answers[-1]["choices"][0]["message"].items() if k in ("role", "content", "reasoning_content")})
+        said = answers[-1]["choices"][0]["message"]
+        messages.append({"role": "assistant", "content": said["content"], "reasoning_content": said.get("reasoning_content")})
     return answers
 
 
@@ -162,6 +168,6 @@ def test_a_worker_that_keeps_crashing_is_given_up(tmp_path):
 def test_samples_of_every_shape_get_their_worker():
     text = b'# HELP a Of a\n# TYPE a counter\na_total{x="1 {"} 2.0\n# HELP b Of b\n# TYPE b gauge\nb 1.0\n'
     one = merged([(0, text), (3, text)])
-    found = {(s.name, *sorted(s.labels.items())): s.value for f in text_string_to_metric_families(one.decode()) for s in f.samples}
+    found = samples(one.decode())
     assert one.count(b"# TYPE") == 2 and Scrape.read(one.decode()).values == {("a_total", "1 {"): 4.0, ("b",): 2.0}
     assert found["a_total", ("worker", "3"), ("x", "1 {")] == 2.0 and found["b", ("worker", "0")] == 1.0 and len(found) == 4

@@ -46,7 +46,8 @@ def test_conversations_that_hop_between_workers_are_never_rendered_again(stores,
     talks = {f'key/"é {n}': [] for n in range(4)}  # a scope is the client's own words
     for step in range(40):
         scope = rng.choice(list(talks))
-        new, talks[scope] = turn(rng.choice(stores), scope, [*talks[scope], Message("user", f"question {step}")], f"answer {step}")
+        asked = [*talks[scope], Message("user", f"question {step}")]
+        new, talks[scope] = turn(rng.choice(stores), scope, asked, f"answer {step}")
         assert new == 1
     whole = Trace.read(tmp_path / "trace.jsonl")
     for scope, talk in talks.items():

@@ -178,7 +178,8 @@ def test_one_writer_at_a_time(tmp_path):
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf"), 1e-5, -0.5, 5e-324])
 def test_a_record_reads_back_as_it_was_whichever_way_it_was_written(tmp_path, odd):
-    message = Message("assistant", 'a "quoted" \ud800 é\n', tool_calls=(ToolCall("functions.f:0", "f", {"n": 2**70, "x": [1.5, None]}),))
+    call = ToolCall("functions.f:0", "f", {"n": 2**70, "x": [1.5, None]})
+    message = Message("assistant", 'a "quoted" \ud800 é\n', tool_calls=(call,))
     path = tmp_path / "t.jsonl"
     store = TraceStore(path, TEMPLATE)
     node = Node.of(None, message, (1, 2), scope="k/\ud800", sampled=1, logprobs=(odd,), weights_versions=((3, 1),),

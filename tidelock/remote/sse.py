@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,9 @@ class Endpoint:
         session = self._session() if callable(self._session) else self._session or aiohttp.ClientSession()
         timeout = aiohttp.ClientTimeout(total=None if watch else 600, sock_connect=self.patience.connect_s)
         headers = {"Authorization": f"Bearer {self.api_key}", **outgoing.get()}
-        options = {"json": body, "headers": headers, "timeout": timeout}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        options = {"data": None if body is None else _encoded(body), "headers": headers, "timeout": timeout}
         try:
             with self._one_error(watch):
                 opening = asyncio.ensure_future(session.request(method, self.base_url + path, **options))
@@ -179,6 +182,13 @@ class Endpoint:
         return RemoteError(f"{self.base_url}: {' '.join(what.split())}", cause=cause)
 
 
+def _encoded(body: dict[str, Any]) -> bytes:
+    try:
+        return msgspec.json.encode(body)
+    except (UnicodeEncodeError, OverflowError, TypeError):  # lone surrogates, integers beyond 64 bits, NumPy's numbers
+        return json.dumps(body).encode()
+
+
 class _Watch:
     """How long one stream may be waited for now."""
 
@@ -194,7 +204,7 @@ class _Watch:
 
 
 async def _lines(response: aiohttp.ClientResponse, watch: _Watch) -> AsyncIterator[list[bytes]]:
-    """Whole lines, as many as came, of any length (aiohttp's own reader gives up at 128 KiB, and a routing record is longer)."""
+    """Whole lines, as many as came, of any length (aiohttp's own reader gives up at 128 KiB; a routing record is longer)."""
     rest = bytearray()
     while True:
         async with asyncio.timeout_at(watch.until):

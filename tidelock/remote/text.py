@@ -69,6 +69,7 @@ class TextPolicy:
         body = self._body(messages, begun, state, params)
         answer, turn, name = _Answer(), Rendering(self._form, state), request_id or uuid.uuid4().hex
         left = params.max_tokens if self._metered else None
+        held: list[int] = []  # said with the finish reason: only the usage is yet to come, so they go with the closing
         try:
             async with aclosing(self._server.batches("/chat/completions", body, name)) as batches:
                 async for events in batches:
@@ -77,11 +78,14 @@ class TextPolicy:
                     for kind, text in said:
                         ids += turn.say(kind, text)
                     if left is not None and len(ids) > left:
-                        yield _chunk(ids[:left], "length")
+                        yield _chunk([*held, *ids[:left]], "length")
                         return
                     if ids:
                         left = None if left is None else left - len(ids)
-                        yield _chunk(ids)
+                        if answer.finish_reason is None:
+                            yield _chunk(ids)
+                        else:
+                            held += ids
                     if fault is not None:
                         raise self._server.broken(f"an event is no chat completion chunk ({fault!r})", "malformed")
         except PolicyError:
@@ -89,17 +93,21 @@ class TextPolicy:
                 raise
         if name in self._aborted:
             self._aborted.discard(name)
-            yield _chunk((), "abort")
+            yield _chunk(held, "abort")
             return
         if answer.finish_reason is None:
             raise self._server.broken("the stream ended without a finish reason")
         if answer.finish_reason not in FINISHES:
+            if held:
+                yield _chunk(held)
             raise PolicyError(f"the server ended the answer with {answer.finish_reason!r}", status=502, kind="server_error")
         self.last = {"id": answer.id, "usage": answer.usage, "trace": answer.trace}
-        yield self._last(answer, turn, messages, left)
+        yield self._last(answer, turn, messages, left, held)
 
-    def _last(self, answer: _Answer, turn: Rendering, messages: list[Message], left: int | None) -> Chunk:
-        """Calls and closing. A closing that does not fit is left out: whoever reads the turn closes it as well."""
+    def _last(
+        self, answer: _Answer, turn: Rendering, messages: list[Message], left: int | None, held: list[int]
+    ) -> Chunk:
+        """What was held, calls and closing. A closing that does not fit is left out: whoever reads the turn closes it too."""
         finish = FINISHES[answer.finish_reason or ""]
         made = answer.tool_calls()
         calls = canonical([*messages, Message("assistant", tool_calls=made)])[-1].tool_calls if made else ()
@@ -107,7 +115,7 @@ class TextPolicy:
         if left is not None and len(ids) > left:
             ids, finish = (ids[:left], "length") if calls else ([], finish)
         reported = Reported.of(answer.usage or None)
-        return _chunk(ids, finish, (reported and reported.cached_tokens) or 0, reported)
+        return _chunk([*held, *ids], finish, (reported and reported.cached_tokens) or 0, reported)
 
     def _read(self, prompt_ids: Sequence[int]) -> tuple[list[Message], Message, str]:
         """(the conversation, what the answer was begun with, where in the turn that leaves off)."""

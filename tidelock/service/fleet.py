@@ -69,8 +69,8 @@ class Fleet:
     def _all_ready(self, workers: list[_Running]) -> bool:
         while not all(worker.member.ready_file.exists() for worker in workers):
             for worker in workers:
-                if worker.process.poll() is not None:  # its own words are on stderr
-                    raise UserError(f"worker {worker.member.number} did not start (it ended with {worker.process.returncode})")
+                if (code := worker.process.poll()) is not None:  # its own words are on stderr
+                    raise UserError(f"worker {worker.member.number} did not start (it ended with {code})")
             if self._stop.wait(POLL_S):
                 return False
         return True

@@ -49,7 +49,8 @@ def run(main: Coroutine[Any, Any, T]) -> T:
 
 
 def bind(host: str, port: int, shared: bool = False) -> socket.socket:
-    """`shared`: several processes bind it, and connections are dealt out among those that listen. Raises UserError if the port is taken or not allowed."""
+    """`shared`: several processes bind it, and connections are dealt out among those that listen. Raises UserError if the
+    port is taken or not allowed."""
     # asyncio turns Nagle's algorithm off only on sockets that name TCP; with it on, every answer waits ~40 ms
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -76,8 +77,8 @@ async def serving(
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(bind(host, port, shared=member is not None))
         await stack.enter_async_context(telling(state.metrics, member))
-        config = uvicorn.Config(create_app(state), log_level="warning", log_config=None, lifespan="on", http="httptools", ws="none",
-                                timeout_graceful_shutdown=5)  # fmt: skip
+        config = uvicorn.Config(create_app(state), log_level="warning", log_config=None, lifespan="on", http="httptools",
+                                ws="none", timeout_graceful_shutdown=5)  # fmt: skip
         server = _Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -18,7 +18,9 @@ from typing import Any
 from .journal import decode_record
 
 # The first fields of a node's record, in the order they are written. A scope with an escape in it is JSON all the same.
-NODE = re.compile(rb'[0-9a-f]{8} \{"kind":"node","node":\{"id":"([^"]+)","parent":(?:null|"[^"]+"),"scope":("(?:[^"\\]|\\.)*")')
+NODE = re.compile(
+    rb'[0-9a-f]{8} \{"kind":"node","node":\{"id":"([^"]+)","parent":(?:null|"[^"]+"),"scope":("(?:[^"\\]|\\.)*")'
+)
 RARE = re.compile(rb'[0-9a-f]{8} \{"kind":"(?:outcome|withdraw)"')
 LARGEST_READ = 8 << 20
 
