@@ -5,6 +5,10 @@
 Random-weight models of the K2, Kimi Linear and K3 layouts, the same after a short training (`--run` adds the release of a
 run directory), each as a Hugging Face directory for transformers and as GGUF for llama.cpp (fp32 and fp16; ours then runs
 the weights that fp16 left). Where two differ, the gap is that of our two logits at the first differing token.
+
+`noise`: the most that the distance of our two best logits changes, over what 20 prompts sampled, when the inputs of every
+matrix product are rounded to fp16, as llama.cpp rounds them for fp16 weights (a router's near-tie that flips is part of it;
+fp32 peers: as much less as fp32 is finer). `explained`: disagreements whose gap is below that.
 """
 
 from __future__ import annotations
@@ -151,6 +155,32 @@ def usual_gap(model, prompts, answers) -> float:
     return statistics.median(gaps)
 
 
+def noise(model, prompts, answers, dtype) -> float:
+    """See the top. fp32's own rounding is 2^13 times smaller than fp16's, and so is what it does."""
+    import torch
+
+    from tidelock.models import ops
+
+    def margins() -> torch.Tensor:
+        out = []
+        for (prompt, answer), best in zip(some, pairs):
+            logits = _logits(model, [*prompt, *answer])[len(prompt) - 1 :]
+            out.append(logits.gather(1, best).diff(dim=1)[:, 0])
+        return torch.cat(out)
+
+    some = list(zip(prompts, answers))[:20]
+    pairs = [_logits(model, [*p, *a])[len(p) - 1 :].topk(2).indices for p, a in some]
+    exact, backend = margins(), ops.backend(torch.empty(0))
+    kept = backend.linear, backend.experts_linear
+    try:
+        backend.linear = lambda x, *w: kept[0](x.half().float(), *w)
+        backend.experts_linear = lambda x, *w: kept[1](x.half().float(), *w)
+        changed = float((margins() - exact).abs().max())
+    finally:
+        backend.linear, backend.experts_linear = kept
+    return changed if dtype is torch.float16 else changed / 2**13
+
+
 def rounded(model, dtype):
     """The model with what GGUF stores in half precision rounded to it."""
     import copy
@@ -184,7 +214,11 @@ def rows(name: str, model, run: Path, tokenizer_dir: Path, prompts, tokens: int,
         gguf = convert(run / "m", run / f"{dtype}.gguf", "gguf", dtype, tokenizer=tokenizer_dir)
         mine = said if half is model else ours(half, prompts, tokens, stops)
         peer = llama_says(binary, gguf, model.config, prompts, tokens)
-        out.append({"peer": f"llama.cpp {dtype}", **compare(half, prompts, mine, peer, stops)})
+        out.append({"peer": f"llama.cpp {dtype}", "noise": noise(half, prompts, mine, kind),
+                    **compare(half, prompts, mine, peer, stops)})  # fmt: skip
+    for row in out:
+        row["noise"] = row.get("noise") or noise(model, prompts, said, torch.float32)
+        row["explained"] = sum(gap <= row["noise"] for gap in row["gaps"])
     return [{"model": name, "usual_gap": usual, **row} for row in out]
 
 
@@ -192,7 +226,7 @@ def show(row: dict) -> None:
     gaps = row["gaps"]
     tie = f"{statistics.median(gaps):.1e} / {gaps[-1]:.1e}" if gaps else "-"
     print(f"{row['model']:24}{row['peer']:20}{row['identical']:>5} / {row['of']:<5}{row['identical'] / row['of']:>8.1%}"
-          f"{tie:>22}{row['usual_gap']:>12.1e}", flush=True)  # fmt: skip
+          f"{tie:>22}{row['usual_gap']:>12.1e}{row['noise']:>10.1e}{row['explained']:>6} / {len(gaps)}", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -221,7 +255,7 @@ def main() -> None:
     random.Random(0).shuffle(files)
     texts = list(read_texts(files, 2_000_000))
     found: list[dict] = []
-    print(f"{'model':24}{'peer':20}{'identical':>13}{'':>8}{'gap median / max':>22}{'usual gap':>12}")
+    print(f"{'model':24}{'peer':20}{'identical':>13}{'':>8}{'gap median / max':>22}{'usual gap':>12}{'noise':>10}{'explained':>11}")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         tokenizer = BPETokenizer.train(texts[:60], 1024)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from tidelock.tokens.policy import PolicyError
@@ -31,7 +30,8 @@ from .runner import Pace, Work, forward, plan
 from .sampler import draw
 from .sampling import Drawn
 from .sequence import DONE, RUNNING, WAITING, Sequence
-from .tree import Tree, common
+from .sharing import prefix_is_coming, stops
+from .tree import Tree
 from .weights import Weights
 
 
@@ -163,7 +163,7 @@ class Scheduler:
             if len(self.running) >= self.limits.max_batch or held >= self.limits.max_batch:
                 return
             path = self.tree.walk(self.weights, seq.ids) if self.limits.reuse else []
-            if self._prefix_is_coming(seq, path):
+            if self.limits.reuse and prefix_is_coming(seq, self.running, self.weights, self.tree, path):
                 held += 1
             elif self.admission.admit(seq, path, self.weights, alone=not self.running):
                 self._start(seq, path)
@@ -178,36 +178,11 @@ class Scheduler:
         seq.state, seq.follows = RUNNING, None
         self.running.append(seq)
         seq.routing = seq.routing or routing_for(seq.params.routed_from, self.weights.model)
-        seq.stops = {len(seq.ids)} if self.memory.hybrid else set()
+        seq.stops = set()
         if self.memory.hybrid and self.limits.reuse:
-            known = min(sum(n for _, n in path), seq.reusable)
-            if known - seq.computed >= self.limits.page_size:  # a second child: the branch gets a state of its own
-                seq.stops.add(known)
-            if self.line.has_twin(seq):  # which needs one token to run, to have something to sample from
-                seq.stops.add(len(seq.ids) - 1)
-            if seq.computed == 0 and self._boundary is not None:
-                ends = np.flatnonzero(seq.prompt == self._boundary)
-                if len(ends) > 1:  # a fresh conversation: its system and tools, all that comes before the last message
-                    seq.stops.add(int(ends[-2]) + 1)
-
-    def _prefix_is_coming(self, seq: Sequence, path: list) -> bool:
-        """Whether a running prompt will soon have computed more of this one than the tree has."""
-        if not self.limits.reuse:
-            return False
-        have, last = None, seq.reusable
-        for other in self.running:
-            if other.weights is not self.weights or other.computed >= last or other.pending <= 1:
-                continue
-            shared = min(common(other.ids, seq.ids), last)
-            if shared <= other.computed:
-                continue
-            have = self.tree.reach(path, last) if have is None else have
-            if seq.follows is other or shared - have >= self.limits.page_size:
-                if self.memory.hybrid:
-                    other.stops.add(shared)
-                other.urgency, seq.follows = min(other.urgency, seq.urgency), other
-                return True
-        return False
+            seq.stops = stops(seq, path, self.limits.page_size, self.line.has_twin(seq), self._boundary)
+        elif self.memory.hybrid:
+            seq.stops = {len(seq.ids)}
 
     # -- one step -----------------------------------------------------------------------------------------------------
 

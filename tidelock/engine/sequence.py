@@ -112,4 +112,5 @@ class Sequence:
 
     @property
     def next_stop(self) -> int:
-        return min((s for s in self.stops if s > self.computed), default=self._length - self.unsampled)
+        last = self._length - self.unsampled
+        return min((s for s in self.stops if self.computed < s < last), default=last)
