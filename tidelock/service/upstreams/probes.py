@@ -12,26 +12,27 @@ from tidelock.tokens.policy import PolicyError
 log = logging.getLogger(__name__)
 
 WITHIN_S = 5.0  # a probe that takes longer has failed
+AGAIN_S = 1.0  # after a look that went badly the next one is soon
 TICK_S = 0.1  # how late an open circuit may be looked at
 
 
 async def watch(upstream: Upstream, every_s: float, changed: Callable[[], None]) -> None:
     """Until cancelled. `changed` is called when the upstream may take requests again, or none any more."""
     clock = asyncio.get_running_loop().time
-    looked = float("-inf")
+    looked, pause_s = float("-inf"), every_s
     while True:
         circuit = upstream.circuit
-        if circuit.due() or (circuit.state == "closed" and clock() - max(looked, upstream.heard) >= every_s):
+        if circuit.due() or (circuit.state == "closed" and clock() - max(looked, upstream.heard) >= pause_s):
             looked, before = clock(), circuit.state
-            await look(upstream)
+            pause_s = every_s if await look(upstream) else min(AGAIN_S, every_s)
             if circuit.state != before:
                 log.warning("upstream %s: %s -> %s", upstream.name, before, circuit.state)
                 changed()
         await asyncio.sleep(min(TICK_S, every_s))
 
 
-async def look(upstream: Upstream) -> None:
-    """One probe. Where there is no path to ask for, the pause was proof enough for a trial."""
+async def look(upstream: Upstream) -> bool:
+    """One probe; whether it went well. Where there is no path to ask for, the pause was proof enough for a trial."""
     circuit = upstream.circuit
     was_open = circuit.state == "open"
     try:
@@ -43,7 +44,7 @@ async def look(upstream: Upstream) -> None:
             circuit.probe_failed()
         if error.status in (401, 403, 404):  # about our key or the path
             log.warning("upstream %s refuses to be looked at: %s", upstream.name, error)
-        return
+        return False
     if was_open and circuit.state == "open":
         circuit.half_open()
     if upstream.exact and upstream.probe:
@@ -53,3 +54,4 @@ async def look(upstream: Upstream) -> None:
             upstream.version = version if version >= 0 else upstream.version
         except (PolicyError, TimeoutError):
             pass  # vLLM tells it only where weights are transferred; the chunks say it too
+    return True
