@@ -1,6 +1,6 @@
 """Tokens per second of our served models beside transformers and llama.cpp, same weights, in one run, as ratios.
 
-    python -m benchmarks.engines --llama BUILD/bin --out DIR [--size 10m|469m] [--threads 2] [--rounds 3]
+    python -m benchmarks.engines --llama BUILD --out DIR [--size 10m|469m] [--threads 2] [--rounds 3]
 
 Two random DeepSeek-V3 shapes: 10 M parameters (4 M active) and 468 M (127 M active). Every engine decodes 24 tokens
 behind a prompt of 128 at batch 1, 8 and 32, and reads one prompt of 512; nothing is sampled. Engines take turns, round
@@ -296,7 +296,7 @@ def plot(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama", type=Path, metavar="DIR", help="where llama-batched-bench and llama-quantize are")
+    parser.add_argument("--llama", type=Path, metavar="DIR", help="a build directory of llama.cpp")
     parser.add_argument("--out", type=Path, default=Path("."), help="where the tables and plots go")
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep the model files here, and use those that are there")
     parser.add_argument("--size", choices=SHAPES, action="append", help="default: both")
@@ -305,6 +305,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.llama and (args.llama / "bin").is_dir():
+        args.llama /= "bin"
     if args.clock == "cpu" and args.threads != 1:
         parser.error("--clock cpu measures one thread; add --threads 1")
     if args.worker:
