@@ -112,8 +112,8 @@ class Database:
     def transaction(self, durable: bool = True) -> Iterator[Transaction]:
         """Yields `execute(sql, args)`. Raises StorageDown or Conflict, and then nothing has happened.
 
-        durable: on the disk when it is over. False: safe from the end of any process at once, from that of the machine
-        with the next durable one.
+        durable: on the disk when it is over. False: at least safe from the end of any process, the database's included;
+        from that of the machine with the next durable one.
         """
         with self._backend.transaction(durable) as tx:
             yield tx
