@@ -1,8 +1,6 @@
 """A server for other people's test suites: an untrained nano model, the keys they use, the stored objects they ask for.
 
-    python -m benchmarks.conformance --port 4010 --lenient            # then, in a checkout of openai/openai-python:
-    TEST_API_BASE_URL=http://127.0.0.1:4010/v1 pytest tests/api_resources/chat tests/api_resources/test_responses.py
-    TEST_API_BASE_URL=http://127.0.0.1:4010 pytest tests/api_resources/test_messages.py     # anthropic-sdk-python
+    python -m benchmarks.conformance --port 4010 --lenient            # `benchmarks.sdk_suites` starts one and runs the clients' own
 
     python -m benchmarks.conformance --port 4010                      # then, in MoonshotAI/Kimi-Vendor-Verifier:
     KIMI_BASE_URL=http://127.0.0.1:4010/v1 KIMI_API_KEY=sk-test pytest tests/params tests/k3_features -k "params or rejected" \
@@ -14,17 +12,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
+from collections.abc import Callable
+from functools import partial
 
 import aiohttp
 import torch
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tidelock.engine import Engine, Limits
 from tidelock.loop.rundir import MODEL, PRICES
 from tidelock.models import TransformerLM, preset
-from tidelock.service.errors import ApiError
+from tidelock.service.accounts import SCOPES
+from tidelock.service.app import create_app
 from tidelock.service.server import serving
 from tidelock.service.state import ServiceState, open_state
-from tidelock.service.surfaces import batches, files, responses_request, stored_chat
+from tidelock.service.surfaces import batches, files, message_batches, responses_request, stored_chat
 from tidelock.tokens.template import get_template
 from tidelock.tokens.tokenizer import ByteTokenizer
 
@@ -40,7 +42,7 @@ BATCH = {
 def add_keys(state: ServiceState) -> None:
     """The suites' own secrets, which are no secrets: this server is on the loopback interface only."""
     for secret in KEYS:
-        key, _ = state.keys.create(CUSTOMER)
+        key, _ = state.keys.create(CUSTOMER, scopes=SCOPES)
         with state.ledger.db.transaction() as write:
             write("UPDATE keys SET hash = ? WHERE id = ?", (state.keys._hash(secret), key.id))
     state.ledger.topup(CUSTOMER, 10**15)
@@ -56,25 +58,62 @@ async def examples(url: str) -> tuple[dict, dict]:
             return response, await answer.json()
 
 
-async def keep_stored(state: ServiceState, response: dict, completion: dict) -> None:
-    """What a suite deletes is there again for its next test."""
-    docs = [(responses_request.KIND, {"id": name, "node": response["trace"]["node"], "input": [],
-                              "response": {**response, "id": name, "background": True}}) for name in RESPONSES]  # fmt: skip
+class Restoring:
+    """The application, with what a request took away back in its place before its sender hears of it: the suites ask for
+    the same few ids again and again."""
+
+    def __init__(self, app: ASGIApp, restore: Callable[[], None]) -> None:
+        self._app, self._restore = app, restore
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def restored(message: Message) -> None:
+            if message["type"] == "http.response.start" and scope["method"] != "GET":
+                self._restore()
+            await send(message)
+
+        await self._app(scope, receive, restored)
+
+
+def keep(state: ServiceState, response: dict, completion: dict) -> None:
+    """Puts back whatever of the suites' objects is gone."""
+    node = response["trace"]["node"]
+    answers = [{**response, "id": name, "background": True} for name in RESPONSES]
+    docs = [(responses_request.KIND, {"id": doc["id"], "node": node, "input": [], "response": doc}) for doc in answers]
     docs.append((batches.KIND, BATCH))
+    ended = {**batches.fresh("message_batch_id", message_batches.ENDPOINT, "message_batch_input", "24h", 24, None),
+             "status": "completed", "completed_at": 1}  # fmt: skip
+    docs.append((message_batches.KIND, ended))
     stored = {**completion, "id": "completion_id", "metadata": {}}
     docs.append((stored_chat.KIND, {"id": "completion_id", "completion": stored, "messages": []}))
-    while True:
-        for kind, doc in docs:
-            try:
-                state.objects.get(kind, CUSTOMER, doc["id"])
-            except ApiError:
-                state.objects.put(kind, CUSTOMER, doc)
-        for name in ("file_id", "input_file_id"):
-            try:
-                state.objects.get(files.KIND, CUSTOMER, name)
-            except ApiError:
-                files.store(state, CUSTOMER, "example.jsonl", "batch", b"Example data", name)
-        await asyncio.sleep(0.005)
+    there = {row[0] for row in state.ledger.db.read("SELECT id FROM objects WHERE customer = ?", (CUSTOMER,))}
+    for kind, doc in docs:
+        if doc["id"] not in there:
+            state.objects.put(kind, CUSTOMER, doc)
+    uploads = [("file_id", files.KIND), ("input_file_id", files.KIND), ("message_batch_input", message_batches.INPUT)]
+    for name, kind in uploads:
+        if name not in there or not files.path_of(state, name).exists():
+            data = b"Example data" if kind == files.KIND else b""
+            files.store(state, CUSTOMER, "example.jsonl", "batch", data, name, kind)
+    with state.ledger.db.transaction() as write:
+        keep_account(write)
+
+
+def keep_account(write) -> None:
+    """A project, a key in it and a member, under the names the suites know them by."""
+    ours = "organization = ? AND "
+    if not write("SELECT 1 FROM projects WHERE id = 'project_id'").fetchone():
+        write("INSERT INTO projects (id, organization, name, standard, created) VALUES ('project_id', ?, 'p', 0, 1)",
+              (CUSTOMER,))  # fmt: skip
+    write(f"UPDATE projects SET archived = NULL WHERE {ours}id = 'project_id'", (CUSTOMER,))
+    if not write("SELECT 1 FROM members WHERE id = 'user_id'").fetchone():
+        write("INSERT INTO members (id, organization, email, role, created) VALUES ('user_id', ?, 'a@b.cd', 'viewer', 1)",
+              (CUSTOMER,))  # fmt: skip
+    write(f"UPDATE members SET removed = NULL WHERE {ours}id = 'user_id'", (CUSTOMER,))
+    for name in ("key_id", "api_key_id"):
+        if not write("SELECT 1 FROM keys WHERE id = ?", (name,)).fetchone():
+            write("INSERT INTO keys (id, hash, hint, customer, name, role, training_consent, may_grant, created, project) "
+                  "VALUES (?, ?, 'sk-', ?, 'k', 'user', 0, 0, 1, 'project_id')", (name, name, CUSTOMER))  # fmt: skip
+        write("UPDATE keys SET revoked = NULL WHERE id = ?", (name,))
 
 
 async def serve(port: int, lenient: bool) -> None:
@@ -88,12 +127,14 @@ async def serve(port: int, lenient: bool) -> None:
             lenient=lenient, default_max_tokens=64,
         )  # fmt: skip
         add_keys(state)
-        async with serving(state, port=port) as running:
+        restore: list[Callable[[], None]] = []
+        app = Restoring(create_app(state), lambda: [again() for again in restore])
+        async with serving(state, port=port, app=app) as running:
             response, completion = await examples(running.base_url)
-            keeper = asyncio.create_task(keep_stored(state, response, completion))
+            restore.append(partial(keep, state, response, completion))
+            restore[0]()
             print(f"serving {MODEL} at {running.base_url}", flush=True)
             await running.task
-            keeper.cancel()
 
 
 def main() -> None:

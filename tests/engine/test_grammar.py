@@ -313,3 +313,39 @@ def test_a_stop_string_ends_the_request_and_streams_hold_back_only_what_may_beco
         return any(t == ord(stop[0]) for t in chunk.ids[:-1]) or any(t == 1 for t in chunk.ids[:-1])
 
     with_engine(work, stream_every=1)
+
+
+NODE = {"type": "object", "properties": {"value": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}}, "required": ["value"]}
+ITSELF = {
+    "type": "object", "required": ["tag"], "additionalProperties": False,
+    "properties": {"tag": {"enum": ["a"]}, "children": {"type": "array", "maxItems": 2, "items": {"$ref": "#"}},
+                   "twin": {"$ref": "#/properties/children"}},
+}  # fmt: skip
+ADDRESSED = {**NODE, "$id": "no address", "$defs": {"node": NODE}}
+EITHER = {"anyOf": [{"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}, {"type": "string"},
+                    {"$ref": "#/$defs/node"}], "$defs": {"node": NODE}}  # fmt: skip
+
+
+@each_template
+@pytest.mark.parametrize("schema", [ITSELF, EITHER, ADDRESSED], ids=["itself", "either", "addressed"])
+def test_arguments_may_refer_to_the_whole_schema_and_be_one_of_several_objects(name, schema):
+    tokenizer = ByteTokenizer()
+    template = get_template(name, tokenizer)
+    m = template.constraint([ToolSpec("grow", "", schema)], "grow")
+    hurry = {*range(tokenizer.base, tokenizer.vocab_size), *tokenizer.encode('"]}.')}
+    for seed in range(8):
+        parser = template.parser()
+        parser.feed(walk(matcher(tokenizer, m), random.Random(seed), template.stop_ids, hurry=hurry))
+        jsonschema.validate(parser.finish().tool_calls[0].arguments, {k: v for k, v in schema.items() if k != "$id"})
+
+
+@each_template
+def test_a_tool_that_no_object_can_call_and_a_second_call_where_one_is_wanted_are_out(name):
+    template = get_template(name, ByteTokenizer())
+    for schema in ({"type": "string"}, {"anyOf": [{"type": "null"}, {"type": "array"}]}, {"enum": ["a"]}):
+        with pytest.raises(UserError, match="allows none"):
+            template.constraint([ToolSpec("t", "", schema)], "required")
+    ids = walk(matcher(ByteTokenizer(), template.constraint(TOOLS[2:3], "required", parallel=False)), random.Random(0))
+    parser = template.parser()
+    parser.feed(ids)
+    assert len(parser.finish().tool_calls) == 1

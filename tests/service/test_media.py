@@ -21,21 +21,24 @@ WRONG = {
 def bodies(url: str) -> dict[str, tuple[str, dict, str]]:
     """By surface: (path, body, where the picture is)."""
     kind, _, data = url.partition(";base64,")
-    source = {"type": "base64", "media_type": kind.removeprefix("data:"), "data": data} if data or ";" in url else {"type": "url", "url": url}
+    source = {"type": "url", "url": url}
+    if ";" in url:
+        source = {"type": "base64", "media_type": kind.removeprefix("data:"), "data": data}
     image = {"type": "image", "source": source}
     result = {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "text", "text": "t"}, image]}
     call = {"type": "tool_use", "id": "a", "name": "look", "input": {}}
-    chat = {"model": "tide", "messages": [{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": url}}]}]}
+    parts = [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": url}}]
+    chat = {"model": "tide", "messages": [{"role": "user", "content": parts}]}
     items = [{"role": "user", "content": [{"type": "input_text", "text": "see"}, {"type": "input_image", "image_url": url}]}]
+    user = {"role": "user", "content": [{"type": "text", "text": "see"}, image]}
+    loop = [{"role": "user", "content": "x"}, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
     messages = {"model": "tide", "max_tokens": 50}
     return {
         "chat": ("/chat/completions", chat, "messages[0].content[1]"),
         "responses": ("/responses", {"model": "tide", "input": items}, "input[0].content[1]"),
-        "messages": ("/messages", {**messages, "messages": [{"role": "user", "content": [{"type": "text", "text": "see"}, image]}]},
-                     "messages[0].content[1]"),
-        "result": ("/messages", {**messages, "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [call]},
-                                                          {"role": "user", "content": [result]}]}, "messages[2].content[0].content[1]"),
-    }  # fmt: skip
+        "messages": ("/messages", {**messages, "messages": [user]}, "messages[0].content[1]"),
+        "result": ("/messages", {**messages, "messages": loop}, "messages[2].content[0].content[1]"),
+    }
 
 
 @pytest.fixture
@@ -89,7 +92,8 @@ def test_a_stored_response_lists_the_picture_it_was_asked_with(service):
 def test_a_compacted_conversation_goes_on_from_one_item(service):
     client, tokenizer = service.client(), service.policy.template.tokenizer
     compacted = client.responses.compact(model="tide", input=[
-        {"role": "user", "content": "my name is Ann"}, {"role": "assistant", "content": "noted"}, {"role": "user", "content": "and I like tea"},
+        {"role": "user", "content": "my name is Ann"}, {"role": "assistant", "content": "noted"},
+        {"role": "user", "content": "and I like tea"},
     ])  # fmt: skip
     assert compacted.object == "response.compaction" and [item.type for item in compacted.output] == ["compaction"]
     assert compacted.usage.output_tokens == len(service.policy.sampled[-1])

@@ -10,6 +10,7 @@ import httpx2 as httpx
 import msgspec
 import pytest
 
+from tidelock.service.accounts import SCOPES
 from tidelock.service.surfaces.routes import ROUTES
 
 CHECKS = (
@@ -32,8 +33,9 @@ def test_every_route_and_every_struct_is_published(service):
 def test_schemathesis_finds_no_failure_and_no_broken_promise(service, lenient, tmp_path):
     service.state.lenient = lenient
     url = service.running.base_url.removesuffix("/v1") + "/openapi.json"
+    secret = service.key(nano_usd=10**15, scopes=SCOPES)
     command = [
-        sys.executable, "-m", "schemathesis.cli", "run", url, "-H", f"Authorization: Bearer {service.key(nano_usd=10**15)}",
+        sys.executable, "-m", "schemathesis.cli", "run", url, "-H", f"Authorization: Bearer {secret}",
         "--phases", "fuzzing,stateful", "--max-examples", "2", "--seed", "1", "--no-color", "--checks", ",".join(CHECKS),
         "--exclude-path", "/v1/organization/receipts/stream",  # it does not end
     ]  # fmt: skip

@@ -184,7 +184,9 @@ def test_the_filter_holds_back_only_what_might_become_a_stop_string():
 
 
 @given(
-    st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3), st.lists(st.integers(0, 12), max_size=5)
+    st.text("abc", max_size=12),
+    st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3),
+    st.lists(st.integers(0, 12), max_size=5),
 )
 def test_the_filter_and_the_engine_find_the_same_stop_in_any_pieces(text, stops, cuts):
     finder, found = StopFinder(stops), None

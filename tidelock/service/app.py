@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidelock.service import batch_worker, console, errors, openapi, tokens_api, upkeep, wire
@@ -53,6 +53,14 @@ _weights = msgspec.json.Decoder(Weights)
 
 def create_app(state: ServiceState) -> ASGIApp:
     """The ASGI application. Several may share a database: each settles only the holds of those that died."""
+    app = Starlette(
+        routes=every_route(state), exception_handlers={HTTPException: unknown_route}, lifespan=_lifespan(state)
+    )
+    return watched(_hot(app, state), state)
+
+
+def every_route(state: ServiceState) -> list[BaseRoute]:
+    """The published ones and those that are not for customers' clients."""
 
     def get(path: str, handler: Handler) -> Route:
         return Route(path, Json(state, handler), methods=["GET"])
@@ -63,25 +71,20 @@ def create_app(state: ServiceState) -> ASGIApp:
     async def metrics(request: Request) -> Response:
         return Response(await scrape(state.metrics, state.member), media_type=CONTENT_TYPE)
 
-    app = Starlette(
-        routes=[
-            *routes(state),
-            post("/v1/feedback", feedback),
-            post("/admin/weights", swap_weights),
-            post("/webhooks/payments", billing.webhook),
-            get("/admin/analytics", analytics),
-            get("/admin/reconciliation", reconciliation),
-            get("/health", health),
-            get("/openapi.json", published),
-            *tokens_api.routes(state, get, post),
-            Route("/metrics", metrics, methods=["GET"]),
-            *operator.routes(state),
-            *console.routes(),
-        ],
-        exception_handlers={HTTPException: unknown_route},
-        lifespan=_lifespan(state),
-    )
-    return watched(_hot(app, state), state)
+    return [
+        *routes(state),
+        post("/v1/feedback", feedback),
+        post("/admin/weights", swap_weights),
+        post("/webhooks/payments", billing.webhook),
+        get("/admin/analytics", analytics),
+        get("/admin/reconciliation", reconciliation),
+        get("/health", health),
+        get("/openapi.json", published),
+        *tokens_api.routes(state, get, post),
+        Route("/metrics", metrics, methods=["GET"]),
+        *operator.routes(state),
+        *console.routes(),
+    ]
 
 
 def _hot(app: ASGIApp, state: ServiceState) -> ASGIApp:
@@ -141,7 +144,7 @@ async def health(state: ServiceState, request: Request) -> dict[str, Any]:
 
 
 async def published(state: ServiceState, request: Request) -> dict[str, Any]:
-    return openapi.document(state.model)
+    return openapi.document(state.model, state.lenient)
 
 
 def _lifespan(state: ServiceState) -> Callable[[Any], Any]:

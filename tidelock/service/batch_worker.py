@@ -19,13 +19,14 @@ from tidelock.service.errors import ApiError
 from tidelock.service.http import as_api_error
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
-from tidelock.service.surfaces import batches, files
+from tidelock.service.surfaces import batches, files, message_batches
 from tidelock.service.surfaces.chat import Chat
+from tidelock.service.surfaces.messages import Messages
 from tidelock.service.surfaces.responses import Responses
 
 log = logging.getLogger(__name__)
 
-SURFACES = {"/v1/chat/completions": Chat, "/v1/responses": Responses}
+SURFACES = {"/v1/chat/completions": Chat, "/v1/responses": Responses, message_batches.ENDPOINT: Messages}
 LINE = "batch_line"
 MAX_LINES = 50_000
 MAX_ERRORS = 50  # listed of a file that does not validate
@@ -80,6 +81,8 @@ class _Batch:
     def __init__(self, state: ServiceState, batch_id: str, customer: str, key_id: str) -> None:
         self.state, self.id, self.customer = state, batch_id, customer
         self.key_id = key_id
+        ours = not batch_id.startswith(message_batches.PREFIX)
+        self.kind, self.file_kind = (batches.KIND, files.KIND) if ours else (message_batches.KIND, message_batches.INPUT)
 
     async def run(self) -> None:
         doc = self._doc()
@@ -96,10 +99,10 @@ class _Batch:
         self._finish(len(lines), done)
 
     def _doc(self) -> dict[str, Any]:
-        return self.state.objects.get(batches.KIND, self.customer, self.id)
+        return self.state.objects.get(self.kind, self.customer, self.id)
 
     def _change(self, **fields: Any) -> dict[str, Any]:
-        return self.state.objects.change(batches.KIND, self.customer, self.id, lambda doc: doc.update(fields))
+        return self.state.objects.change(self.kind, self.customer, self.id, lambda doc: doc.update(fields))
 
     def _lines(self, doc: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """(requests, what is wrong with the file)."""
@@ -110,7 +113,7 @@ class _Batch:
             text = files.path_of(self.state, doc["input_file_id"]).read_bytes().decode()
         except (OSError, UnicodeDecodeError) as error:
             return [], [_fault(None, "invalid_file", f"the input file cannot be read: {type(error).__name__}")]
-        for n, line in enumerate(text.splitlines(), 1):
+        for n, line in enumerate(text.split("\n"), 1):  # and not at U+2028 and its like, which JSON strings may hold
             if not line.strip():
                 continue
             try:
@@ -187,7 +190,8 @@ class _Batch:
             if error.retry_after_s is not None and not last:
                 raise error from exception
             self.state.tally.refused(self.state.model, error)
-            stored[:] = [result(error.status, error.body())]
+            anthropic = SURFACES[endpoint].anthropic
+            stored[:] = [result(error.status, error.anthropic(request_id)[1] if anthropic else error.body())]
             self.state.objects.put(LINE, self.customer, stored[0])
         return stored[0]
 
@@ -196,7 +200,8 @@ class _Batch:
         if key is None or "model" not in key.scopes:
             raise ApiError(401, "invalid_authentication_error", "the key that made this batch is revoked")
         translation = SURFACES[endpoint](state, key, None, body)
-        translation.request.store = False  # the batch's own file keeps it
+        if not translation.anthropic:
+            translation.request.store = False  # the batch's own file keeps it
         if translation.ask.stream:
             raise ApiError(400, "invalid_request_error", "a request in a batch cannot stream", param="stream")
         turn = await run.prepare(state, key, translation.ask, request_id, "batch")
@@ -231,10 +236,11 @@ class _Batch:
         ]  # fmt: skip
         file_id = f"file-{which}-{self.id}"
         try:
-            self.state.objects.get(files.KIND, self.customer, file_id)
+            self.state.objects.get(self.file_kind, self.customer, file_id)
         except ApiError:
             data = b"".join(wire.encode(row) + b"\n" for row in rows)
-            files.store(self.state, self.customer, f"{self.id}_{which}.jsonl", "batch_output", data, file_id)
+            files.store(self.state, self.customer, f"{self.id}_{which}.jsonl", "batch_output", data, file_id,
+                        self.file_kind)  # fmt: skip
         return file_id
 
 

@@ -49,6 +49,8 @@ class ApiError(Exception):
     def anthropic(self, request_id: str) -> tuple[int, dict[str, Any]]:
         """(status, body); an overloaded engine is 529 there."""
         kind = ANTHROPIC_KINDS.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        if self.kind == "exceeded_current_quota_error":
+            kind = "billing_error"  # what the money is missing for is not a matter of rates, whatever the status
         body = {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": request_id}
         return (529 if self.status == 503 else self.status), body
 

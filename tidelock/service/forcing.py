@@ -29,18 +29,16 @@ def constraint(template: Template, ask: Ask) -> Constraint | None:
     choice, tools = ask.tool_choice, ask.tools
     if ask.schema is not None and choice == "auto":
         choice, tools = "none", ()  # the format is for an answer, so there has to be one
-    if choice == "required" and not ask.parallel_tools and len(tools) == 1:
-        choice = tools[0].name
     content = json.dumps(ask.schema) if ask.schema is not None else None
     declared = json.dumps([[t.name, t.parameters] for t in tools])
     try:
-        return _built(template, declared, choice, content, ask.thinking)
+        return _built(template, declared, choice, content, ask.thinking, ask.parallel_tools)
     except UserError as error:
         raise invalid_request(f"the schema cannot be used: {error}", "tools" if tools else "response_format") from error
 
 
 @functools.lru_cache(maxsize=256)
-def _built(template: Template, tools: str, choice: str, content: str | None, thinking: bool) -> Constraint:
+def _built(template: Template, tools: str, choice: str, content: str | None, thinking: bool, parallel: bool) -> Constraint:
     specs = [ToolSpec(name, "", parameters) for name, parameters in json.loads(tools)]
     answer = None if content is None else Constraint("json_schema", content)
-    return template.constraint(specs, choice, answer, thinking=thinking)
+    return template.constraint(specs, choice, answer, thinking=thinking, parallel=parallel)

@@ -13,7 +13,7 @@ from tidelock.service.ask import ANY_TOOL_NAME, MAX_CHOICES, TOOL_NAME
 from tidelock.service.errors import invalid_request
 
 if TYPE_CHECKING:
-    from tidelock.service.surfaces.chat import ChatRequest, Tool, WireMessage
+    from tidelock.service.surfaces.chat_request import ChatRequest, Tool, WireMessage
 
 TEMPERATURES = (0.0, 0.6, 1.0)  # greedy, the default without thinking, the default with it
 TOP_P = 0.95

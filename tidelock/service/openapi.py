@@ -10,13 +10,15 @@ import msgspec
 
 import tidelock
 from tidelock.service import receipts
-from tidelock.service.surfaces import batches, files, shapes
+from tidelock.service.surfaces import anthropic_pages, batches, files, shapes
 from tidelock.service.surfaces.routes import ROUTES, Route
 
 REFERENCE = "#/components/schemas/{name}"
 FAILURES = (400, 401, 402, 403, 404, 413, 429, 500, 503, 504, 529)
 QUERY = {
     "after": {"type": "string"},
+    "before_id": {"type": "string"},
+    "after_id": {"type": "string"},
     "limit": {"type": "integer", "minimum": 0, "maximum": 1440},
     "order": {"type": "string", "enum": ["asc", "desc"]},
     "purpose": {"type": "string"},
@@ -46,14 +48,14 @@ BATCH = {
 
 
 @functools.cache
-def document(model: str) -> dict[str, Any]:
-    """`model`: the name that is served, which requests are told to use."""
+def document(model: str, lenient: bool = False) -> dict[str, Any]:
+    """`model`: the name that is served, which requests are told to use, unless the server answers to any (`lenient`)."""
     structs = {t for route in ROUTES for t in (route.body, route.result) if isinstance(t, type)}
     structs |= {shapes.Error, shapes.AnthropicError}
     _, components = msgspec.json.schema_components(sorted(structs, key=lambda t: t.__qualname__), ref_template=REFERENCE)
     for component in components.values():
         if "messages" in component.get("properties", {}) or "input" in component.get("properties", {}):
-            component["properties"]["model"] = {"type": "string", "enum": [model]}
+            component["properties"]["model"] = {"type": "string", **({} if lenient else {"enum": [model]})}
     components["BatchRequest"]["properties"] |= BATCH
     paths: dict[str, Any] = {}
     for route in ROUTES:
@@ -77,6 +79,8 @@ def _operation(route: Route) -> dict[str, Any]:
         content: Any = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     elif route.result == "events":
         content = {"text/event-stream": {"schema": {"type": "string"}}}
+    elif route.result == "lines":
+        content = {"application/x-jsonl": {"schema": {"type": "string"}}}
     else:
         content = _json(route.result) if route.result else {"application/json": {"schema": {"type": "object"}}}
     if isinstance(route.answers, type):
@@ -93,7 +97,11 @@ def _operation(route: Route) -> dict[str, Any]:
         for name in re.findall(r"{(\w+)}", route.path)
     ]
     for name in route.query:
-        schema = {**QUERY[name], "maximum": files.MOST_LISTED} if name == "limit" and "order" in route.query else QUERY[name]
+        schema = QUERY[name]
+        if name == "limit" and "order" in route.query:
+            schema = {**schema, "maximum": files.MOST_LISTED}
+        if name == "limit" and "before_id" in route.query:
+            schema = {**schema, "minimum": 1, "maximum": anthropic_pages.MOST_LISTED}
         parameters.append({"name": name, "in": "query", "required": name == "start_time" and "bucket_width" in route.query, "schema": schema})
     if parameters:
         operation["parameters"] = parameters
@@ -105,12 +113,20 @@ def _operation(route: Route) -> dict[str, Any]:
 
 
 def _links(route: Route) -> dict[str, Any]:
-    """What can be done with the id that a creation returns."""
-    if route.method != "POST" or "{" in route.path:
+    """What can be done with the id that a creation returns. What is made within something else is named by both ids."""
+    made = "key" if "{id}" in route.path else "id"
+    if route.method != "POST" or not any(other.path == f"{route.path}/{{{made}}}" for other in ROUTES):
         return {}
-    ids = {"id": "$response.body#/id"}
-    followers = [other for other in ROUTES if other.path.startswith(route.path + "/{id}")]
-    return {f"{o.method} {o.path}": {"operationId": f"{o.method} {o.path}", "parameters": ids} for o in followers}
+    ids = {made: "$response.body#/id", **({"id": "$request.path.id"} if made != "id" else {})}
+    begin = f"{route.path}/{{{made}}}"
+    followers = [other for other in ROUTES if other.path == begin or other.path.startswith(f"{begin}/")]
+    return {
+        f"{o.method} {o.path}": {
+            "operationId": f"{o.method} {o.path}",
+            "parameters": {name: value for name, value in ids.items() if f"{{{name}}}" in o.path},
+        }
+        for o in followers
+    }
 
 
 def _json(struct: type) -> dict[str, Any]:

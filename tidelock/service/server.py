@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from tidelock.service.app import create_app
 from tidelock.service.scrape import telling
@@ -67,18 +68,20 @@ def bind(host: str, port: int, shared: bool = False) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def serving(
-    state: ServiceState, host: str = "127.0.0.1", port: int = 0, ready_file: str | Path | None = None
-) -> AsyncIterator[Running]:
+    state: ServiceState, host: str = "127.0.0.1", port: int = 0, ready_file: str | Path | None = None,
+    app: ASGIApp | None = None,
+) -> AsyncIterator[Running]:  # fmt: skip
     """Serves while the block runs; on leaving it, running requests get 5 s to finish.
 
-    `ready_file` appears, with the base URL in it, once requests are answered. Raises UserError if the port is taken.
+    `ready_file` appears, with the base URL in it, once requests are answered. `app`: the application, if something is
+    wrapped around it. Raises UserError if the port is taken.
     """
     member = state.member
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(bind(host, port, shared=member is not None))
         await stack.enter_async_context(telling(state.metrics, member))
-        config = uvicorn.Config(create_app(state), log_level="warning", log_config=None, lifespan="on", http="httptools",
-                                ws="none", timeout_graceful_shutdown=5)  # fmt: skip
+        config = uvicorn.Config(app or create_app(state), log_level="warning", log_config=None, lifespan="on",
+                                http="httptools", ws="none", timeout_graceful_shutdown=5)  # fmt: skip
         server = _Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

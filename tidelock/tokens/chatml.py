@@ -162,7 +162,8 @@ class ChatML(Template):
 
     def _call_rules(self, rule: str, tool: ToolSpec) -> list[str]:
         head = f"{lark.special(self.CALL)} {lark.literal(f'functions.{tool.name}:')} /[0-9]{{1,4}}/"
-        arguments = lark.json_value(lark.closed(tool.parameters))
+        ways = lark.argument_forms(tool.parameters)
+        arguments = lark.json_value(ways[0] if len(ways) == 1 else {"anyOf": ways}, tool.parameters)
         return [f"{rule}: {head} {lark.special(self.ARGUMENTS)} {arguments} {lark.special(self.CALL_END)}"]
 
     def parser(self, calls_before: int = 0, tools: Sequence[ToolSpec] = ()) -> ChatMLParser:

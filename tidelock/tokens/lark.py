@@ -33,11 +33,43 @@ def any_of(expressions: Sequence[str]) -> str:
 
 
 def json_value(schema: Mapping[str, Any], root: Mapping[str, Any] | None = None) -> str:
-    """A JSON text that satisfies the schema. `root` holds the definitions its references point to."""
-    carried = {k: root[k] for k in ("$defs", "definitions") if root and k in root}
-    whole = _finite({**carried, **schema})
+    """A JSON text that satisfies the schema. `root`: the whole that it is a part of, which its references point into."""
+    carried = {k: root[k] for k in DEFINITIONS if root and k in root}
+    part = {**carried, **schema}
+    if root is not None and _refers_to_whole(part):
+        others = {k: v for k, v in root.items() if k not in DEFINITIONS}
+        part = _rehomed({**part, "$defs": {**part.get("$defs", {}), WHOLE: others}})
+    whole = _finite(part)
     definitions = {**whole.get("$defs", {}), "any_finite": ANY}
     return "%json " + json.dumps({**whole, "$defs": definitions, "x-guidance": COMPACT}, ensure_ascii=False)
+
+
+DEFINITIONS, WHOLE = ("$defs", "definitions"), "the_whole"
+
+
+def _refers_to_whole(schema: Any) -> bool:
+    """Whether it refers to what is not a definition: "#", or a place within the properties."""
+    if isinstance(schema, Mapping):
+        return _is_elsewhere(schema.get("$ref")) or any(map(_refers_to_whole, schema.values()))
+    return isinstance(schema, list) and any(map(_refers_to_whole, schema))
+
+
+def _is_elsewhere(reference: Any) -> bool:
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return False
+    return not reference.startswith(("#/$defs/", "#/definitions/"))
+
+
+def _rehomed(schema: Any) -> Any:
+    """With such references leading into the definition that the whole has become."""
+    if isinstance(schema, list):
+        return [_rehomed(inner) for inner in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    out = {key: _rehomed(inner) for key, inner in schema.items()}
+    if _is_elsewhere(schema.get("$ref")):
+        out["$ref"] = f"#/$defs/{WHOLE}{schema['$ref'][1:].rstrip('/')}"
+    return out
 
 
 # What is written must be readable: 1e999 is JSON, but no reader gets a finite number from it, nor one of 5,000 digits.
@@ -47,6 +79,8 @@ ANY = {"anyOf": [
     {"type": "string"}, {"type": "boolean"}, {"type": "null"}, {"type": "number", **NUMBER},
     {"type": "array", "items": ANY_REF}, {"type": "object", "additionalProperties": ANY_REF},
 ]}  # fmt: skip
+NAMED = {"$id", "$schema"}  # who it is; references stay within it, so nothing follows from its address
+SHAPING = {"type", "$ref", "anyOf", "oneOf", "allOf", "enum", "const"}  # keywords that say what kind of value it is
 SILENT = {"title", "description", "default", "examples", "$comment"}  # keywords that allow everything
 
 
@@ -56,7 +90,7 @@ def _finite(schema: Any, top: bool = True) -> Any:
         return ANY_REF
     if not isinstance(schema, dict):
         return schema
-    out = dict(schema)
+    out = {k: v for k, v in schema.items() if k not in NAMED}
     types = out.get("type", ())
     types = (types,) if isinstance(types, str) else types
     if "number" in types or "integer" in types:
@@ -97,10 +131,18 @@ def regex(pattern: str) -> str:
     return "/" + pattern.replace("/", "\\/").replace("\n", "\\n") + "/"
 
 
-def closed(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a call's arguments: an object with no keys but the declared ones, unless it says otherwise."""
-    closing = {"additionalProperties": False} if schema.get("properties") else {}
-    return {"type": "object", **closing, **schema}
+def argument_forms(schema: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The objects that a call's arguments may be; each has no keys but the declared ones, unless it says otherwise.
+    Definitions stay with `schema`.
+
+    Raises UserError for a schema that allows no object: nothing could ever be called with it.
+    """
+    shaped = schema if SHAPING & schema.keys() else {"type": "object", **schema}
+    objects = [{k: v for k, v in form.items() if k not in ("$defs", "definitions")}
+               for kind, form in forms(shaped, schema) if kind == "object"]  # fmt: skip
+    if not objects:
+        raise UserError("a tool is called with an object, and the schema of its parameters allows none")
+    return [{**({"additionalProperties": False} if form.get("properties") else {}), **form} for form in objects]
 
 
 def forms(schema: Any, root: Mapping[str, Any], depth: int = 0) -> list[tuple[str, Any]]:

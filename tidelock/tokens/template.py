@@ -117,13 +117,14 @@ class Template:
         return lambda token: None if self.tokenizer.is_special(token) else self.tokenizer.token_bytes(token)
 
     def constraint(
-        self, tools: Sequence[ToolSpec] = (), choice: str = "auto", content: Constraint | None = None, thinking: bool = True
-    ) -> Constraint:
+        self, tools: Sequence[ToolSpec] = (), choice: str = "auto", content: Constraint | None = None, thinking: bool = True,
+        parallel: bool = True,
+    ) -> Constraint:  # fmt: skip
         """What a turn of this format must match, from the first id after the generation prompt to the stop id.
 
         choice: "none", "auto" (calls or not), "required" (at least one call), or the name of the tool to call, once.
         Arguments satisfy their tool's schema. content: what an answer without calls must match, a JSON schema or regex.
-        thinking: False leaves the thought empty.
+        thinking: False leaves the thought empty. parallel: False makes a required call the only one.
         Raises UserError for an unknown tool, or a schema that cannot be read.
         """
         named = [t for t in tools if t.name == choice]
@@ -133,7 +134,7 @@ class Template:
             raise UserError("a call is required, but there are no tools")
         answering = self._turn("content")
         if named or choice == "required":  # a call and no words: a model that would rather talk could talk for ever
-            start, callable_ = self._turn('""', "call" if named else "call+"), named or tools
+            start, callable_ = self._turn('""', "call" if named or not parallel else "call+"), named or tools
         elif choice == "auto" and tools:
             start, callable_ = f"{answering} | {self._turn('text', 'call+')}", tools
         else:

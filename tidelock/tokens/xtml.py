@@ -173,7 +173,16 @@ class XTML(Template):
 
     def _call_rules(self, rule: str, tool: ToolSpec) -> list[str]:
         """Arguments in the order of the schema's properties, those not required optional; each in one of its forms."""
-        schema = lark.closed(tool.parameters)
+        head = f"{lark.special(self.OPEN)} {lark.literal(_header('call', tool=tool.name) + ' index=')} /\"[1-9][0-9]?\"/"
+        ways, rules = [], []
+        for n, schema in enumerate(lark.argument_forms(tool.parameters)):
+            arguments, needed = self._arguments(f"{rule}_{n}", {**tool.parameters, **schema})
+            ways.append(" ".join([*arguments, self._mark_close("call")]))
+            rules += needed
+        return [f"{rule}: {head} {lark.special(self.SEP)} {lark.any_of(ways)}", *rules]
+
+    def _arguments(self, rule: str, schema: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """(the expressions for the arguments of a call, the rules they need)."""
         rules, arguments = [], []
         for i, (key, inner) in enumerate(schema.get("properties", {}).items()):
             argument, value = f"{rule}_{i}", f"{rule.upper()}_{i}"
@@ -183,9 +192,7 @@ class XTML(Template):
             rules += self._argument_rules(f"{rule}_more", f"{rule.upper()}_MORE", None, lark.forms(
                 schema.get("additionalProperties", True), schema), schema)  # fmt: skip
             arguments.append(f"{rule}_more*")
-        head = f"{lark.special(self.OPEN)} {lark.literal(_header('call', tool=tool.name) + ' index=')} /\"[1-9][0-9]?\"/"
-        body = " ".join([head, lark.special(self.SEP), *arguments, self._mark_close("call")])
-        return [f"{rule}: {body}", *rules]
+        return arguments, rules
 
     def _argument_rules(
         self, rule: str, terminal: str, header: str | None, forms: list[tuple[str, Any]], root: Mapping[str, Any]

@@ -20,8 +20,8 @@ from tidelock.service.errors import invalid_request
 from tidelock.service.http import is_lenient, read_body
 from tidelock.service.prices import format_usd
 from tidelock.service.state import ServiceState
-from tidelock.service.surfaces.chat import ChatRequest
-from tidelock.service.surfaces.chat import read as read_chat
+from tidelock.service.surfaces.chat_request import ChatRequest
+from tidelock.service.surfaces.chat_request import read as read_chat
 from tidelock.service.windows import FIVE_HOURS, WEEK
 
 WIDTHS = {"1m": 60, "1h": 3600, "1d": 86400}
@@ -84,7 +84,7 @@ async def usages(state: ServiceState, request: Request) -> dict[str, Any]:
         allowance = allowances.get(("plan", span)) if sub else None
         if allowance is not None:
             return _window(allowance.used_nano, allowance.limit_nano, allowance.ends or now + seconds)
-        used = _spent(state, key.customer, now - seconds)
+        used = spent(state, key.customer, now - seconds)
         free = credits if sub else ledger.balance(key.customer)
         return _window(used, used + free, sub.month_ends if sub else now + seconds)
 
@@ -166,21 +166,11 @@ async def costs(state: ServiceState, request: Request) -> dict[str, Any]:
     return page.body(buckets)
 
 
-async def spend_limit(state: ServiceState, request: Request) -> dict[str, Any]:
-    """`GET /v1/organization/spend_limit`: what is prepaid is the limit, and it is enforced."""
-    key = authenticate(state, request, "usage")
-    month = datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0).timestamp()
-    nano_usd = state.ledger.balance(key.customer) + _spent(state, key.customer, month)
-    return {
-        "object": "organization.spend_limit",
-        "threshold_amount": nano_usd // 10_000_000,  # cents
-        "currency": "USD",
-        "interval": "month",
-        "enforcement": {"status": "enforcing"},
-    }
+def month_start() -> float:
+    return datetime.now(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0).timestamp()
 
 
-def _spent(state: ServiceState, customer: str, since: float) -> int:
+def spent(state: ServiceState, customer: str, since: float) -> int:
     sql = "SELECT COALESCE(SUM(nano_usd), 0) FROM usage WHERE customer = ? AND created >= ?"
     return int(state.ledger.db.read(sql, (customer, since))[0][0])
 

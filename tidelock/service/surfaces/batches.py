@@ -48,14 +48,24 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
     file = state.objects.get(files.KIND, key.customer, body.input_file_id)
     if file["purpose"] != "batch":
         raise invalid_request("the input file's purpose must be batch", "input_file_id")
+    doc = fresh(state.objects.new_id("batch_"), body.endpoint, file["id"], body.completion_window, hours, body.metadata)
+    state.objects.put(KIND, key.customer, doc)
+    batch_queue.add(state.ledger.db, doc["id"], key.customer, key.id)
+    state.batch_news.set()
+    return doc
+
+
+def fresh(
+    batch_id: str, endpoint: str, input_file_id: str, window: str, hours: int, metadata: dict[str, str] | None
+) -> dict[str, Any]:
     now = int(time.time())
-    doc = {
-        "id": state.objects.new_id("batch_"),
+    return {
+        "id": batch_id,
         "object": "batch",
-        "endpoint": body.endpoint,
+        "endpoint": endpoint,
         "errors": None,
-        "input_file_id": body.input_file_id,
-        "completion_window": body.completion_window,
+        "input_file_id": input_file_id,
+        "completion_window": window,
         "status": "validating",
         "output_file_id": None,
         "error_file_id": None,
@@ -69,12 +79,8 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
         "cancelling_at": None,
         "cancelled_at": None,
         "request_counts": {"total": 0, "completed": 0, "failed": 0},
-        "metadata": body.metadata,
+        "metadata": metadata,
     }
-    state.objects.put(KIND, key.customer, doc)
-    batch_queue.add(state.ledger.db, doc["id"], key.customer, key.id)
-    state.batch_news.set()
-    return doc
 
 
 async def listed(state: ServiceState, request: Request) -> dict[str, Any]:

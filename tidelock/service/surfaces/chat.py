@@ -1,268 +1,27 @@
 """Chat Completions, in Kimi's dialect: `reasoning_content` beside `content`, tools in system messages, `partial`,
-and usage in all the places its clients read it. Unknown fields are ignored, as Kimi's own API does.
+and usage in all the places its clients read it. What a request may say is in `chat_request`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 
-from tidelock.service import kimi, wire
+from tidelock.service import wire
 from tidelock.service.answer import Bill, Ended, Event, Piece, Token, Usage
-from tidelock.service.ask import Ask, Origin, check_tool_choice, conversation, stop_strings
-from tidelock.service.errors import ApiError, invalid_request, not_found
+from tidelock.service.errors import ApiError
 from tidelock.service.http import is_lenient
 from tidelock.service.keys import Key
-from tidelock.service.media import stand_in
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
-from tidelock.tokens.message import Message, ToolSpec
-from tidelock.tokens.policy import SamplingParams
-
-
-class TextPart(msgspec.Struct, tag_field="type", tag="text"):
-    text: str
-
-
-class RefusalPart(msgspec.Struct, tag_field="type", tag="refusal"):
-    refusal: str
-
-    @property
-    def text(self) -> str:
-        return self.refusal
-
-
-class Link(msgspec.Struct):
-    url: str
-
-
-class ImagePart(msgspec.Struct, tag_field="type", tag="image_url"):
-    image_url: str | Link
-    kind = "image"
-    text = "[image]"
-
-    @property
-    def url(self) -> str:
-        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
-
-
-class VideoPart(msgspec.Struct, tag_field="type", tag="video_url"):
-    video_url: str | Link
-    kind = "video"
-    text = "[video]"
-
-    @property
-    def url(self) -> str:
-        return self.video_url if isinstance(self.video_url, str) else self.video_url.url
-
-
-class FunctionCall(msgspec.Struct):
-    name: str
-    arguments: str = "{}"
-
-
-class WireToolCall(msgspec.Struct):
-    id: str
-    function: FunctionCall
-    type: Literal["function", "builtin_function"] = "function"
-
-
-class Function(msgspec.Struct):
-    name: str
-    description: str = ""
-    parameters: dict[str, Any] = {}
-    strict: bool | None = None
-
-
-class Tool(msgspec.Struct):
-    type: Literal["function", "builtin_function"]
-    function: Function
-
-
-class WireMessage(msgspec.Struct):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart | RefusalPart | ImagePart | VideoPart] | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[WireToolCall] | None = None
-    tool_call_id: str | None = None
-    tools: list[Tool] | None = None
-    name: str | None = None
-    partial: bool | None = None
-
-    @property
-    def text(self) -> str:
-        content = self.content
-        return content if isinstance(content, str) else "".join(part.text for part in content or ())
-
-
-class StreamOptions(msgspec.Struct):
-    include_usage: bool = False
-
-
-class JsonSchema(msgspec.Struct):
-    name: str | None = None
-    schema: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ResponseFormat(msgspec.Struct):
-    type: str
-    json_schema: JsonSchema | None = None
-
-
-class Thinking(msgspec.Struct):
-    type: Literal["enabled", "disabled"] | None = None
-    keep: str | None = None
-    effort: str | None = None
-
-
-class ChatRequest(msgspec.Struct):
-    """The body of `POST /v1/chat/completions`."""
-
-    model: str
-    messages: Annotated[list[WireMessage], msgspec.Meta(min_length=1)]
-    tools: list[Tool] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
-    thinking: Thinking | None = None
-    reasoning_effort: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-
+from tidelock.service.surfaces.chat_request import ChatRequest, read
+from tidelock.tokens.message import Message
 
 _decoder = msgspec.json.Decoder(ChatRequest)
-
-
-def read(state: ServiceState, request: ChatRequest, lenient: bool) -> Ask:
-    """Raises ApiError."""
-    check_model(state, request.model, lenient)
-    kimi.check(request, lenient)
-    given = [_message(message, f"messages[{n}]", lenient) for n, message in enumerate(request.messages)]
-    opening = given.pop() if request.messages[-1].partial else None
-    tools = [ToolSpec(t.function.name, t.function.description, t.function.parameters) for t in request.tools or ()]
-    messages = conversation(given, tools, kimi.effort(request))
-    ask = Ask(
-        model=request.model,
-        messages=messages,
-        params=SamplingParams(
-            temperature=kimi.temperature(request, lenient),
-            top_p=kimi.top_p(request, lenient),
-            presence_penalty=request.presence_penalty or 0.0,
-            frequency_penalty=request.frequency_penalty or 0.0,
-            logit_bias=_logit_bias(request, state, lenient),
-            stop=stop_strings(request.stop),
-            seed=None if request.seed is None else request.seed % 2**63,  # clients may send any integer
-            top_logprobs=request.top_logprobs or 0,
-        ),
-        max_tokens=_limit(request),
-        to_fit=lenient,
-        n=request.n or 1,
-        stream=bool(request.stream),
-        logprobs=bool(request.logprobs),
-        thinking=kimi.thinks(request, lenient),
-        effort=kimi.effort(request),
-        tool_choice=_tool_choice(request.tool_choice, lenient),
-        parallel_tools=request.parallel_tool_calls is not False,
-        schema=_schema(request.response_format),
-        opening=opening,
-        origin=Origin.of(request.metadata),
-    )
-    check_tool_choice(ask.tool_choice, ask.tools)
-    return ask
-
-
-def check_model(state: ServiceState, model: str, lenient: bool) -> None:
-    """A lenient server answers to any name: agents ask for the models they were written for."""
-    if model != state.model and not lenient:
-        raise not_found(f"no model {model!r} here; /v1/models lists them", "model", "model_not_found")
-
-
-def _limit(request: ChatRequest) -> int | None:
-    """Tokens of answer asked for; the older `max_tokens` means the same. 0 says nothing."""
-    for field in ("max_completion_tokens", "max_tokens"):
-        value = getattr(request, field)
-        if value is not None and value < 0:
-            raise invalid_request(f"{field} must be at least 1", field)
-        if value:
-            return value
-    return None
-
-
-def _message(given: WireMessage, where: str, lenient: bool) -> Message:
-    text = _text(given, where, lenient)
-    if given.role == "assistant":
-        calls = tuple(
-            wire.parse_call(c.id, c.function.name, c.function.arguments, f"{where}.tool_calls[{n}].function.arguments")
-            for n, c in enumerate(given.tool_calls or ())
-        )
-        return Message("assistant", text, reasoning=given.reasoning_content or "", tool_calls=calls)
-    if given.content is None and not given.tools:
-        raise invalid_request(f"a {given.role} message needs content", f"{where}.content")
-    if given.role == "tool":
-        return Message("tool", text, tool_call_id=given.tool_call_id)
-    if given.role == "user":
-        return Message("user", text, name=given.name)
-    tools = tuple(ToolSpec(t.function.name, t.function.description, t.function.parameters) for t in given.tools or ())
-    return Message("system", text, tools=tools)
-
-
-def _text(given: WireMessage, where: str, lenient: bool) -> str:
-    """Raises a 400 that names the part that is no text."""
-    if not isinstance(given.content, list):
-        return given.content or ""
-    return "".join(
-        stand_in(part.kind, part.url, f"{where}.content[{n}]", lenient) if isinstance(part, ImagePart | VideoPart) else part.text
-        for n, part in enumerate(given.content)
-    )
-
-
-def _tool_choice(given: str | dict[str, Any] | None, lenient: bool) -> str:
-    if given is None or given in ("auto", "none", "required"):
-        return given or "auto"
-    if isinstance(given, dict) and given.get("type") == "function":
-        name = (given.get("function") or {}).get("name")
-        return name if lenient and isinstance(name, str) else "auto"  # Kimi ignores the named form
-    raise invalid_request("tool_choice must be auto, none or required", "tool_choice")
-
-
-def _schema(given: ResponseFormat | None) -> dict[str, Any] | None:
-    if given is None or given.type == "text":
-        return None
-    if given.type == "json_object" or given.json_schema.strict is False:
-        return {"type": "object"}
-    return given.json_schema.schema
-
-
-def _logit_bias(request: ChatRequest, state: ServiceState, lenient: bool) -> tuple[tuple[int, float], ...]:
-    out = []
-    for token, bias in (request.logit_bias or {}).items():
-        known = token.isdecimal() and int(token) < state.template.tokenizer.vocab_size
-        if not known and not lenient:
-            raise invalid_request(f"logit_bias names {token!r}, which is no token id", "logit_bias")
-        if not -100 <= bias <= 100:
-            raise invalid_request("logit_bias values lie between -100 and 100", "logit_bias")
-        if known:
-            out.append((int(token), bias))
-    return tuple(out)
 
 
 def usage(used: Usage) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import mimetypes
 import os
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ from starlette.responses import FileResponse, Response
 
 from tidelock.service.auth import authenticate
 from tidelock.service.errors import invalid_request, too_large
-from tidelock.service.http import is_lenient
+from tidelock.service.http import is_lenient, speaks_anthropic
 from tidelock.service.state import ServiceState
+from tidelock.service.surfaces.anthropic_pages import cursors, page, rfc3339
 
 KIND = "file"
 PURPOSES = ("file-extract", "image", "video", "batch")
@@ -34,8 +36,8 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
         raise too_large(MAX_BYTES)
     try:
         async with request.form(max_files=1, max_fields=20) as form:
-            upload, purpose = form.get("file"), form.get("purpose")
-            allowed = PURPOSES + (OPENAI_PURPOSES if is_lenient(state, request) else ())
+            upload, purpose = form.get("file"), form.get("purpose", "user_data" if speaks_anthropic(request) else None)
+            allowed = PURPOSES + (OPENAI_PURPOSES if is_lenient(state, request) or speaks_anthropic(request) else ())
             if purpose not in allowed:
                 raise invalid_request(f"purpose must be one of {', '.join(allowed)}", "purpose")
             if not isinstance(upload, UploadFile):
@@ -51,11 +53,15 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
     kept, more = state.objects.page(KIND, key.customer, limit=MAX_FILES)
     if more or len(kept) >= MAX_FILES:
         raise invalid_request(f"at most {MAX_FILES} files; delete some first", "file")
-    return await asyncio.to_thread(store, state, key.customer, name, str(purpose), data)
+    return _shown(request, await asyncio.to_thread(store, state, key.customer, name, str(purpose), data))
 
 
 async def listed(state: ServiceState, request: Request) -> dict[str, Any]:
     key = authenticate(state, request, "files")
+    if speaks_anthropic(request):
+        before, after, limit = cursors(request)
+        docs, more = state.objects.page(KIND, key.customer, after=before or after, limit=limit, newest_first=before is None)
+        return page([_shown(request, doc) for doc in (docs[::-1] if before else docs)], more)
     after, limit, newest_first = paging(request)
     docs, more = state.objects.page(KIND, key.customer, after=after, limit=limit, newest_first=newest_first)
     purpose = request.query_params.get("purpose")
@@ -65,7 +71,7 @@ async def listed(state: ServiceState, request: Request) -> dict[str, Any]:
 
 async def retrieve(state: ServiceState, request: Request) -> dict[str, Any]:
     key = authenticate(state, request, "files")
-    return state.objects.get(KIND, key.customer, request.path_params["id"])
+    return _shown(request, state.objects.get(KIND, key.customer, request.path_params["id"]))
 
 
 async def content(state: ServiceState, request: Request) -> Response:
@@ -79,13 +85,24 @@ async def delete(state: ServiceState, request: Request) -> dict[str, Any]:
     file_id = request.path_params["id"]
     state.objects.delete(KIND, key.customer, file_id)
     path_of(state, file_id).unlink(missing_ok=True)
+    if speaks_anthropic(request):
+        return {"id": file_id, "type": "file_deleted"}
     return {"id": file_id, "object": "file", "deleted": True}
 
 
+def _shown(request: Request, doc: dict[str, Any]) -> dict[str, Any]:
+    """To Anthropic's clients in their own words."""
+    if not speaks_anthropic(request):
+        return doc
+    kind = mimetypes.guess_type(doc["filename"])[0] or "application/octet-stream"
+    return {"id": doc["id"], "type": "file", "filename": doc["filename"], "mime_type": kind, "size_bytes": doc["bytes"],
+            "created_at": rfc3339(doc["created_at"]), "downloadable": True}  # fmt: skip
+
+
 def store(
-    state: ServiceState, customer: str, name: str, purpose: str, data: bytes, file_id: str | None = None
+    state: ServiceState, customer: str, name: str, purpose: str, data: bytes, file_id: str | None = None, kind: str = KIND
 ) -> dict[str, Any]:
-    """Bytes first, then the metadata that makes them visible."""
+    """Bytes first, then the metadata that makes them visible, to the lists of this `kind`."""
     file_id = file_id or state.objects.new_id("file-")
     state.files.mkdir(exist_ok=True)
     path = path_of(state, file_id)
@@ -99,7 +116,7 @@ def store(
         "id": file_id, "object": "file", "bytes": len(data), "created_at": int(time.time()), "filename": name,
         "purpose": purpose, "status": "processed", "status_details": None,
     }  # fmt: skip
-    state.objects.put(KIND, customer, doc)
+    state.objects.put(kind, customer, doc)
     return doc
 
 

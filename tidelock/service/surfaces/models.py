@@ -32,6 +32,15 @@ async def one(state: ServiceState, request: Request) -> dict[str, Any]:
     return {**(_anthropic(state) if speaks_anthropic(request) else _openai(state)), "id": name}
 
 
+async def delete(state: ServiceState, request: Request) -> dict[str, Any]:
+    """`DELETE /v1/models/{id}`: customers own no models here, so there is none that they could delete."""
+    key = authenticate(state, request)
+    name = request.path_params["id"]
+    if name != state.model or not key.sees(state.model):
+        raise errors.not_found(f"no model {name!r} here", "model", "model_not_found")
+    raise errors.permission_denied("this model is the service's own; a key cannot delete it")
+
+
 def _openai(state: ServiceState) -> dict[str, Any]:
     return {
         "id": state.model,

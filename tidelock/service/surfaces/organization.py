@@ -23,9 +23,15 @@ from tidelock.tokens.errors import UserError
 
 
 class ProjectRequest(msgspec.Struct):
-    """The body of `POST /v1/organization/projects` and of a change to one."""
+    """The body of `POST /v1/organization/projects`."""
 
     name: str
+
+
+class ProjectChange(msgspec.Struct):
+    """The body of `POST /v1/organization/projects/{id}`; what it does not say stays."""
+
+    name: str | None = None
 
 
 class MemberRequest(msgspec.Struct):
@@ -36,9 +42,9 @@ class MemberRequest(msgspec.Struct):
 
 
 class RoleRequest(msgspec.Struct):
-    """The body of `POST /v1/organization/users/{id}`."""
+    """The body of `POST /v1/organization/users/{id}`; what it does not say stays."""
 
-    role: str
+    role: str | None = None
 
 
 class KeyRequest(msgspec.Struct):
@@ -54,8 +60,15 @@ class KeyRequest(msgspec.Struct):
     may_grant: bool = False
 
 
-_project, _member, _role, _key = (
-    msgspec.json.Decoder(struct) for struct in (ProjectRequest, MemberRequest, RoleRequest, KeyRequest)
+# Our words for what was done, in OpenAI's; what theirs have no word for is a change to the organisation.
+AUDITED = {
+    "key.created": "api_key.created", "key.revoked": "api_key.deleted", "project.created": "project.created",
+    "project.updated": "project.updated", "project.archived": "project.archived", "member.added": "user.added",
+    "member.role": "user.updated", "member.removed": "user.deleted", "limits.set": "rate_limit.updated",
+}  # fmt: skip
+
+_project, _change, _member, _role, _key = (
+    msgspec.json.Decoder(struct) for struct in (ProjectRequest, ProjectChange, MemberRequest, RoleRequest, KeyRequest)
 )
 
 
@@ -87,9 +100,12 @@ async def project(state: ServiceState, request: Request) -> dict[str, Any]:
 
 
 async def update_project(state: ServiceState, request: Request) -> dict[str, Any]:
-    key, body = await _asked(state, request, _project)
+    key, body = await _asked(state, request, _change)
+    found = state.accounts.project(key.customer, request.path_params["id"])
     with bad_request():
-        return _shown_project(state.accounts.rename_project(key.customer, request.path_params["id"], body.name, key.id))
+        if body.name is not None:
+            found = state.accounts.rename_project(key.customer, found["id"], body.name, key.id)
+    return _shown_project(found)
 
 
 async def archive_project(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -153,6 +169,8 @@ async def member(state: ServiceState, request: Request) -> dict[str, Any]:
 async def update_member(state: ServiceState, request: Request) -> dict[str, Any]:
     key, body = await _asked(state, request, _role)
     found = state.accounts.member(key.customer, request.path_params["id"])
+    if body.role is None:
+        return _shown_member(found)
     _may_give(key, (*ROLES[found["role"]], *ROLES.get(body.role, ())))
     with bad_request():
         return _shown_member(state.accounts.set_role(key.customer, found["id"], body.role, key.id))
@@ -172,7 +190,16 @@ async def audit_logs(state: ServiceState, request: Request) -> dict[str, Any]:
     key = authenticate(state, request, "admin")
     after, limit, _ = files.paging(request)
     entries, more = state.accounts.audit_log(key.customer, after=after, limit=limit)
-    return files.listing([shown_entry(e) for e in entries], more)
+    return files.listing([_openai_entry(e) for e in entries], more)
+
+
+def _openai_entry(e: dict[str, Any]) -> dict[str, Any]:
+    """In the words of OpenAI's clients; `action` is ours."""
+    shown = shown_entry(e)
+    kind, who = shown["actor"]["type"], shown["actor"]["id"]
+    more = {"id": who} if kind == "api_key" else {"user": {"id": who}}
+    return {**shown, "type": AUDITED.get(e["action"], "organization.updated"), "action": e["action"],
+            "actor": {**shown["actor"], kind: more}}  # fmt: skip
 
 
 async def _asked(state: ServiceState, request: Request, decoder: msgspec.json.Decoder) -> tuple[Key, Any]:
@@ -234,10 +261,13 @@ def shown_entry(e: dict[str, Any]) -> dict[str, Any]:
 
 
 def shown_key(k: Key) -> dict[str, Any]:
-    owner = {"type": "user", "user": {"id": k.member}} if k.member else {"type": "service_account"}
+    kind = "user" if k.member else "service_account"
+    holder = {"id": k.member or k.id, "name": k.name, "role": "member", "created_at": int(k.created)}
+    owner = {"type": kind, kind: {**holder, **({"email": ""} if k.member else {})}}
     return {
         "object": "organization.project.api_key", "id": k.id, "redacted_value": k.hint, "name": k.name, "project_id": k.project,
-        "owner": owner, "created_at": int(k.created), "scopes": list(k.scopes), "models": list(k.models),
+        "owner": owner, "owner_project_access": "active", "created_at": int(k.created), "scopes": list(k.scopes),
+        "models": list(k.models),
         "addresses": list(k.addresses), "profile": k.profile, "training_consent": k.training_consent, "may_grant": k.may_grant,
         "last_used_at": None if k.last_used is None else int(k.last_used),
     }  # fmt: skip

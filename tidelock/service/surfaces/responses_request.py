@@ -20,7 +20,7 @@ from tidelock.service.keys import Key
 from tidelock.service.kimi import TOP_P
 from tidelock.service.media import stand_in
 from tidelock.service.state import ServiceState
-from tidelock.service.surfaces.chat import check_model
+from tidelock.service.surfaces.chat_request import check_model
 from tidelock.tokens.message import DIRECTIVES, Message, ToolSpec
 from tidelock.tokens.policy import SamplingParams
 

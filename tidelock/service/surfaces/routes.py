@@ -12,18 +12,20 @@ from tidelock.service.endpoint import Endpoint, Translation
 from tidelock.service.http import Handler, Json
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import (
-    account, batches, billing, chat, compaction, files, messages, models, organization, receipts, responses,
-    responses_request, shapes, stored_chat, stored_responses, wallet,
+    account, batches, billing, chat, chat_request, compaction, files, message_batches, messages, messages_request, models,
+    organization, receipts, responses, responses_request, shapes, spend_limit, stored_chat, stored_responses, wallet,
 )  # fmt: skip
 
 LISTED = ("after", "limit", "order")
+CURSORS = ("before_id", "after_id", "limit")
 RECEIVED = (*LISTED, "model", "api_key_id", "project_id", "outcome", "start_time", "end_time")
 BUCKETED = ("start_time", "end_time", "bucket_width", "limit", "page", "group_by")
 
 
 @dataclass(frozen=True)
 class Route:
-    """`answers`: a surface to translate for, or a handler. `body`: the struct of the JSON body, or "multipart"."""
+    """`answers`: a surface to translate for, or a handler. `result`: the struct of the JSON
+    answer, "bytes" or "lines" (of JSON). `body`: the struct of the JSON body, or "multipart"."""
 
     method: str
     path: str
@@ -37,14 +39,21 @@ class Route:
 
 
 ROUTES = [
-    Route("POST", "/v1/chat/completions", chat.Chat, shapes.ChatCompletion, chat.ChatRequest),
+    Route("POST", "/v1/chat/completions", chat.Chat, shapes.ChatCompletion, chat_request.ChatRequest),
     Route("POST", "/v1/responses", responses.Responses, shapes.Response, responses_request.ResponsesRequest),
     *(
         route
         for root in ("/v1", "/anthropic/v1")
         for route in (
-            Route("POST", f"{root}/messages", messages.Messages, shapes.AnthropicMessage, messages.MessagesRequest),
-            Route("POST", f"{root}/messages/count_tokens", messages.count, shapes.InputTokens, messages.CountRequest),
+            Route("POST", f"{root}/messages", messages.Messages, shapes.AnthropicMessage, messages_request.MessagesRequest),
+            Route("POST", f"{root}/messages/count_tokens", messages.count, shapes.InputTokens, messages_request.CountRequest),
+            Route("GET", f"{root}/messages/batches", message_batches.listed, shapes.AnthropicPage, query=CURSORS),
+            Route("POST", f"{root}/messages/batches", message_batches.create, shapes.MessageBatch,
+                  message_batches.MessageBatchRequest),
+            Route("GET", f"{root}/messages/batches/{{id}}", message_batches.retrieve, shapes.MessageBatch),
+            Route("DELETE", f"{root}/messages/batches/{{id}}", message_batches.delete, shapes.AnthropicDeleted),
+            Route("POST", f"{root}/messages/batches/{{id}}/cancel", message_batches.cancel, shapes.MessageBatch),
+            Route("GET", f"{root}/messages/batches/{{id}}/results", message_batches.results, "lines"),
         )
     ),
     Route("GET", "/v1/chat/completions", stored_chat.listed, shapes.Listing, query=LISTED),
@@ -60,6 +69,7 @@ ROUTES = [
     Route("GET", "/v1/responses/{id}/input_items", stored_responses.input_items, shapes.Listing),
     Route("GET", "/v1/models", models.listed, shapes.ModelList),
     Route("GET", "/v1/models/{model}", models.one, shapes.Model),
+    Route("DELETE", "/v1/models/{model}", models.delete, shapes.Deleted),
     Route("GET", "/anthropic/v1/models", models.listed, None),
     Route("GET", "/anthropic/v1/models/{model}", models.one, None),
     Route("GET", "/v1/files", files.listed, shapes.Listing, query=(*LISTED, "purpose")),
@@ -71,13 +81,15 @@ ROUTES = [
     Route("POST", "/v1/batches", batches.create, shapes.Batch, batches.BatchRequest),
     Route("GET", "/v1/batches/{id}", batches.retrieve, shapes.Batch),
     Route("POST", "/v1/batches/{id}/cancel", batches.cancel, shapes.Batch),
-    Route("POST", "/v1/tokenizers/estimate-token-count", account.estimate_tokens, shapes.Estimate, chat.ChatRequest),
+    Route("POST", "/v1/tokenizers/estimate-token-count", account.estimate_tokens, shapes.Estimate, chat_request.ChatRequest),
     Route("GET", "/v1/users/me/balance", account.balance, shapes.Balance),
     Route("GET", "/v1/usages", account.usages, shapes.Usages),
     Route("GET", "/v1/organization/usage/completions", account.completions_usage, shapes.Page, query=BUCKETED),
     *(Route("GET", f"/v1/organization/usage/{kind}", account.unused, shapes.Page, query=BUCKETED) for kind in account.UNUSED),
     Route("GET", "/v1/organization/costs", account.costs, shapes.Page, query=BUCKETED),
-    Route("GET", "/v1/organization/spend_limit", account.spend_limit, shapes.SpendLimit),
+    Route("GET", "/v1/organization/spend_limit", spend_limit.retrieve, shapes.SpendLimit),
+    Route("POST", "/v1/organization/spend_limit", spend_limit.update, shapes.SpendLimit, spend_limit.SpendLimitRequest),
+    Route("DELETE", "/v1/organization/spend_limit", spend_limit.delete, shapes.SpendLimitDeleted),
     Route("GET", "/v1/organization", organization.profile, shapes.Organization),
     Route("GET", "/v1/organization/receipts", receipts.listed, shapes.Listing, query=RECEIVED),
     Route("GET", "/v1/organization/receipts/stream", receipts.stream, "events", query=("since_ms",)),
@@ -89,7 +101,7 @@ ROUTES = [
     Route("GET", "/v1/organization/projects", organization.projects, shapes.Listing),
     Route("POST", "/v1/organization/projects", organization.create_project, shapes.Project, organization.ProjectRequest),
     Route("GET", "/v1/organization/projects/{id}", organization.project, shapes.Project),
-    Route("POST", "/v1/organization/projects/{id}", organization.update_project, shapes.Project, organization.ProjectRequest),
+    Route("POST", "/v1/organization/projects/{id}", organization.update_project, shapes.Project, organization.ProjectChange),
     Route("POST", "/v1/organization/projects/{id}/archive", organization.archive_project, shapes.Project),
     Route("GET", "/v1/organization/projects/{id}/api_keys", organization.keys, shapes.Listing),
     Route("POST", "/v1/organization/projects/{id}/api_keys", organization.create_key, shapes.ApiKey, organization.KeyRequest),

@@ -123,6 +123,38 @@ class AnthropicError(msgspec.Struct):
     request_id: str
 
 
+class MessageCounts(msgspec.Struct):
+    processing: int
+    succeeded: int
+    errored: int
+    canceled: int
+    expired: int
+
+
+class MessageBatch(msgspec.Struct):
+    id: str
+    type: Literal["message_batch"]
+    processing_status: Literal["in_progress", "canceling", "ended"]
+    request_counts: MessageCounts
+    created_at: str
+    expires_at: str
+    ended_at: str | None
+    cancel_initiated_at: str | None
+    results_url: str | None
+
+
+class AnthropicPage(msgspec.Struct):
+    data: list[dict[str, Any]]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class AnthropicDeleted(msgspec.Struct):
+    id: str
+    type: str
+
+
 class InputTokens(msgspec.Struct):
     input_tokens: int
 
@@ -270,6 +302,11 @@ class PlanChange(msgspec.Struct):
     charge_nano_usd: int
     unused_nano_usd: int
     effective_at: int
+
+
+class SpendLimitDeleted(msgspec.Struct):
+    object: Literal["organization.spend_limit.deleted"]
+    deleted: bool
 
 
 class Project(msgspec.Struct):

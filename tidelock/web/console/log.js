@@ -10,7 +10,7 @@ const COLUMNS = [
     class: "nowrap",
     cell: (e) => h("span", { title: day(e.effective_at) }, moment(e.effective_at * 1000)),
   },
-  { name: "What", cell: (e) => h("strong", e.type) },
+  { name: "What", cell: (e) => h("strong", e.action ?? e.type) },
   { name: "Who", class: "clip w1", cell: (e) => (e.actor.type === "api_key" ? h("code", e.actor.id) : e.actor.id) },
   { name: "To what", class: "clip w1", cell: (e) => h("code", e.target) },
   { name: "Details", class: "clip w2", cell: (e) => details(e.detail) },
