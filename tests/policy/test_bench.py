@@ -5,7 +5,7 @@ import json
 
 import pytest
 from aiohttp import web
-from policies import CONTEXT, MODEL, engine_of, served
+from policies import MODEL, engine_of, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
