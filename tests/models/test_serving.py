@@ -52,7 +52,7 @@ def test_eight_and_sixteen_wide_vectors_give_the_same_bits(tmp_path, monkeypatch
     flags = build._cpu_model()
     if "avx512f" not in flags:
         pytest.skip("this machine has one width")
-    narrow, sources = tmp_path / "narrow.so", [str(f) for f in build.SOURCES if f.stem in ("packed", "gemm")]
+    narrow, sources = tmp_path / "narrow.so", [str(f) for f in build.SOURCES if f.stem in ("packed", "gemm", "team")]
     words = ["gcc", *build.FLAGS, "-O1", "-mno-avx512f", "-shared", *sources, "-o", str(narrow), "-lm"]
     subprocess.run(words, check=True, capture_output=True)
     rng = torch.Generator().manual_seed(0)

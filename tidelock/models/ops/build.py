@@ -51,7 +51,7 @@ def _compile(compiler: str) -> Path:
         with ThreadPoolExecutor() as pool:  # waits for compilers, one a file
             list(pool.map(_command, ([compiler, *FLAGS, "-c", str(f), "-o", o] for f, o in zip(SOURCES, objects))))
         # Linked without -fopenmp on purpose: a second OpenMP runtime would bring a second pool of threads.
-        _command([compiler, "-shared", *objects, "-o", str(lib), "-lm"])
+        _command([compiler, "-shared", *objects, "-o", str(lib), "-lm", "-lpthread"])
         os.replace(lib, library)
     return library
 

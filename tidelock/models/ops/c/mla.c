@@ -1,6 +1,7 @@
 /* Multi-head latent attention in absorbed form, over packed rows (training) or cached pages. */
 #include "common.h"
 #include <omp.h>
+#include "team.h"
 
 /* ---- MLA in absorbed form: every head reads one shared row per token, [latent (R) | rope key (D - R)] ----------------
  * q [N, H, D] already scaled; out[n, h, :R] = sum_j softmax_j(q . row_j) row_j[:R], j <= position of n. */
@@ -198,6 +199,26 @@ static void attend(const Keys *kv, long s, long base, long start, long H, long D
     }
 }
 
+typedef struct {
+    const Keys *kv;
+    long S, H, D, R, tile;
+    const long *first; /* tile of each sequence */
+    const int32_t *cu, *start;
+    const float *q;
+    float *out, *top;
+} Attention;
+
+static void one_tile(const void *of, long t) {
+    const Attention *a = of;
+    const int32_t *cu = a->cu;
+    long lo = 0, hi = a->S;
+    while (hi - lo > 1) a->first[(lo + hi) / 2] <= t ? (lo = (lo + hi) / 2) : (hi = (lo + hi) / 2);
+    long i0 = (t - a->first[lo]) * a->tile, n = MIN(a->tile, (cu[lo + 1] - cu[lo]) * a->H - i0), row = cu[lo] * a->H + i0;
+    float mx[QT];
+    attend(a->kv, lo, cu[lo], a->start[lo], a->H, a->D, a->R, i0, n, a->q + row * a->D, a->out + row * a->R, mx);
+    if (a->top) memcpy(a->top + row - cu[0] * a->H, mx, n * sizeof(float));
+}
+
 /* max_logit [S, H] (or NULL) receives the largest score per head, for QK-Clip. */
 void tl_mla(long S, const int32_t *cu, const int32_t *start, long H, long D, long R, const float *q, const float *rows,
             const float *pages, const int32_t *table, long P, long maxp, float *out, float *max_logit) {
@@ -211,16 +232,10 @@ void tl_mla(long S, const int32_t *cu, const int32_t *start, long H, long D, lon
     }
     for (long s = 0; s < S; s++) work += (cu[s + 1] - cu[s]) * H * D * (start[s] + (cu[s + 1] - cu[s]));
     float *top = max_logit ? malloc(sizeof(float) * ((size_t)cu[S] - cu[0] + 1) * H) : 0;
-#pragma omp parallel for schedule(dynamic, 1) if (work > 200000)
-    for (long t = 0; t < first[S]; t++) {
-        long s = 0, lo = 0, hi = S;
-        while (hi - lo > 1) first[(lo + hi) / 2] <= t ? (lo = (lo + hi) / 2) : (hi = (lo + hi) / 2);
-        s = lo;
-        long i0 = (t - first[s]) * tile, n = MIN(tile, (cu[s + 1] - cu[s]) * H - i0), row = cu[s] * H + i0;
-        float mx[QT];
-        attend(&kv, s, cu[s], start[s], H, D, R, i0, n, q + row * D, out + row * R, mx);
-        if (top) memcpy(top + row - cu[0] * H, mx, n * sizeof(float));
-    }
+    Attention all = {&kv, S, H, D, R, tile, first, cu, start, q, out, top};
+    if (work > WORTH_SHARING) tl_share(first[S], one_tile, &all);
+    else
+        for (long t = 0; t < first[S]; t++) one_tile(&all, t);
     if (!top) return;
     for (long s = 0; s < S; s++)
         for (long h = 0; h < H; h++) {

@@ -4,6 +4,7 @@
  * order of k, in one sum. So the bits are those of the fp32 product with the unpacked weights, and they depend neither
  * on the rows that come along nor on the tile, the thread or the vector width that computes them. */
 #include "packed.h"
+#include "team.h"
 
 typedef uint32_t uw __attribute__((vector_size(VW * 4), aligned(4)));
 
@@ -291,30 +292,58 @@ void tl_product(long M, const float *x, long xr, const Weight *W, long e, float 
 }
 
 #define TASK 4 /* panels a thread takes at a time */
-#define WORTH_THREADS 1500000 /* products: about as long as waking a thread that sleeps */
+
+typedef struct {
+    long M, xr, outr, tasks; /* tasks: of one expert */
+    long in_part, out_part;  /* of a head */
+    const float *x;
+    const Weight *w;
+    float *out;
+    const int64_t *off;
+    const long *active;
+} Product;
+
+/* tl_share, if there is work enough for two. */
+static void share(long products, long tasks, void (*task)(const void *, long), const Product *p) {
+    if (products > WORTH_SHARING) tl_share(tasks, task, p);
+    else
+        for (long t = 0; t < tasks; t++) task(p, t);
+}
+
+static void some_panels(const void *of, long t) {
+    const Product *p = of;
+    tl_product(p->M, p->x, p->xr, p->w, 0, p->out, p->outr, t * TASK, MIN((t + 1) * TASK, p->w->panels));
+}
 
 void tl_packed_linear(long M, const float *x, long xr, const Weight *w, float *out, long outr) {
-    long tasks = (w->panels + TASK - 1) / TASK;
-#pragma omp parallel for schedule(dynamic, 1) if (M * w->n * w->k > WORTH_THREADS)
-    for (long t = 0; t < tasks; t++)
-        tl_product(M, x, xr, w, 0, out, outr, t * TASK, MIN((t + 1) * TASK, w->panels));
+    Product p = {.M = M, .x = x, .xr = xr, .w = w, .out = out, .outr = outr};
+    share(M * w->n * w->k, (w->panels + TASK - 1) / TASK, some_panels, &p);
+}
+
+static void one_head(const void *of, long h) {
+    const Product *p = of;
+    tl_product(p->M, p->x + h * p->in_part, p->xr, p->w, h, p->out + h * p->out_part, p->outr, 0, p->w->panels);
 }
 
 void tl_packed_head_linear(long M, const float *x, long xr, const Weight *w, long H, float *out, long outr, long part) {
-#pragma omp parallel for schedule(dynamic, 1) if (M * H * w->n * w->k > WORTH_THREADS)
-    for (long h = 0; h < H; h++) tl_product(M, x + h * (xr / H), xr, w, h, out + h * part, outr, 0, w->panels);
+    Product p = {.M = M, .x = x, .xr = xr, .w = w, .out = out, .outr = outr, .in_part = xr / H, .out_part = part};
+    share(M * H * w->n * w->k, H, one_head, &p);
+}
+
+static void some_panels_of_one(const void *of, long t) {
+    const Product *p = of;
+    const Weight *w = p->w;
+    long g = p->active[t / p->tasks], panel = t % p->tasks * TASK, begin = p->off[g];
+    tl_product(p->off[g + 1] - begin, p->x + begin * w->k, w->k, w, g, p->out + begin * w->n, w->n, panel,
+               MIN(panel + TASK, w->panels));
 }
 
 void tl_packed_grouped_linear(long G, const int64_t *off, const float *x, const Weight *w, float *out) {
     long active[G], n = 0, tasks = (w->panels + TASK - 1) / TASK;
     for (long g = 0; g < G; g++)
         if (off[g + 1] > off[g]) active[n++] = g;
-#pragma omp parallel for schedule(dynamic, 1) if (off[G] * w->n * w->k > WORTH_THREADS)
-    for (long t = 0; t < n * tasks; t++) {
-        long g = active[t / tasks], p = t % tasks * TASK;
-        tl_product(off[g + 1] - off[g], x + off[g] * w->k, w->k, w, g, out + off[g] * w->n, w->n, p,
-                   MIN(p + TASK, w->panels));
-    }
+    Product p = {.x = x, .w = w, .out = out, .off = off, .active = active, .tasks = tasks};
+    share(off[G] * w->n * w->k, n * tasks, some_panels_of_one, &p);
 }
 
 /* Matrix e as fp32 rows [k, n]: what the products above compute with. */
