@@ -76,15 +76,16 @@ def test_batches_are_listed_both_ways_and_files_and_other_batches_do_not_show(se
 
 
 def test_a_cancelled_batch_tells_what_was_not_begun_and_deletes_with_its_files(service, client):
-    service.policy.pause_s = 0.05
-    made = client.messages.batches.create(requests=[ask(str(n)) for n in range(60)])
+    service.policy.pause_s = 1.0  # so that on the slowest machine most have not begun when it is cancelled
+    made = client.messages.batches.create(requests=[ask(str(n)) for n in range(200)])
     with pytest.raises(anthropic.BadRequestError, match="has not ended"):
         client.messages.batches.delete(made.id)
     assert client.messages.batches.cancel(made.id).processing_status in ("canceling", "ended")
+    service.policy.pause_s = 0.0
     batch = ended(service, client, made.id)
     assert batch.cancel_initiated_at is not None and batch.request_counts.canceled > 0
     kinds = [line.result.type for line in client.messages.batches.results(batch.id)]
-    assert len(kinds) == 60 and kinds.count("canceled") == batch.request_counts.canceled
+    assert len(kinds) == 200 and kinds.count("canceled") == batch.request_counts.canceled
     assert client.messages.batches.cancel(batch.id).processing_status == "ended"
     assert client.messages.batches.delete(batch.id).type == "message_batch_deleted"
     assert not list(service.state.files.iterdir())
