@@ -91,10 +91,13 @@ class _Batch:
             self._change(status="failed", failed_at=int(time.time()), errors={"object": "list", "data": faults})
             return
         done = {doc["line"]: doc for doc in self.state.objects.under(LINE, self.customer, self.id)}
-        self._change(
-            in_progress_at=doc["in_progress_at"] or int(time.time()), request_counts=_counts(len(lines), done.values()),
-            **({} if doc["status"] == "cancelling" else {"status": "in_progress"}),
-        )  # fmt: skip
+
+        def begin(doc: dict[str, Any]) -> None:
+            doc.update(in_progress_at=doc["in_progress_at"] or int(time.time()), request_counts=_counts(len(lines), done.values()))
+            if doc["status"] != "cancelling":  # it may have been cancelled while its lines were read
+                doc["status"] = "in_progress"
+
+        self.state.objects.change(self.kind, self.customer, self.id, begin)
         await self._answer(doc, lines, done)
         self._finish(len(lines), done)
 
