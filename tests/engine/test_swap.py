@@ -70,7 +70,7 @@ def test_continue_goes_on_with_the_new_weights_and_every_token_is_exactly_its_ve
     assert set(late.versions) == {2}
 
 
-def long_streams(preset, ends=()):
+def long_streams(preset, ends=(), drain=True):
     """Four streams behind 40 tokens they share, moved to new weights; those in `ends` are aborted while they move."""
     d = Driver(preset, stream_every=3, step_tokens=32, n_pages=256, n_slots=64)
     got = [d.submit([*(3 * j % (VOCAB - 1) for j in range(39)), END, *((i + j) % (VOCAB - 1) for j in range(40))], max_tokens=60,
@@ -83,7 +83,8 @@ def long_streams(preset, ends=()):
     assert any(s.unsampled for s in d.scheduler.running) and all(len(g.ids) > n for g, n in zip(got, before))
     for i in ends:
         d.scheduler.end(got[i].seq, "abort")
-    d.drain()
+    if drain:
+        d.drain()
     return d, got
 
 
@@ -107,6 +108,14 @@ def test_who_ends_while_it_moves_leaves_nothing_behind():
     assert [len(g.ids) == 60 for g in got] == [False, True, False, True] and not d.scheduler.running
     d.scheduler.tree.clear()
     assert d.scheduler.memory.pages.free == 256 and d.scheduler.memory.slots.free == 64
+
+
+def test_weights_that_were_replaced_while_streams_moved_to_them_go_with_the_last_that_used_them():
+    d, got = long_streams("nano-k3", drain=False)
+    d.swap(0, 3, go_on=False, model="nano-k3")
+    for g in got:
+        d.scheduler.end(g.seq, "abort")
+    assert set(d.scheduler.tree._roots) <= {d.scheduler.weights} and not d.scheduler.running
 
 
 def test_the_same_version_number_again_is_still_other_weights():

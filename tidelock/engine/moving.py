@@ -87,3 +87,4 @@ class Moving:
             self._scheduler.running.remove(new)
             self._scheduler.withdraw(new)
             new.state = DONE
+            self._scheduler.drop_if_unused(new.weights)  # replaced meanwhile, they may have had no other user
