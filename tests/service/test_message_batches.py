@@ -8,6 +8,7 @@ import anthropic
 import httpx2 as httpx
 import pytest
 
+from tidelock.service import batch_worker
 from tidelock.tokens.message import Message
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -91,6 +92,19 @@ def test_a_cancelled_batch_tells_what_was_not_begun_and_deletes_with_its_files(s
     assert not list(service.state.files.iterdir())
     with pytest.raises(anthropic.NotFoundError):
         client.messages.batches.retrieve(batch.id)
+
+
+def test_a_batch_that_is_cancelled_while_its_lines_are_read_answers_none_of_them(service, client, monkeypatch):
+    read = batch_worker._Batch._lines
+
+    def and_cancel(batch, doc):
+        lines = read(batch, doc)
+        client.messages.batches.cancel(batch.id)
+        return lines
+
+    monkeypatch.setattr(batch_worker._Batch, "_lines", and_cancel)
+    made = client.messages.batches.create(requests=[ask("a"), ask("b")])
+    assert ended(service, client, made.id).request_counts.canceled == 2 and not service.policy.prompts
 
 
 @pytest.mark.parametrize("requests", [[], [ask("a"), ask("a")], [{"custom_id": "", "params": {}}], [{"custom_id": "a"}]])
