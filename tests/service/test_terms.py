@@ -104,6 +104,18 @@ def test_a_year_is_changed_up_at_once_for_what_is_left_of_it_and_down_at_its_end
     assert sum(found["plans.recognised"].values()) == sum(found["plans.fees"].values()) == shop.balance("fees")
 
 
+def test_two_changes_in_one_second_credit_each_term_once(shop):
+    shop.plans.subscribe("ann", "year")
+    shop.plans.change("ann", "small")
+    shop.plans.change("ann", "team")
+    terms = [tuple(row) for row in shop.db.read("SELECT plan, price_nano, credited_nano FROM plan_terms ORDER BY reference")]
+    assert terms == [("year", 10_000, 10_000), ("small", 1000, 1000), ("team", 3000, 0)]
+    with shop.db.snapshot() as read:
+        found = figures(read, months_until(read, "2026-12"), "2026-01")
+        assert {name: values for name, values in found.items() if values} == replayed(read, "2026-12", "2026-01")
+    assert sum(found["plans.recognised"].values()) == shop.balance("fees") == 3000
+
+
 def test_seats_are_paid_credited_and_counted_one_by_one(shop):
     with pytest.raises(UserError, match="2 to 5 seats, not 1"):
         shop.plans.subscribe("ann", "team", quantity=1)

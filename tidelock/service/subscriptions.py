@@ -166,7 +166,8 @@ def allocate(books: Books, sub: Subscription, plan: Plan) -> None:
 
 def end_term(books: Books, sub: Subscription, credited_nano: int) -> None:
     """Cuts it short: of its price, `credited_nano` pays for the term that comes now."""
-    sql = "SELECT reference FROM plan_terms WHERE customer = ? AND starts <= ? AND ends > ?"
+    # one that was cut short already stays as it was cut, though it may last into this very second
+    sql = "SELECT reference FROM plan_terms WHERE customer = ? AND starts <= ? AND ends > ? AND cut_s IS NULL"
     for (reference,) in books.execute(sql, (sub.customer, books.now, books.now)).fetchall():
         if reference.startswith(f"{sub.id}/"):
             cut_short(books.execute, reference, books.now, credited_nano)
