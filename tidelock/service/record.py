@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from time import perf_counter
+from time import perf_counter, time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ _current: ContextVar[Record | None] = ContextVar("tidelock_request", default=Non
 WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # what an error's name looks like; anything else may quote a client
 
 
-_unused_ids: list[str] = []
-os.register_at_fork(after_in_child=_unused_ids.clear)  # or two processes would give out the same ones
+_unused_bits: list[str] = []
+os.register_at_fork(after_in_child=_unused_bits.clear)  # or two processes would give out the same ones
 
 
 def new_id() -> str:
-    """128 random bits. Asking the kernel is the dear part, so it is asked for many at once."""
-    try:
-        return _unused_ids.pop()
-    except IndexError:
-        digits = os.urandom(16 * 64).hex()
-        _unused_ids.extend(f"req_{digits[at : at + 32]}" for at in range(0, len(digits), 32))
-        return _unused_ids.pop()
+    """Milliseconds since 1970 in 48 bits, then 80 random ones, as in UUID version 7 (RFC 9562, 5.7). Ids that sort by age go to
+    the end of an index; random ones dirty another of its pages each, which took a sixth of the whole service. Asking the
+    kernel for random bits is the dear part, so it is asked for many at once."""
+    if not _unused_bits:
+        digits = os.urandom(10 * 64).hex()
+        _unused_bits.extend(digits[at : at + 20] for at in range(0, len(digits), 20))
+    return f"req_{int(time() * 1000):012x}{_unused_bits.pop()}"
 
 
 class Record:
