@@ -21,7 +21,7 @@ PROBES = ("/health", "/metrics")  # asked every few seconds by machines; in the 
 
 
 def watched(app: ASGIApp, state: ServiceState) -> ASGIApp:
-    answered = state.metrics.answered
+    answered = state.metrics.responses.add
 
     async def watch(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -32,7 +32,7 @@ def watched(app: ASGIApp, state: ServiceState) -> ASGIApp:
         async def seen(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                answered(route_of(scope), str(record.status)).inc()
+                answered(route_of(scope), str(record.status))
             await send(message)
 
         with recording(record):

@@ -10,13 +10,13 @@ import dataclasses
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
-from functools import cache
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from starlette.types import Scope
 
+from tidelock.service.instruments import Count, Counts, Spread
 from tidelock.service.record import step
 from tidelock.tokens.policy import Chunk, Policy, PolicyError, SamplingParams
 
@@ -31,28 +31,31 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
-        self.requests = Gauge("tidelock_requests", "Requests now", ["state"], registry=r)
-        self.prompt_tokens = Counter("tidelock_prompt_tokens", "Prompt tokens of finished requests", registry=r)
-        self.cached_tokens = Counter("tidelock_cached_tokens", "Of those, tokens not prefilled again", registry=r)
-        self.generated_tokens = Counter("tidelock_generated_tokens", "Tokens sampled", registry=r)
-        self.finished = Counter("tidelock_requests_finished", "Requests by how they ended", ["reason"], registry=r)
+        self.now = {"waiting": 0, "running": 0}
+        requests = Gauge("tidelock_requests", "Requests now", ["state"], registry=r)
+        for state in self.now:
+            requests.labels(state).set_function(lambda state=state: self.now[state])
+        # what every request counts, in instruments that cost little
+        self.prompt_tokens = Count("tidelock_prompt_tokens", "Prompt tokens of finished requests")
+        self.cached_tokens = Count("tidelock_cached_tokens", "Of those, tokens not prefilled again")
+        self.generated_tokens = Count("tidelock_generated_tokens", "Tokens sampled")
+        self.finished = Counts("tidelock_requests_finished", "Requests by how they ended", ["reason"])
+        self.responses = Counts("tidelock_http_responses", "HTTP responses", ["route", "status"])
+        self.first = Spread("tidelock_time_to_first_token_seconds", "Arrival to first token", SLOW)
+        self.between = Spread("tidelock_inter_token_latency_seconds", "Between tokens", FAST)
+        self.whole = Spread("tidelock_request_seconds", "Arrival to last token", SLOW)
+        for instrument in (self.prompt_tokens, self.cached_tokens, self.generated_tokens, self.finished, self.responses,
+                           self.first, self.between, self.whole):  # fmt: skip
+            r.register(instrument)
         self.errors = Counter("tidelock_policy_errors", "Requests the policy could not answer", ["status"], registry=r)
-        self.first = Histogram("tidelock_time_to_first_token_seconds", "Arrival to first token", buckets=SLOW, registry=r)
-        self.between = Histogram("tidelock_inter_token_latency_seconds", "Between tokens", buckets=FAST, registry=r)
-        self.whole = Histogram("tidelock_request_seconds", "Arrival to last token", buckets=SLOW, registry=r)
         self.swaps = Counter("tidelock_weight_swaps", "Weight swaps", ["result"], registry=r)
         self.version = Gauge("tidelock_weights_version", "Weights that new requests get", registry=r)
-        self.responses = Counter("tidelock_http_responses", "HTTP responses", ["route", "status"], registry=r)
         self.drift = Gauge("tidelock_reconciliation_drift_nano_usd", "What all discrepancies are worth", registry=r)
         self.discrepancies = Gauge("tidelock_reconciliation_discrepancies", "Found by the last run", registry=r)
         self.missing = Gauge("tidelock_reconciliation_rows_missing", "Of those, rows that are not there", registry=r)
         age = Gauge("tidelock_reconciliation_age_seconds", "Since the last run ended; NaN before the first", registry=r)
         age.set_function(lambda: time.time() - self._reconciled)
         self._reconciled = float("nan")
-        # children by label, because looking one up costs more than counting in it
-        self.now = {state: self.requests.labels(state) for state in ("waiting", "running")}
-        self.ended = cache(self.finished.labels)
-        self.answered = cache(self.responses.labels)
 
     def reconciled(self, finished: float, discrepancies: int, missing: int, drift_nano: int) -> None:
         self._reconciled = finished
@@ -118,12 +121,12 @@ class _Watch:
         self.m, self.prompt_tokens = metrics, prompt_tokens
         self.begun = self.last = time.perf_counter()
         self.state, self.reason, self.tokens = "waiting", "abandoned", 0
-        self.m.now["waiting"].inc()
+        self.m.now["waiting"] += 1
 
     def see(self, chunk: Chunk, part: step) -> None:
         now = time.perf_counter()
         if chunk.ids:
-            self.m.generated_tokens.inc(len(chunk.ids))
+            self.m.generated_tokens.n += len(chunk.ids)
             self.tokens += len(chunk.ids)
             if self.state == "waiting":
                 self._move("running")
@@ -135,19 +138,19 @@ class _Watch:
             self.last = now
         if chunk.finish_reason is not None:
             self.reason = chunk.finish_reason
-            self.m.prompt_tokens.inc(self.prompt_tokens)
-            self.m.cached_tokens.inc(chunk.cached_tokens)
+            self.m.prompt_tokens.n += self.prompt_tokens
+            self.m.cached_tokens.n += chunk.cached_tokens
             self.m.whole.observe(now - self.begun)
 
     def _move(self, state: str | None) -> None:
-        self.m.now[self.state].dec()
+        self.m.now[self.state] -= 1
         if state is not None:
             self.state = state
-            self.m.now[state].inc()
+            self.m.now[state] += 1
 
     def close(self, part: step) -> None:
         self._move(None)
-        self.m.ended(self.reason).inc()
+        self.m.finished.add(self.reason)
         if part.span is not None:
             part.record.tracing.generated(part.span, self.prompt_tokens, self.tokens, self.reason)
 
