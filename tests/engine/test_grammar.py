@@ -4,11 +4,11 @@ import asyncio
 import json
 import random
 import threading
-from dataclasses import replace
 
 import jsonschema
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tidelock.engine import Engine, Limits, grammar
 from tidelock.engine.grammar import Grammars

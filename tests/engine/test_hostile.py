@@ -1,12 +1,12 @@
 """Callers that pass anything, and steps that go wrong: a clear refusal for them, and nobody else notices."""
 
 import asyncio
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from benchmarks.schedules import END, VOCAB, make
 from tidelock.engine import Engine, Limits, scheduler
@@ -15,7 +15,7 @@ from tidelock.tokens.policy import PolicyError, SamplingParams
 NAN, INF = float("nan"), float("inf")
 HUGE = 1 << 70
 JUNK = [None, True, NAN, INF, -INF, -1, 0, 1.5, HUGE, -HUGE, 1 << 62, "x", (), ("x",), ((0, NAN),), ((HUGE, 1.0),), (NAN,), {}, b"\\xff"]
-FIELDS = [f for f in SamplingParams.__dataclass_fields__]
+FIELDS = [f for f in SamplingParams.__struct_fields__]
 PROMPTS = [[], [0], [-1], [VOCAB], [HUGE], [NAN], ["x"], [None], [1.5], [[1], [2]], [1, [2]], [True], "abc", list(range(9)) * 500,
            np.array([1, 2], dtype=np.uint8), np.array([1.0])]  # fmt: skip
 GOOD = SamplingParams(max_tokens=5, seed=7)

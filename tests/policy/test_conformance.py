@@ -2,9 +2,9 @@
 
 import asyncio
 import math
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 from policies import CONTEXT, TEMPLATE, serving_model
 
 from tidelock.tokens.message import Message

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from msgspec.structs import asdict, replace
 
 from tiny_kimi import tiny_kimi
 
@@ -57,7 +57,7 @@ def shown(t: Template, messages: list[Message]) -> list[Message]:
 
 def exactly(messages: list[Message]) -> str:
     """Messages as text, so that 1, 1.0 and True, which Python calls equal, are not. Declarations are sorted."""
-    declared = [json.dumps([vars(tool) for tool in m.tools], sort_keys=True) for m in messages]
+    declared = [json.dumps([asdict(tool) for tool in m.tools], sort_keys=True) for m in messages]
     return "\n".join(repr(replace(m, tools=())) + d for m, d in zip(messages, declared, strict=True))
 
 

@@ -1,7 +1,5 @@
 """Rendering and parsing under any names, keys, types and orders, and under anything a model may have sampled."""
 
-from dataclasses import replace
-
 import pytest
 from conversations import (
     FORGETFUL, OURS, assistants, conversations, every_forgetful_template, every_stable_template, every_template, exactly,
@@ -9,6 +7,7 @@ from conversations import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tidelock.tokens.errors import NotAnExtension, UserError
 from tidelock.tokens.message import Message, ToolCall, ToolSpec

@@ -1,12 +1,12 @@
 """What holds for the streaming parsers, whatever was sampled and however it was cut into chunks."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from conversations import DIRECT, assistants, chunked, every_template, exactly, law, template, tools, turns
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tidelock.tokens import chatml, xtml
 from tidelock.tokens.message import Message, ToolCall, ToolSpec

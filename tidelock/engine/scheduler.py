@@ -11,7 +11,8 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 import torch
 

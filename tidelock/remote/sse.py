@@ -7,9 +7,9 @@ import contextlib
 import email.utils
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
@@ -18,6 +18,7 @@ from tidelock.tokens.policy import PolicyError
 from tidelock.tokens.propagation import outgoing
 
 NO_STREAM = ("text/html", "text/plain", "application/json")  # what an event stream is not; some servers name it nothing
+T = TypeVar("T")
 Session = aiohttp.ClientSession | Callable[[], aiohttp.ClientSession] | None
 
 
@@ -52,8 +53,9 @@ class Endpoint:
         """`session` may be what returns one, for an endpoint that is made before the event loop runs."""
         self.base_url, self.api_key, self.patience = base_url.rstrip("/"), api_key, patience
         self._session = session
-        self._open: dict[str, Callable[[], object]] = {}  # what ends each named request at once
-        self._cut: set[str] = set()
+        self._open: dict[str, _Watch] = {}  # by the name of the request
+        self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
+        self._no_limit = aiohttp.ClientTimeout(total=None, sock_connect=patience.connect_s)
 
     async def events(self, path: str, body: dict[str, Any], name: str | None = None) -> AsyncIterator[dict[str, Any]]:
         """The JSON objects of a streamed answer. Ends with the stream, whether or not it said [DONE], and at `cut`.
@@ -68,23 +70,62 @@ class Endpoint:
     async def batches(self, path: str, body: dict[str, Any], name: str | None = None) -> AsyncIterator[list[dict[str, Any]]]:
         """`events`, those that came together at once: the later a reader looks, the fewer times it has to."""
         watch = _Watch(self.patience)
+        if name is not None:
+            self._open[name] = watch
+        response: aiohttp.ClientResponse | None = None
         try:
-            async with self._request("POST", path, body, name, watch) as response:
-                if response.content_type in NO_STREAM:
-                    raise self.broken(f"an event stream was asked for, and {response.content_type} came", "malformed")
-                async for lines in _lines(response, watch):
-                    events, failure = self._parsed(lines)
-                    if events:
-                        yield events
-                        watch.heard()  # only now: a reader that is slow is not the server's fault
-                    if failure is not None:
-                        raise failure
-        except (PolicyError, asyncio.CancelledError):
-            if name not in self._cut:
+            response = await self._opened(path, body, watch)
+            rest = b""
+            while piece := await watch.over(response.content.readany()):
+                if b"\n" not in piece:
+                    rest += piece  # of any length: aiohttp's own reader of lines gives up at 128 KiB, a routing record is longer
+                    continue
+                *lines, rest = (rest + piece).split(b"\n")
+                events, failure = self._parsed(lines)
+                if events:
+                    yield events
+                    watch.heard()  # only now: a reader that is slow is not the server's fault
+                if failure is not None:
+                    raise failure
+            events, failure = self._parsed([rest])
+            if events:
+                yield events
+            if failure is not None:
+                raise failure
+        except asyncio.CancelledError:
+            if not watch.cancelled or watch.task.uncancel():  # by somebody else, too
                 raise
+            if watch.late:
+                raise self._late(watch) from None
+        except PolicyError:
+            if not watch.cut:
+                raise
+        except (aiohttp.ClientError, OSError) as error:
+            if not watch.cut:
+                raise self._late(watch) if watch.late else self._failed(error, watch) from None
         finally:
-            self._open.pop(name, None)
-            self._cut.discard(name)
+            watch.close()
+            if response is not None:
+                response.release()
+            if name is not None:
+                self._open.pop(name, None)
+            if self._session is None and watch.session is not None:
+                await watch.session.close()
+
+    async def _opened(self, path: str, body: dict[str, Any], watch: _Watch) -> aiohttp.ClientResponse:
+        """A stream's answer so far: its status is 200 and it has begun."""
+        watch.session = self._opened_session()
+        headers = {**self._headers, **outgoing.get()}
+        request = watch.session.post(self.base_url + path, data=_encoded(body), headers=headers, timeout=self._no_limit)
+        response = await watch.over(request)
+        watch.end = response.close
+        if response.status != 200:
+            text = (await response.read())[:1_000_000]
+            raise refusal(response.status, text, self.base_url, retry_after_s(response.headers))
+        if response.content_type in NO_STREAM:
+            response.close()
+            raise self.broken(f"an event stream was asked for, and {response.content_type} came", "malformed")
+        return response
 
     def _parsed(self, lines: list[bytes]) -> tuple[list[dict[str, Any]], RemoteError | None]:
         """(the events, and what came after them instead of another)."""
@@ -103,10 +144,10 @@ class Endpoint:
 
     def cut(self, name: str) -> bool:
         """Drop the connection of the request `name`, answered yet or not: its events end here. False: there is none."""
-        if (end := self._open.get(name)) is None:
+        if (watch := self._open.get(name)) is None:
             return False
-        self._cut.add(name)
-        end()
+        watch.cut = True
+        watch.stop()
         return True
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -123,44 +164,32 @@ class Endpoint:
             raise self.broken(f"no answer within {within_s:g} s", "first_token") from None
 
     @contextlib.asynccontextmanager
-    async def _request(
-        self, method: str, path: str, body: Any, name: str | None = None, watch: _Watch | None = None
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
-        session = self._session() if callable(self._session) else self._session or aiohttp.ClientSession()
-        timeout = aiohttp.ClientTimeout(total=None if watch else 600, sock_connect=self.patience.connect_s)
-        headers = {"Authorization": f"Bearer {self.api_key}", **outgoing.get()}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-        options = {"data": None if body is None else _encoded(body), "headers": headers, "timeout": timeout}
+    async def _request(self, method: str, path: str, body: Any) -> AsyncIterator[aiohttp.ClientResponse]:
+        session = self._opened_session()
+        timeout = aiohttp.ClientTimeout(total=600, sock_connect=self.patience.connect_s)
+        data = None if body is None else _encoded(body)
+        headers = {**self._headers, **outgoing.get()}
         try:
-            with self._one_error(watch):
-                opening = asyncio.ensure_future(session.request(method, self.base_url + path, **options))
-                if name is not None:
-                    self._open[name] = opening.cancel
-                async with asyncio.timeout_at(watch.until if watch else None):
-                    response = await opening
-                async with response:
-                    if watch is not None:
-                        watch.answered = True
-                    if name is not None:
-                        self._open[name] = response.close
-                    if response.status != 200:
-                        text = (await response.read())[:1_000_000]
-                        raise refusal(response.status, text, self.base_url, retry_after_s(response.headers))
-                    yield response
+            async with session.request(method, self.base_url + path, data=data, headers=headers, timeout=timeout) as response:
+                if response.status != 200:
+                    text = (await response.read())[:1_000_000]
+                    raise refusal(response.status, text, self.base_url, retry_after_s(response.headers))
+                yield response
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._failed(error, None) from None
         finally:
             if self._session is None:
                 await session.close()
 
-    @contextlib.contextmanager
-    def _one_error(self, watch: _Watch | None) -> Iterator[None]:
-        try:
-            yield
-        except (aiohttp.ClientError, OSError) as e:  # a connect that took too long is both of them
-            cause = "cut" if watch and watch.answered else "connect"
-            if isinstance(e, TimeoutError) and not isinstance(e, aiohttp.ClientError):
-                raise self._late(watch) from None
-            raise self.broken(str(e) or type(e).__name__, cause) from None
+    def _opened_session(self) -> aiohttp.ClientSession:
+        return self._session() if callable(self._session) else self._session or aiohttp.ClientSession()
+
+    def _failed(self, error: Exception, watch: _Watch | None) -> RemoteError:
+        """A connect that took too long is a ClientError and an OSError."""
+        if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
+            return self._late(watch)
+        answered = watch is not None and watch.end is not None
+        return self.broken(str(error) or type(error).__name__, "cut" if answered else "connect")
 
     def _late(self, watch: _Watch | None) -> RemoteError:
         if watch is not None and watch.events:
@@ -190,34 +219,60 @@ def _encoded(body: dict[str, Any]) -> bytes:
 
 
 class _Watch:
-    """How long one stream may be waited for now."""
+    """One stream: how long it may be waited for now, and how it is ended from outside.
+
+    One timer for all of it, put off when it goes off too early: a timeout around every read costs more than the read.
+    """
 
     def __init__(self, patience: Patience) -> None:
-        self._clock, self._idle_s = asyncio.get_running_loop().time, patience.idle_s
-        self.until = None if patience.first_s is None else self._clock() + patience.first_s
-        self.answered = False  # whether a status came
+        self._loop, self._idle_s = asyncio.get_running_loop(), patience.idle_s
+        self.task = asyncio.current_task()
+        self.session: aiohttp.ClientSession | None = None
+        self.end: Callable[[], object] | None = None  # ends the answer; None: there is none yet
         self.events = 0
+        self.late = self.cut = self.cancelled = self._waiting = False
+        self._until = None if patience.first_s is None else self._loop.time() + patience.first_s
+        self._timer = None if self._until is None else self._loop.call_at(self._until, self._look)
+
+    async def over(self, work: Awaitable[T]) -> T:
+        """What is waited for, on the server's time."""
+        self._waiting = True
+        try:
+            return await work
+        finally:
+            self._waiting = False
 
     def heard(self) -> None:
         self.events += 1
-        self.until = None if self._idle_s is None else self._clock() + self._idle_s
+        if self._idle_s is not None:
+            self._until = self._loop.time() + self._idle_s
+            if self._timer is None:
+                self._timer = self._loop.call_at(self._until, self._look)
+        else:
+            self.close()
 
+    def stop(self) -> None:
+        """What waits for the server now finds the connection closed, or is cancelled where there is no answer to close yet."""
+        if self.end is not None:
+            self.end()
+        elif self.task is not None:
+            self.cancelled = True
+            self.task.cancel()
 
-async def _lines(response: aiohttp.ClientResponse, watch: _Watch) -> AsyncIterator[list[bytes]]:
-    """Whole lines, as many as came, of any length (aiohttp's own reader gives up at 128 KiB; a routing record is longer)."""
-    rest = bytearray()
-    while True:
-        async with asyncio.timeout_at(watch.until):
-            piece = await response.content.readany()
-        if not piece:
-            break
-        rest += piece
-        if b"\n" in piece:
-            *lines, last = bytes(rest).split(b"\n")
-            rest = bytearray(last)
-            yield lines
-    if rest:
-        yield [bytes(rest)]
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        self._timer = None
+        if not self._waiting:  # for the reader, not for the server: `heard` goes on
+            return
+        if self._loop.time() < self._until:
+            self._timer = self._loop.call_at(self._until, self._look)
+        else:
+            self.late = True
+            self.stop()
 
 
 def refusal(

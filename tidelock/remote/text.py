@@ -16,7 +16,7 @@ from typing import Any
 
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.message import Message, ToolCall
-from tidelock.tokens.policy import Chunk, PolicyError, Reported, SamplingParams
+from tidelock.tokens.policy import Chunk, PolicyError, Prompt, Reported, SamplingParams
 from tidelock.tokens.template import Template, canonical
 
 from .rendering import Form, Rendering
@@ -119,14 +119,19 @@ class TextPolicy:
 
     def _read(self, prompt_ids: Sequence[int]) -> tuple[list[Message], Message, str]:
         """(the conversation, what the answer was begun with, where in the turn that leaves off)."""
-        ids, opening = list(prompt_ids), self.template.generation_prompt()
+        ids, opening = prompt_ids, self.template.generation_prompt()
+        if isinstance(ids, Prompt):
+            return self._begun(list(ids.messages), ids[ids.turn + len(opening) :])
+        ids = list(ids)
         at = next((i for i in range(len(ids) - len(opening), -1, -1) if ids[i : i + len(opening)] == opening), None)
         if at is None:
             raise PolicyError("the prompt asks for no answer", status=400, kind="invalid_request_error")
         try:
-            messages, begun = self.template.parse(ids[:at]), ids[at + len(opening) :]
+            return self._begun(self.template.parse(ids[:at]), ids[at + len(opening) :])
         except UserError as e:
             raise PolicyError(str(e), status=400, kind="invalid_request_error") from None
+
+    def _begun(self, messages: list[Message], begun: Sequence[int]) -> tuple[list[Message], Message, str]:
         if not begun:
             return messages, Message("assistant"), "start"
         parser = self.template.parser()

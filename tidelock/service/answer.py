@@ -5,7 +5,10 @@ Per choice: pieces, then `Ended`; after the last choice one `Bill`. A surface on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from tidelock.service.ask import Ask
 from tidelock.service.stops import StopFilter
@@ -15,8 +18,7 @@ from tidelock.tokens.template import Template, count_calls
 from tidelock.tokens.turn import call_id
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(Struct, frozen=True):
     """One sampled token of the visible text, for clients that ask for log-probabilities."""
 
     data: bytes
@@ -24,8 +26,7 @@ class Token:
     top: tuple[tuple[bytes, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """kind: "reasoning" | "content" | "call" (text = the tool's name, `id` set) | "arguments" (JSON text)."""
 
     choice: int
@@ -36,8 +37,7 @@ class Piece:
     tokens: tuple[Token, ...] = ()
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(Struct, frozen=True):
     """`message` as the client sees it: without what it had put into the answer's mouth, cut at the stop string."""
 
     choice: int
@@ -47,8 +47,7 @@ class Ended:
     tokens: tuple[Token, ...] = ()
 
 
-@dataclass(frozen=True)
-class Usage:
+class Usage(Struct, frozen=True):
     """What one request used, summed over its choices; the prompt counts once. `nano_usd` is the exact charge."""
 
     prompt_tokens: int
@@ -58,8 +57,7 @@ class Usage:
     nano_usd: int = 0
 
 
-@dataclass(frozen=True)
-class Bill:
+class Bill(Struct, frozen=True):
     """The last word: settled and stored."""
 
     usage: Usage

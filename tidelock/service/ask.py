@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from tidelock.service.errors import invalid_request
 from tidelock.tokens.directives import EFFORTS, thinking_effort
@@ -25,8 +27,7 @@ ANY_TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")  # what other APIs take
 SESSION, SANDBOX, CONSENT = "session_id", "sandbox_level", "training_consent"  # in a request's metadata
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(Struct, frozen=True):
     """Where a request belongs in the trace and what may be done with it; from its metadata, on every surface."""
 
     session: str = "default"
@@ -43,8 +44,7 @@ class Origin:
         return Origin(session, sandbox, None if stated is None else stated == "true")
 
 
-@dataclass(frozen=True)
-class Ask:
+class Ask(Struct, frozen=True, dict=True):
     """A validated request.
 
     messages: canonical, tools declared in their system messages. opening: what the answer must start with (Kimi's

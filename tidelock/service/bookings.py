@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct
 
 from tidelock.service.ladder import Ladder
 from tidelock.service.limiter import Standing
@@ -20,8 +21,7 @@ class BudgetReached(InsufficientBalance):
     """They do, and a hard budget does not."""
 
 
-@dataclass(frozen=True)
-class Admission:
+class Admission(Struct, frozen=True):
     """What a request wants admitted: the prompt whole, and of `max_tokens` of answer as many as the pockets cover."""
 
     request_id: str
@@ -35,7 +35,7 @@ class Admission:
     lifetime_s: float
     mode: str = ""
     least_tokens: int = 1  # of answer, or it is not worth beginning
-    tools: Mapping[str, int] = field(default_factory=dict)
+    tools: Mapping[str, int] = {}
     burn: tuple[str, ...] = BURN_ORDER  # which pockets may pay, in order
     project: str = ""
     ladder: Ladder | None = None  # whose limits count; None: none do
@@ -43,8 +43,7 @@ class Admission:
     budgeted: bool = False  # somebody has budgets: look whether they apply
 
 
-@dataclass(frozen=True)
-class Hold:
+class Hold(Struct, frozen=True):
     """Money set aside for one request. It covers `max_tokens` of answer so far; `extend` covers more."""
 
     request_id: str
@@ -61,8 +60,7 @@ class Hold:
     standing: Standing = Standing()  # of the limits, right after this was admitted
 
 
-@dataclass(frozen=True)
-class Upstream:
+class Upstream(Struct, frozen=True):
     """Whose work a request was and what they say it used; stored beside the bill, to be compared with it. None: unsaid."""
 
     prompt_tokens: int | None = None
@@ -71,8 +69,7 @@ class Upstream:
     name: str | None = None  # None: the engine in this process
 
 
-@dataclass(frozen=True)
-class Latency:
+class Latency(Struct, frozen=True):
     """Milliseconds from a request's arrival: until the model was asked, until its first token, until the bill."""
 
     wait_ms: int | None = None
@@ -80,8 +77,7 @@ class Latency:
     total_ms: int | None = None
 
 
-@dataclass(frozen=True)
-class Metered:
+class Metered(Struct, frozen=True):
     """What a request turned out to use, and why it ended."""
 
     counts: Counts

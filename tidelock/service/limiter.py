@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+from msgspec import Struct
 
 from tidelock.service.db import Transaction
 from tidelock.service.ladder import Ladder, Limits
@@ -31,15 +32,13 @@ class RateLimited(Exception):
         self.which, self.current, self.limit, self.retry_s, self.standing = which, current, limit, retry_s, standing
 
 
-@dataclass(frozen=True)
-class Gauge:
+class Gauge(Struct, frozen=True):
     limit: int
     remaining: int
     reset_ms: int  # until all of it is free again
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(Struct, frozen=True):
     """The scarcest of each kind that counts for a key, as of now."""
 
     requests: Gauge | None = None

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+
 from tidelock.service.db import Database
 from tidelock.tokens.errors import UserError
 
@@ -19,8 +21,7 @@ NANO_PER_USD = 1_000_000_000
 Factor = tuple[int, int]  # numerator, denominator
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(Struct, frozen=True):
     """What one request used. `prompt` counts all prompt tokens; the three after it are parts of it."""
 
     prompt: int
@@ -28,7 +29,7 @@ class Counts:
     cache_write_5m: int = 0
     cache_write_1h: int = 0
     completion: int = 0
-    tools: Mapping[str, int] = field(default_factory=dict)  # calls of paid tools, by name
+    tools: Mapping[str, int] = {}  # calls of paid tools, by name
 
     @property
     def fresh(self) -> int:

@@ -12,8 +12,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from tidelock.service import errors
 from tidelock.service.answer import Bill, Choice, Ended, Event, Piece, Usage
@@ -28,15 +30,14 @@ from tidelock.service.reported import billed, upstream
 from tidelock.service.state import ServiceState
 from tidelock.service.tab import Tab, opened
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import Chunk, Constraint, PolicyError, SamplingParams, drawn_from
+from tidelock.tokens.policy import Chunk, Constraint, PolicyError, Prompt, SamplingParams, drawn_from
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import Node, Served
 
 Also = Callable[[Any, list[Ended], Bill], None]
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(Struct, frozen=True):
     """An `Ask` in its place in the trace, ready to be sampled. `new` are the messages not stored yet, each with the
     ids it adds."""
 
@@ -55,7 +56,7 @@ class Turn:
     max_tokens: int  # of each choice
     mode: str  # of the price book
     began: float  # time.monotonic()
-    headers: dict[str, str] = field(default_factory=dict)  # what the answer's headers say of the limits, once it is admitted
+    headers: dict[str, str] = {}  # what the answer's headers say of the limits, once it is admitted
 
     @property
     def choice_ids(self) -> tuple[str, ...]:
@@ -70,7 +71,7 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
     scope = f"{key.id}/{ask.origin.session}"
     parent, new, ids = extended(state, scope, ask)
     opening_ids = opening(state.template, ask)
-    prompt_ids = (*ids, *state.template.generation_prompt(), *opening_ids)
+    prompt_ids = Prompt.of(ids, ask.messages, (*state.template.generation_prompt(), *opening_ids))
     prompt_tokens = await state.policy.count(prompt_ids)
     consent, source = key.consent(ask.origin.consent)
     return Turn(
@@ -448,7 +449,9 @@ def nodes(state: ServiceState, turn: Turn, meter: Meter) -> tuple[list[Node], li
         parent = new[-1].id
     answers = []
     params = meter.params
-    sampling = {**params.__dict__, "constraint": None if params.constraint is None else dict(params.constraint.__dict__)}
+    sampling = asdict(params)
+    if params.constraint is not None:
+        sampling["constraint"] = asdict(params.constraint)
     for choice in meter.choices:
         sample = choice.sample
         sampled_logprobs, kept = drawn_from(sample.chunks)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from tidelock.service.books import Admission, BudgetReached, Hold, Metered
 from tidelock.service.db import StorageDown

@@ -5,16 +5,16 @@ Plain frozen data; how they become token ids is the template's business (`xtml`,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from msgspec import Struct
 
 Role = Literal["system", "user", "assistant", "tool"]
 # Names a system message may have: what such a message steers (see `directives`).
 DIRECTIVES = ("thinking-effort", "tool-choice", "response-format")
 
 
-@dataclass(frozen=True)
-class ToolSpec:
+class ToolSpec(Struct, frozen=True):
     """A tool as the model sees it. `parameters` is a JSON Schema object."""
 
     name: str
@@ -26,8 +26,7 @@ class ToolSpec:
         return {"type": "function", "function": function}
 
 
-@dataclass(frozen=True)
-class ToolCall:
+class ToolCall(Struct, frozen=True):
     """One call. `arguments` is the parsed JSON object; `id` is `functions.{name}:{n}`, where n counts every
     call of the conversation from 0 (K2 report, App. B), so it can be re-derived from the position alone."""
 
@@ -36,8 +35,7 @@ class ToolCall:
     arguments: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(Struct, frozen=True, dict=True):
     """One message.
 
     system: `content`; one may carry `tools` (the first: the tool set of the conversation; a later one adds to it) or
@@ -57,5 +55,5 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     name: str | None = None
-    tools: tuple[ToolSpec, ...] = field(default=())
+    tools: tuple[ToolSpec, ...] = ()
     verbatim: tuple[int, ...] | None = None

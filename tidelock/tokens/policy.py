@@ -7,10 +7,12 @@ Ids in, ids out. Implementations live elsewhere: the in-process engine (`engine`
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from msgspec import Struct
+
+from .message import Message
 
 
 class PolicyError(Exception):
@@ -22,16 +24,32 @@ class PolicyError(Exception):
         self.kind = kind
 
 
-@dataclass(frozen=True)
-class Constraint:
+class Prompt(tuple[int, ...]):
+    """Prompt ids that have not forgotten what they say, so that a policy which speaks text need not read them again.
+
+    messages: what the ids before `turn` render, as `Template.parse` would give them, but for `verbatim`. turn: where the
+    generation prompt begins.
+    """
+
+    messages: Sequence[Message]
+    turn: int
+
+    @staticmethod
+    def of(ids: Sequence[int], messages: Sequence[Message], opened: Sequence[int]) -> Prompt:
+        """`opened`: the generation prompt, and with what the answer begins."""
+        prompt = Prompt((*ids, *opened))
+        prompt.messages, prompt.turn = messages, len(ids)
+        return prompt
+
+
+class Constraint(Struct, frozen=True):
     """What the sampled text must match. Compiled and cached by whoever samples."""
 
     kind: str  # "json_schema" | "regex" | "lark" (a grammar in Lark's syntax, special tokens as <name>)
     text: str
 
 
-@dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True):
     """How to sample, and with what urgency. `seed` makes the draw reproducible whatever else shares the batch."""
 
     max_tokens: int = 256
@@ -77,16 +95,14 @@ def kept_ids(kept: tuple[int, ...] | bytes) -> np.ndarray:
     return np.asarray(kept, dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Struct, frozen=True):
     """Which of several upstreams sampled a chunk, and whether its ids and log-probabilities are the sampler's own."""
 
     name: str
     exact: bool
 
 
-@dataclass(frozen=True)
-class Reported:
+class Reported(Struct, frozen=True):
     """What an upstream says one answer used, by its own count and its own tokenizer. None: it does not say (0 is a number)."""
 
     prompt_tokens: int | None = None
@@ -104,8 +120,7 @@ class Reported:
         return Reported(*(n if type(n) is int and 0 <= n < 2**53 else None for n in counts))
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """Some newly sampled tokens. The last chunk of a request, and only it, has a `finish_reason`."""
 
     ids: tuple[int, ...]
@@ -119,7 +134,7 @@ class Chunk:
     stop: str | None = None  # on the last chunk: the stop string that was found
     # on the last chunk, where asked for: experts per token from `routed_from` on and per layer (dense ones 0), in the
     # router's order, uint8 or uint16 [prompt + sampled - 1 - routed_from, layers, k]; the last token was never run
-    routed_experts: Any = field(default=None, compare=False)
+    routed_experts: Any = None
     source: Source | None = None  # where there are several upstreams
     reported: Reported | None = None  # on the last chunk, from a remote policy
 

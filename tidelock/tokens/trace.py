@@ -13,10 +13,12 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from .journal import Journal, encode_finite, encode_record, read_journal
 from .message import Message, ToolCall, ToolSpec
@@ -25,8 +27,7 @@ from .siblings import Siblings, journals
 from .template import Template
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(Struct, frozen=True):
     """One message of a conversation and the ids it added. Make one with `Node.of`, which derives the id.
 
     sampled: how many of the trailing ids were sampled (0 for messages that came in); `logprobs` belong to those.
@@ -46,7 +47,7 @@ class Node:
     sampled_logprobs: tuple[float, ...] = ()
     kept: tuple[Kept, ...] = ()
     weights_versions: tuple[tuple[int, int], ...] = ()
-    sampling: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = {}
     template: str = ""
     sandbox: str = "none"
     consent: bool = False
@@ -74,8 +75,7 @@ class Node:
         return Node(node_id, parent, scope, message, tuple(ids), **{"created": time.time(), **rest})
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """A verdict on the conversation that ends in `node`.
 
     Somebody whose request failed may have got there in smaller steps, each a conversation of its own. Then `request` is
@@ -91,8 +91,7 @@ class Outcome:
     steps: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(Struct, frozen=True):
     """That a request was answered, and with what. Two requests with equal answers share the nodes, not this: it is what
     joins the trace to the bills. `sampled` counts the tokens of all its answers."""
 
@@ -162,7 +161,7 @@ def message_from_dict(data: dict[str, Any]) -> Message:
 
 
 def node_to_dict(node: Node) -> dict[str, Any]:
-    out = {**node.__dict__, "message": message_to_dict(node.message)}
+    out = {**asdict(node), "message": message_to_dict(node.message)}
     out["kept"] = [base64.b64encode(k).decode() if isinstance(k, bytes) else k for k in node.kept]
     return out
 
@@ -340,7 +339,7 @@ class TraceStore(Trace):
             if node.id not in self.nodes:
                 new.setdefault(node.id, node)
         records: list[dict[str, Any] | bytes] = [*map(_encoded, new.values())]
-        records += [{"kind": "served", "served": s.__dict__} for s in served]
+        records += [{"kind": "served", "served": asdict(s)} for s in served]
         self._journal.append_many(records)
         for node in new.values():
             self._index(node)
@@ -353,7 +352,7 @@ class TraceStore(Trace):
         self.follow()
         if outcome in self.outcomes(outcome.node):
             return False
-        self._journal.append({"kind": "outcome", "outcome": outcome.__dict__})
+        self._journal.append({"kind": "outcome", "outcome": asdict(outcome)})
         self._outcomes[outcome.node].append(outcome)
         return True
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from .message import Message, ToolCall
 
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from .template import Template
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(Struct, frozen=True):
     """A piece of a message while it is being sampled.
 
     The pieces of one kind join to what the finished message says; those of one call's `tool_arguments` join to its

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from tidelock.service import wire
 from tidelock.service.ask import Ask, Origin, check_tool_choice, conversation

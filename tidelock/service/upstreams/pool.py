@@ -13,8 +13,10 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec.structs import replace
 
 from tidelock.service.upstreams import affinity, faults
 from tidelock.service.upstreams.line import Line, Waiter
@@ -94,7 +96,8 @@ class Pool:
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
     ) -> AsyncIterator[Chunk]:
-        key = affinity.head(prompt_ids, self._turn) if self.options.choice == "affinity" else b""
+        by_head = self.options.choice == "affinity" and len(self.upstreams) > 1
+        key = affinity.head(prompt_ids, self._turn) if by_head else b""
         job = _Job(request_id or uuid.uuid4().hex, key, params, len(prompt_ids))
         self._jobs[job.name] = job
         try:
@@ -103,10 +106,12 @@ class Pool:
                     yield Chunk((), (), -1, "abort")
                     return
                 try:
-                    async with aclosing(self._answer(job, upstream, prompt_ids)) as chunks:
+                    async with aclosing(upstream.policy.generate(prompt_ids, params, job.name)) as chunks:
                         async for chunk in chunks:
-                            yield chunk
-                    return
+                            yield (chunk := self._seen(job, upstream, chunk))
+                            if chunk.finish_reason is not None:
+                                return
+                    raise _Unasked("the upstream's answer has no end", status=502)
                 except PolicyError as error:
                     if not self._again(job, upstream, error):
                         raise faults.told(error) from error
@@ -173,25 +178,19 @@ class Pool:
 
     # ---- one request --------------------------------------------------------------------------------------------
 
-    async def _answer(self, job: _Job, upstream: Upstream, prompt_ids: Sequence[int]) -> AsyncIterator[Chunk]:
-        """The upstream's chunks, named. Raises PolicyError also for an end that is none."""
-        most = job.params.max_tokens
-        async with aclosing(upstream.policy.generate(prompt_ids, job.params, job.name)) as chunks:
-            async for chunk in chunks:
-                if chunk.finish_reason == "abort" and not job.aborted and not job.handed_on and not chunk.ids:
-                    raise _Unasked("the upstream ended the answer unasked", status=503)
-                if chunk.ids and not job.handed_on:
-                    upstream.circuit.spoke()
-                if job.handed_on + len(chunk.ids) > most:  # it was not asked for so many, and nobody pays for them
-                    chunk = _first(chunk, most - job.handed_on)
-                job.handed_on += len(chunk.ids)
-                upstream.count(chunk, job.prompt_tokens)
-                if chunk.finish_reason is not None:
-                    self._ended(job, upstream, chunk.finish_reason)
-                yield replace(chunk, source=upstream.source)
-                if chunk.finish_reason is not None:
-                    return
-        raise _Unasked("the upstream's answer has no end", status=502)
+    def _seen(self, job: _Job, upstream: Upstream, chunk: Chunk) -> Chunk:
+        """The chunk, counted and with its source. Raises PolicyError for an end that is none."""
+        if chunk.finish_reason == "abort" and not job.aborted and not job.handed_on and not chunk.ids:
+            raise _Unasked("the upstream ended the answer unasked", status=503)
+        if chunk.ids and not job.handed_on:
+            upstream.circuit.spoke()
+        if job.handed_on + len(chunk.ids) > job.params.max_tokens:  # it was not asked for so many, and nobody pays for them
+            chunk = _first(chunk, job.params.max_tokens - job.handed_on)
+        job.handed_on += len(chunk.ids)
+        upstream.count(chunk, job.prompt_tokens)
+        if chunk.finish_reason is not None:
+            self._ended(job, upstream, chunk.finish_reason)
+        return replace(chunk, source=upstream.source)
 
     def _ended(self, job: _Job, upstream: Upstream, reason: str) -> None:
         if reason != "abort":
@@ -267,6 +266,9 @@ class Pool:
         free = [u for u in self.upstreams if u.free and self._may(job, u)]
         if not free:
             return None
+        if len(self.upstreams) == 1:
+            free[0].tally.affinity["hit"] += 1
+            return free[0]
         if self.options.choice == "round-robin":
             self._next += 1
             return free[self._next % len(free)]
