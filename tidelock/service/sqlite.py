@@ -17,6 +17,10 @@ from typing import Any
 from tidelock.service.db import Conflict, StorageDown
 
 
+CACHE_KIB = 64 << 10  # of pages, for each connection; SQLite's own 2 MiB are read again and again once the books outgrow them
+CHECKPOINT_PAGES = 4000  # of the log before they are written where they belong: the busy ones are, once for many changes
+
+
 class Sqlite:
     name = "sqlite"
     writers = 1
@@ -41,6 +45,8 @@ class Sqlite:
         )
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         connection.execute("PRAGMA foreign_keys = ON")
         return connection
 
