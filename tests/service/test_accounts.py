@@ -136,6 +136,12 @@ def test_a_key_from_elsewhere_is_403(service):
     assert call(service, service.key("ann", addresses=("127.0.0.1",)), "GET", "/models").status_code == 200
 
 
+def test_a_proxy_on_this_machine_says_who_its_client_is(service):
+    key = service.key("ann", addresses=("10.0.0.0/8",))
+    for told, status in (("10.1.2.3", 200), ("10.1.2.3, 127.0.0.1", 200), ("203.0.113.9", 403), ("10.1.2.3, 203.0.113.9", 403)):
+        assert call(service, key, "GET", "/models", headers={"x-forwarded-for": told}).status_code == status, told
+
+
 def test_a_key_s_profile_decides_unless_the_request_does(service):
     lenient, strict = service.key("ann", profile="lenient"), service.key("ann", profile="strict")
     odd = {**ASK, "model": "gpt-9"}

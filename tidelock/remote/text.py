@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -206,45 +206,49 @@ class _Answer:
         self.trace: dict[str, Any] = {}
 
     def take_all(self, events: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, str]], Exception | None]:
-        """(what several say, pieces of one kind joined; what is wrong with the event after them)."""
+        """(what several say as ("reasoning" | "content", text), pieces of one kind joined; what is wrong with the event after
+        them)."""
         said: list[tuple[str, str]] = []
         for event in events:
             try:
-                for kind, text in self.take(event):
-                    if text and said and said[-1][0] == kind:
-                        said[-1] = (kind, said[-1][1] + text)
-                    elif text:
-                        said.append((kind, text))
+                self._take(event, said)
             except (KeyError, TypeError, ValueError, AttributeError) as fault:
                 return said, fault
         return said, None
 
-    def take(self, event: dict[str, Any]) -> Iterator[tuple[str, str]]:
-        """("reasoning" | "content", text) as it comes."""
+    def _take(self, event: dict[str, Any], said: list[tuple[str, str]]) -> None:
         self.id = event.get("id") or self.id
         self.usage = event.get("usage") or self.usage  # Kimi puts it into the last choice, too
         self.trace = event.get("trace") or self.trace
-        for choice in event.get("choices") or []:
+        for choice in event.get("choices") or ():
             self.usage = self.usage or choice.get("usage") or {}
-            delta = choice.get("delta") or {}
-            yield "reasoning", _text(delta.get("reasoning_content") or delta.get("reasoning"))
-            yield "content", _text(delta.get("content"))
-            for part in delta.get("tool_calls") or []:
-                call = self.calls.setdefault(part.get("index", 0), {"id": "", "name": "", "arguments": ""})
-                function = part.get("function") or {}
-                call["id"] = part.get("id") or call["id"]
-                call["name"] = function.get("name") or call["name"]
-                call["arguments"] += function.get("arguments") or ""
+            if delta := choice.get("delta"):
+                if text := delta.get("reasoning_content") or delta.get("reasoning"):
+                    _say(said, "reasoning", text)
+                if text := delta.get("content"):
+                    _say(said, "content", text)
+                for part in delta.get("tool_calls") or ():
+                    self._call(part)
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+    def _call(self, part: dict[str, Any]) -> None:
+        call = self.calls.setdefault(part.get("index", 0), {"id": "", "name": "", "arguments": ""})
+        function = part.get("function") or {}
+        call["id"] = part.get("id") or call["id"]
+        call["name"] = function.get("name") or call["name"]
+        call["arguments"] += function.get("arguments") or ""
 
     def tool_calls(self) -> tuple[ToolCall, ...]:
         return tuple(ToolCall(c["id"], c["name"], _arguments(c["arguments"])) for _, c in sorted(self.calls.items()))
 
 
-def _text(value: Any) -> str:
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"text was expected, not {type(value).__name__}")
-    return value or ""
+def _say(said: list[tuple[str, str]], kind: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"text was expected, not {type(text).__name__}")
+    if said and said[-1][0] == kind:
+        said[-1] = (kind, said[-1][1] + text)
+    else:
+        said.append((kind, text))
 
 
 def _arguments(text: str) -> dict[str, Any]:

@@ -3,57 +3,75 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from tidelock.service.record import step
 from tidelock.tokens.trace import Node, Served, TraceStore
 
-Waiting = tuple[Sequence[Node], Served | None, asyncio.Future[None]]
+
+@dataclass(eq=False)
+class _Answer:
+    nodes: Sequence[Node]
+    served: Served | None
+    loop: asyncio.AbstractEventLoop
+    written: asyncio.Future[None]
 
 
 class Scribe:
-    """Used from one event loop."""
-
     def __init__(self, traces: TraceStore) -> None:
         self._traces = traces
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scribe")
-        self._waiting: list[Waiting] = []
-        self._writing: asyncio.Task[None] | None = None
+        self._lock = threading.Lock()
+        self._waiting: list[_Answer] = []
+        self._writing = False
 
     async def add(self, nodes: Sequence[Node], served: Served | None = None) -> None:
-        """Returns when the nodes, and the request they answer, are on disk; a caller that is cancelled meanwhile stops waiting, not the writing.
-        Raises what `TraceStore.add_many` raises."""
+        """Returns when the nodes, and the request they answer, are on disk; a caller that is cancelled meanwhile stops waiting, not
+        the writing. Raises what `TraceStore.add_many` raises."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        self._waiting.append((nodes, served, future))
-        if self._writing is None:
-            self._writing = loop.create_task(self._drain())
+        answer = _Answer(nodes, served, loop, loop.create_future())
+        with self._lock:
+            self._waiting.append(answer)
+            begin, self._writing = not self._writing, True
+        if begin:
+            self._thread.submit(self._drain)
         with step("trace"):
-            await future
+            await answer.written
 
-    async def _drain(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while self._waiting:
+    def _drain(self) -> None:
+        """In the thread: everything that waits, until nothing does."""
+        while True:
+            with self._lock:
                 batch, self._waiting = self._waiting, []
-                errors = await loop.run_in_executor(self._thread, self._write, batch)
-                for (_, _, future), error in zip(batch, errors, strict=True):
-                    if future.done():
-                        continue
-                    if error is None:
-                        future.set_result(None)
-                    else:
-                        future.set_exception(error)
-        finally:
-            self._writing = None
+                if not batch:
+                    self._writing = False
+                    return
+            told = list(zip(batch, self._write(batch), strict=True))
+            for loop in {answer.loop for answer in batch}:
+                try:
+                    loop.call_soon_threadsafe(_tell, [(a.written, error) for a, error in told if a.loop is loop])
+                except RuntimeError:  # the loop is closed: nobody waits
+                    pass
 
-    def _write(self, batch: list[Waiting]) -> list[Exception | None]:
+    def _write(self, batch: list[_Answer]) -> list[Exception | None]:
         try:
-            served = [one for _, one, _ in batch if one is not None]
-            self._traces.add_many([node for nodes, _, _ in batch for node in nodes], served)
+            served = [answer.served for answer in batch if answer.served is not None]
+            self._traces.add_many([node for answer in batch for node in answer.nodes], served)
             return [None] * len(batch)
         except Exception as error:
             if len(batch) == 1:
                 return [error]
-            return [self._write([one])[0] for one in batch]  # one of them spoils it for all: find out which
+            return [self._write([answer])[0] for answer in batch]  # one of them spoils it for all: find out which
+
+
+def _tell(results: list[tuple[asyncio.Future[None], Exception | None]]) -> None:
+    for written, error in results:
+        if written.done():  # cancelled
+            continue
+        if error is None:
+            written.set_result(None)
+        else:
+            written.set_exception(error)

@@ -13,14 +13,15 @@ import contextlib
 import gc
 import os
 import socket
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
 import uvloop
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from tidelock.service.app import create_app
 from tidelock.service.scrape import telling
@@ -80,8 +81,8 @@ async def serving(
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(bind(host, port, shared=member is not None))
         await stack.enter_async_context(telling(state.metrics, member))
-        config = uvicorn.Config(app or create_app(state), log_level="warning", log_config=None, lifespan="on",
-                                http="httptools", ws="none", timeout_graceful_shutdown=5)  # fmt: skip
+        config = uvicorn.Config(_forwarded(app or create_app(state)), log_level="warning", log_config=None, lifespan="on",
+                                http="httptools", ws="none", interface="asgi3", proxy_headers=False, timeout_graceful_shutdown=5)  # fmt: skip
         server = _Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
@@ -97,6 +98,17 @@ async def serving(
         finally:
             server.should_exit = True
             await task
+
+
+def _forwarded(app: ASGIApp) -> ASGIApp:
+    """A proxy on this machine says who its client is (uvicorn's rule); without its headers nothing is asked."""
+    behind_proxy = ProxyHeadersMiddleware(app, os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1,::1"))
+
+    def serve(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        told = scope["type"] != "lifespan" and any(name.startswith(b"x-forwarded-") for name, _ in scope["headers"])
+        return (behind_proxy if told else app)(scope, receive, send)
+
+    return serve
 
 
 class _Server(uvicorn.Server):
