@@ -241,16 +241,20 @@ def canonical(messages: Sequence[Message]) -> list[Message]:
     name that only repeats the role is dropped, and a declaration of tools without text joins the system text after it.
     """
     out: list[Message] = []
-    made = 0
-    for i, m in enumerate(messages):
+    made = answered = 0  # calls so far; results since the latest assistant message
+    ids: list[str] = []  # what that message's calls were named
+    calls: tuple[ToolCall, ...] = ()  # and the calls, in their own form
+    for m in messages:
         if m.role == "assistant":
+            ids, answered = [call.id for call in m.tool_calls], 0
             calls = make_calls([(c.name, c.arguments) for c in m.tool_calls], made)
             made += len(calls)
             out.append(Message("assistant", m.content, m.reasoning, calls, verbatim=m.verbatim))
         elif m.role == "tool":
-            position, calls = call_position(m, messages[:i]), last_calls(out)
+            position = ids.index(m.tool_call_id) if m.tool_call_id in ids else answered  # as `call_position`
+            answered += 1
             name = calls[position].name if position < len(calls) else m.name or "unknown"
-            number = result_number(position, out)
+            number = made - len(calls) + position
             out.append(Message("tool", m.content, tool_call_id=call_id(name, number), name=name))
         elif m.role == "user":
             out.append(Message("user", m.content, name=None if m.name in ("", "user") else m.name))
