@@ -1,8 +1,7 @@
 """The dataset builder: nothing without consent, every token as stored, reasons for everything left out."""
 
-from dataclasses import asdict
-
 import pytest
+from msgspec.structs import asdict
 
 from tidelock.loop.dataset import ConsentError, advantages, balanced, build, successes, to_sample
 from tidelock.tokens.message import Message, ToolCall
