@@ -1,17 +1,22 @@
-# make demo: one full turn of the loop.  make test: the tests.  Both set up .venv first, once.
+# make demo: one full turn of the loop.  make test: the tests.  make fuzz: the laws on new random examples, ROUNDS times.
+# All set up .venv first, once.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DIR ?= demo-run
 SEED ?= 0
+ROUNDS ?= 3
 
-.PHONY: demo test setup clean
+.PHONY: demo test fuzz setup clean
 
 demo: $(VENV)/.installed
 	$(BIN)/tidelock demo --dir $(DIR) --seed $(SEED)
 
 test: $(VENV)/.tested
 	$(BIN)/python -m pytest
+
+fuzz: $(VENV)/.tested
+	for round in $$(seq $(ROUNDS)); do HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest -m hypothesis || exit 1; done
 
 setup: $(VENV)/.installed
 
