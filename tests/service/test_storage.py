@@ -149,3 +149,18 @@ def test_a_service_directory_names_its_database_and_its_prices(tmp_path, postgre
     (tmp_path / "database").write_text("/somewhere/else")
     with pytest.raises(UserError, match="should hold one line"):
         service_database(tmp_path)
+
+
+def test_many_rows_are_updated_as_one_by_one_would_be(target):
+    """In lots of several sizes, so around each of them."""
+    db = Database(target)
+    with db.transaction() as tx:
+        tx("CREATE TABLE many (k TEXT, l BIGINT, v BIGINT, w TEXT, PRIMARY KEY (k, l))")
+        for n in [*range(20), 31, 32, 33, 63, 64, 65, 75, 127, 128, 131]:
+            tx("DELETE FROM many")
+            tx.insert("many", ("k", "l", "v", "w"), [("a", i, 0, "") for i in range(150)])
+            tx.update("many", ("k", "l"), ("v", "w"), [("a", 7 * i % 150, i, f"w{i}") for i in range(n)])
+            expected = {("a", i): (0, "") for i in range(150)} | {("a", 7 * i % 150): (i, f"w{i}") for i in range(n)}
+            assert {(k, l): (v, w) for k, l, v, w in map(tuple, tx("SELECT k, l, v, w FROM many").fetchall())} == expected, n
+        tx("DROP TABLE many")
+    db.close()
