@@ -221,6 +221,10 @@ def test_a_lenient_profile_honours_what_kimi_refuses(service, by):
         ({"thinking": {"type": "enabled", "effort": "low"}, "reasoning_effort": "max"}, "low"),
         ({"thinking": {"type": "enabled"}, "reasoning_effort": "high"}, "high"),
         ({"reasoning_effort": "enormous"}, None),
+        ({"thinking": {"type": "enabled", "keep": "all"}}, "max"),  # Kimi's default, for who speaks Kimi's words
+        ({"thinking": {"keep": "all"}, "reasoning_effort": "enormous"}, "max"),
+        ({"thinking": {"type": "disabled"}}, None),
+        ({}, None),
     ],
 )
 def test_thinking_effort_wins_over_reasoning_effort(service, stated, effort):
