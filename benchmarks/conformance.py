@@ -5,8 +5,8 @@
 
 Then, for one, in a checkout of MoonshotAI/Kimi-Vendor-Verifier:
 
-    KIMI_BASE_URL=http://127.0.0.1:4010/v1 KIMI_API_KEY=sk-test pytest tests/params tests/k3_features tests/tool_call_json_schema \
-        --smoke-model tide-nano --think-mode kimi --reruns 3
+    KIMI_BASE_URL=http://127.0.0.1:4010/v1 KIMI_API_KEY=sk-test pytest --smoke-model tide-nano --think-mode kimi \
+        tests/params tests/k3_features tests/tool_call_json_schema
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tidelock.tokens.tokenizer import ByteTokenizer
 KEYS = ("My API Key", "My Admin API Key", "my-anthropic-api-key", "My Auth Token", "sk-test")
 CUSTOMER, CONTEXT = "suite", 16384
 ABLE_CONTEXT, ABLE_ANSWER = 1 << 17, 2048  # of the mind that is no model: suites ask for 32 K of answer
-RESPONSES = ("response_id", "resp_677efb5139a88190b512bc3fef8e535d", "previous_response_id")
+RESPONSES = ("response_id", "resp_677efb5139a88190b512bc3fef8e535d", "previous_response_id", "resp_123")
 BATCH = {
     "id": "batch_id", "object": "batch", "endpoint": "/v1/chat/completions", "input_file_id": "file_id", "status": "in_progress",
     "completion_window": "24h", "created_at": 1, "cancelling_at": None, "request_counts": {"total": 0, "completed": 0, "failed": 0},

@@ -2,61 +2,105 @@
 
 Suites do not only send requests that must be refused; they ask for a call of a tool, for JSON, for a number said some
 turns ago, and look at how the server brings it over. This mind reads the prompt it is given (parsed from its ids, as
-`agent_script` does) and answers by a few rules. Whatever an answer is held to by a grammar comes from the real engine
-with random weights, so a forced call or a strict format is the decoder's doing and not the script's.
+`agent_script` does) and answers by a few rules. What an answer is held to comes from the real engine with random
+weights, so that a forced call and a strict format are the decoder's doing, unless the words of the question say which
+tool to call, and with what: there the script does as it is told, if the grammar takes it, for a suite that looks at the
+arguments.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from benchmarks.agent_script import AgentScript
 from benchmarks.forced_calls import bias
 from tidelock.engine import Engine
+from tidelock.engine.grammar import Grammars
+from tidelock.tokens import jsontext
 from tidelock.tokens.message import Message, ToolCall, ToolSpec
 from tidelock.tokens.policy import Chunk, SamplingParams
 from tidelock.tokens.template import Template, declared_tools
 from tidelock.tokens.turn import call_id
 
+REMEMBERED = 64  # prompts
 HELD_TOKENS = 3000  # an answer under a grammar ends long before
 THOUGHT = "I read on. "
 EFFORT = re.compile(r"`thinking_effort=(\w+)`")
 WORDS = re.compile(r"[A-Za-z]+")
-KEY = re.compile(r"key (?:named |called )?['\"`](\w+)['\"`]")
+KEYS = re.compile(r"\bkeys? (?:named |called )?['\"`]\w+['\"`]|['\"`]\w+['\"`] keys?\b")
+QUOTED = re.compile(r"['\"`](\w+)['\"`]")
 UNWANTED = re.compile(r"不应使用|不要使用|(?:do not|don't|without) (?:use|using|call|calling)", re.IGNORECASE)
 WANTED = re.compile(r"使用工具|\btools?\b", re.IGNORECASE)
 COMMON = {"get", "set", "the", "of", "a", "an", "for", "to", "is", "in", "and", "current", "this", "what", "use", "with"}
+LONG = 400  # letters; an instruction this long tells how arguments are to look and not what they are: the decoder's business
 DEPTH = 6  # of a schema that holds its like
 
 
 class SuiteMind(AgentScript):
-    """A `Policy`. `engine`: real, of the same template; it answers whatever is constrained."""
+    """A `Policy`. `engine`: real, of the same template; it answers whatever the script has no answer for.
+
+    It tells how much of a prompt it had before, as a cache would, though there is none for a script to have.
+    """
 
     def __init__(self, template: Template, engine: Engine) -> None:
         super().__init__(template, answer)
         self._engine = engine
+        self._grammars = Grammars(template.tokenizer, template.tokenizer.vocab_size)
         self._bias = tuple((int(token), value) for token, value in bias(template.tokenizer).items())
+        self._seen: deque[np.ndarray] = deque(maxlen=REMEMBERED)
 
     async def generate(
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
     ) -> AsyncIterator[Chunk]:
-        source = super().generate(prompt_ids, params, request_id)
-        if params.constraint is not None and not self._plain(prompt_ids):
-            held = replace(params, logit_bias=(*self._bias, *params.logit_bias), max_tokens=min(params.max_tokens, HELD_TOKENS))
-            source = self._engine.generate(prompt_ids, held, request_id)
+        cached = self._before(prompt_ids)
+        said = None if params.constraint is None else await self._told(prompt_ids, params)
+        if params.constraint is None or said is not None:
+            source = super().generate(prompt_ids, params, request_id, said)
+        else:
+            biases, most = (*self._bias, *params.logit_bias), min(params.max_tokens, HELD_TOKENS)
+            source = self._engine.generate(prompt_ids, replace(params, logit_bias=biases, max_tokens=most), request_id)
         async with aclosing(source) as chunks:
             async for chunk in chunks:
-                yield chunk
+                yield replace(chunk, cached_tokens=cached) if chunk.finish_reason else chunk
 
-    def _plain(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether the words, and not only the grammar, say what to answer: which key, which of several tools."""
-        messages = [m for m in self._template.parse(prompt_ids) if m.role != "assistant" or m.content]
-        return bool(KEY.search(_asked(messages))) or len(declared_tools(messages)) > 1 and _fitting(messages) is not None
+    async def _told(self, prompt_ids: Sequence[int], params: SamplingParams) -> Message | None:
+        """The answer, if the words say what it is and the grammar lets it be said."""
+        messages = self._template.parse(prompt_ids)
+        if messages[-1].role == "assistant":  # the turn that is to be sampled, empty as yet
+            messages.pop()
+        asked = _asked(messages)
+        if len(asked) > LONG or not (KEYS.search(asked) or _fitting(messages, wanted=None)):
+            return None
+        said = answer(messages)
+        for message in (said, replace(said, reasoning="")):
+            if await self._allowed(message, params):
+                return message
+        return None
+
+    async def _allowed(self, message: Message, params: SamplingParams) -> bool:
+        matcher = await self._grammars.matcher(params.constraint)
+        for token in self._template.sampled(message):
+            if not matcher.allowed(self._template.stop_ids)[token]:
+                return False
+            matcher.take(token)
+        return True
+
+    def _before(self, prompt_ids: Sequence[int]) -> int:
+        """How many of the first ids were the first of an earlier prompt too; of the last one none are counted."""
+        ids, longest = np.asarray(prompt_ids), 0
+        for old in self._seen:
+            n = min(len(old), len(ids) - 1)
+            differing = np.flatnonzero(old[:n] != ids[:n])
+            longest = max(longest, int(differing[0]) if len(differing) else n)
+        self._seen.append(ids)
+        return longest
 
     async def abort(self, request_id: str) -> None:
         await super().abort(request_id)
@@ -76,8 +120,8 @@ def answer(messages: Sequence[Message]) -> Message:
     if tool is not None:
         number = sum(len(m.tool_calls) for m in messages)
         return Message("assistant", "", thought, (ToolCall(call_id(tool.name, number), tool.name, _filled(tool, asked)),))
-    if key := KEY.search(asked):
-        return Message("assistant", json.dumps({key.group(1): _name(asked)}), thought)
+    if KEYS.search(asked):
+        return Message("assistant", jsontext.dump(dict.fromkeys(QUOTED.findall(asked), _name(asked))), thought)
     said = [m.content for m in messages if m.role == "user"]
     return Message("assistant", "You said: " + " / ".join(text[-400:] for text in said[-6:]), thought)
 
@@ -86,16 +130,17 @@ def _asked(messages: Sequence[Message]) -> str:
     return next((m.content for m in reversed(messages) if m.role == "user"), "")
 
 
-def _fitting(messages: Sequence[Message]) -> ToolSpec | None:
-    """The tool that the last question is about, if it is about one."""
+def _fitting(messages: Sequence[Message], wanted: re.Pattern[str] | None = WANTED) -> ToolSpec | None:
+    """The tool that the last question is about, if it is about one; the first, if it only asks (`wanted`) for a tool."""
     tools, asked = declared_tools(messages), _asked(messages)
     if not tools or UNWANTED.search(asked):
         return None
     words = {word.lower() for word in WORDS.findall(asked)}
-    scores = [len((set(WORDS.findall(f"{t.name} {t.description}".replace("_", " ").lower())) - COMMON) & words) for t in tools]
+    texts = [f"{tool.name} {tool.description}".replace("_", " ").lower() for tool in tools]
+    scores = [len((set(WORDS.findall(text)) - COMMON) & words) for text in texts]
     if max(scores):
         return tools[scores.index(max(scores))]
-    return tools[0] if WANTED.search(asked) else None
+    return tools[0] if wanted and wanted.search(asked) else None
 
 
 def _filled(tool: ToolSpec, asked: str) -> dict[str, Any]:
@@ -131,6 +176,8 @@ def _value(schema: Any, root: dict[str, Any], asked: str, depth: int) -> Any:
 
 
 def _name(asked: str) -> str:
-    """The last proper name of the question, or its last word."""
+    """What stands in quotes, else the last proper name, else the last word."""
+    quoted = re.search(r"(?<!\w)'([^']+)'(?!\w)", asked)
     names = re.findall(r"(?<!^)(?<![.?!] )\b[A-Z][a-z]+(?: [A-Z][a-z]+)*(?:, [A-Z][a-z]+)?", asked)
-    return names[-1] if names else next(reversed(WORDS.findall(asked)), "this")
+    found = [quoted.group(1)] if quoted else names or WORDS.findall(asked)
+    return found[-1] if found else "this"

@@ -29,6 +29,7 @@ LONGEST_S = 3600.0  # of a connection
 WAITING = 8  # messages sent ahead of their turn
 # of the handshake: they say nothing about a turn
 HOP = (b"connection", b"upgrade", b"content-length", b"content-type", b"idempotency-key", b"transfer-encoding")
+TOLD = ("retry-after", "x-should-retry", "x-request-id")  # of a refusal
 _decoder = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -180,7 +181,6 @@ class _Turn:
 
 def _envelope(status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> str:
     error = body["error"]
-    told = {name: value for name, value in (headers or {}).items() if name in ("retry-after", "x-should-retry", "x-request-id")}
-    return wire.to_json({
-        "type": "error", "status": status, "error": error | {"code": error.get("code") or error["type"]}, "headers": told,
-    })  # fmt: skip
+    told = {name: value for name, value in (headers or {}).items() if name in TOLD}
+    error = error | {"code": error.get("code") or error["type"]}
+    return wire.to_json({"type": "error", "status": status, "error": error, "headers": told})
