@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import socket as sockets
 import threading
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import pytest
 from test_responses import TURN, raw
@@ -172,6 +176,33 @@ def test_a_client_that_leaves_stops_its_answer_and_pays_for_what_was_sampled(ser
     assert sampled < 2500
     (row,) = service.state.ledger.db.read("SELECT completion_tokens FROM usage")
     assert row[0] == sampled
+
+
+def test_a_client_that_does_not_read_is_taken_for_gone(service):
+    service.state.stall_timeout_s, service.state.context_length = 0.2, 10**7
+    service.policy.turns, service.policy.per_chunk = [Message("assistant", "word " * 1_000_000)], 20_000
+    service.policy.pause_s = 0.003
+    url = urlsplit(service.running.base_url)
+    body = json.dumps({"type": "response.create", "model": "tide", "input": "hi", "max_output_tokens": 9_000_000,
+                       "metadata": {"why": "a" * 99}}).encode()
+    with sockets.socket() as client:
+        client.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
+        client.connect((url.hostname, url.port))
+        client.sendall(
+            b"GET /v1/responses HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13"
+            b"\r\nSec-WebSocket-Key: " + base64.b64encode(os.urandom(16)) + b"\r\nAuthorization: Bearer "
+            + service.key(nano_usd=10**12).encode() + b"\r\n\r\n"
+        )  # fmt: skip
+        assert client.recv(4096).startswith(b"HTTP/1.1 101")
+        # a masked text frame; its body has to be 126 bytes or more for a length of two
+        client.sendall(b"\x81\xfe" + len(body).to_bytes(2, "big") + bytes(4) + body)
+        service.wait(lambda: service.state.ledger.db.read("SELECT 1 FROM usage"))
+        client.settimeout(5)
+        while client.recv(1 << 20):  # what was on its way, and then the end
+            pass
+    (row,) = service.state.ledger.db.read("SELECT completion_tokens FROM usage")
+    sampled = len(service.policy.sampled[0])
+    assert sampled < 5_000_000 and 0 <= sampled - row[0] <= service.policy.per_chunk  # at most what was on its way
 
 
 def test_a_connection_ends_after_its_time_but_not_within_a_turn(service, monkeypatch):

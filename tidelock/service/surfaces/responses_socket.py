@@ -29,6 +29,7 @@ LONGEST_S = 3600.0  # of a connection
 WAITING = 8  # messages sent ahead of their turn
 # of the handshake: they say nothing about a turn
 HOP = (b"connection", b"upgrade", b"content-length", b"content-type", b"idempotency-key", b"transfer-encoding")
+ENDS = tuple(b"event: response." + how for how in (b"completed", b"incomplete", b"failed"))
 TOLD = ("retry-after", "x-should-retry", "x-request-id")  # of a refusal
 _decoder = msgspec.json.Decoder(dict[str, Any])
 
@@ -106,6 +107,8 @@ async def _turns(
             finally:
                 HERE.reset(token)
             await turn.end()
+            if not turn.over:  # it has left, or does not read: a farewell would wait for it too
+                return
         except ApiError as error:
             await socket.send_text(_envelope(error.status, error.body()))
             turn.failed = True
@@ -140,7 +143,7 @@ class _Turn:
         self._socket, self._left = socket, left
         self._status, self._headers = 0, {}
         self._held = b""
-        self.failed = False
+        self.failed = self.over = False  # over: its sender was told how it ended
 
     def receive_of(self, body: bytes) -> Receive:
         given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -170,6 +173,7 @@ class _Turn:
         if name.startswith(b"event: "):
             self.failed |= name == b"event: response.failed"
             await self._socket.send_text(data.decode())
+            self.over |= name in ENDS
             if self.failed:
                 self._held = b""
 
@@ -177,6 +181,7 @@ class _Turn:
         """Tells of a request that was refused."""
         if self._status >= 400:
             await self._socket.send_text(_envelope(self._status, msgspec.json.decode(self._held), self._headers))
+            self.over = True
 
 
 def _envelope(status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> str:
