@@ -14,10 +14,10 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from benchmarks.agent_script import AgentScript
 from benchmarks.forced_calls import bias

@@ -10,7 +10,7 @@ Format: OpenResponses specification, "WebSocket Transport".
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 import msgspec
@@ -37,11 +37,10 @@ _decoder = msgspec.json.Decoder(dict[str, Any])
 def beside(app: ASGIApp, state: ServiceState) -> ASGIApp:
     """`app`, and the socket next to it."""
 
-    async def either(scope: Scope, receive: Receive, send: Send) -> None:
+    def either(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         if scope["type"] == "websocket" and scope["path"] == PATH:
-            await _connection(app, state, scope, receive, send)
-        else:
-            await app(scope, receive, send)
+            return _connection(app, state, scope, receive, send)
+        return app(scope, receive, send)
 
     return either
 
