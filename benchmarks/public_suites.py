@@ -31,7 +31,7 @@ KEY = "sk-test"
 KIMI = ("tests/params", "tests/k3_features", "tests/tool_call_json_schema")
 ONE_LOOP = [f"asyncio_default_{what}_loop_scope=session" for what in ("fixture", "test")]  # LangChain keeps its HTTP clients
 _APART = "it holds the tokens read from the cache against input_tokens, which in that API are all the others"
-_TOKENS = "the exact token count of K3's own tokenizer and, with a format, of K3's own words for it: the model here has others"
+_TOKENS = "the exact count of K3's tokenizer and, with a format, of K3's words for it: the model here has others"
 # (file, method): why it may fail
 ACCEPTED = {
     ("test_response_format.py", "response_format_prompt_tokens_without"): _TOKENS,
@@ -59,7 +59,8 @@ def langchain(python: Path, url: str) -> list[Case]:
 
 def open_responses(bun: Path, checkout: Path, url: str) -> list[Case]:
     words = ["--base-url", f"{url}/v1", "--api-key", KEY, "--model", MODEL, "--json"]
-    told = subprocess.run([bun.absolute(), "run", "bin/compliance-test.ts", *words], cwd=checkout, capture_output=True, text=True)
+    command = [bun.absolute(), "run", "bin/compliance-test.ts", *words]
+    told = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
     results = json.loads(told.stdout)["results"]
     return [Case("compliance-tests.ts", r["id"], r["status"], "; ".join(r.get("errors") or ())[:160]) for r in results]
 

@@ -84,7 +84,8 @@ def pytest_cases(python: Path, directory: Path, words: list[str], env: dict[str,
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         command = [python.absolute(), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *words]
-        subprocess.run(command, cwd=directory, env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run(command, cwd=directory, env={**os.environ, **env}, **quiet)
         return [_case(case) for case in ElementTree.parse(report).iter("testcase")]
 
 

@@ -189,8 +189,8 @@ def test_a_client_that_does_not_read_is_taken_for_gone(service):
         client.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
         client.connect((url.hostname, url.port))
         client.sendall(
-            b"GET /v1/responses HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13"
-            b"\r\nSec-WebSocket-Key: " + base64.b64encode(os.urandom(16)) + b"\r\nAuthorization: Bearer "
+            b"GET /v1/responses HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + base64.b64encode(os.urandom(16)) + b"\r\nAuthorization: Bearer "
             + service.key(nano_usd=10**12).encode() + b"\r\n\r\n"
         )  # fmt: skip
         assert client.recv(4096).startswith(b"HTTP/1.1 101")
