@@ -52,13 +52,14 @@ class AgentScript:
         self._aborted: set[str] = set()
 
     async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None
+        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None, said: Message | None = None
     ) -> AsyncIterator[Chunk]:
+        """`said`: this and not what the conversation would be answered with."""
         messages = await asyncio.to_thread(self._template.parse, prompt_ids)
         if messages[-1].role == "assistant":  # the turn that is to be sampled, empty as yet
             messages.pop()
         self.tools |= {tool.name for tool in declared_tools(messages)}
-        ids = self._template.sampled(self._answer(messages))[: params.max_tokens]
+        ids = self._template.sampled(said or self._answer(messages))[: params.max_tokens]
         for start in range(0, len(ids), PER_CHUNK):
             await asyncio.sleep(PAUSE_S)
             if request_id in self._aborted:

@@ -1,10 +1,12 @@
-"""A server for other people's test suites: an untrained nano model, the keys they use, the stored objects they ask for.
+"""A server for other people's test suites: a nano model, the keys they use, the stored objects they ask for.
 
-    python -m benchmarks.conformance --port 4010 --lenient            # `benchmarks.sdk_suites` starts one and runs the clients' own
+    python -m benchmarks.conformance --port 4010 --lenient            # untrained: `benchmarks.sdk_suites` starts one like it
+    python -m benchmarks.conformance --port 4010 --able               # with `suite_mind`, which does what is plainly asked
 
-    python -m benchmarks.conformance --port 4010                      # then, in MoonshotAI/Kimi-Vendor-Verifier:
-    KIMI_BASE_URL=http://127.0.0.1:4010/v1 KIMI_API_KEY=sk-test pytest tests/params tests/k3_features -k "params or rejected" \
-        --smoke-model tide-nano --think-mode kimi
+Then, for one, in a checkout of MoonshotAI/Kimi-Vendor-Verifier:
+
+    KIMI_BASE_URL=http://127.0.0.1:4010/v1 KIMI_API_KEY=sk-test pytest --smoke-model tide-nano --think-mode kimi \
+        tests/params tests/k3_features tests/tool_call_json_schema
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import aiohttp
 import torch
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from benchmarks.suite_mind import SuiteMind
 from tidelock.engine import Engine, Limits
 from tidelock.loop.rundir import MODEL, PRICES
 from tidelock.models import TransformerLM, preset
@@ -32,7 +35,8 @@ from tidelock.tokens.tokenizer import ByteTokenizer
 
 KEYS = ("My API Key", "My Admin API Key", "my-anthropic-api-key", "My Auth Token", "sk-test")
 CUSTOMER, CONTEXT = "suite", 16384
-RESPONSES = ("response_id", "resp_677efb5139a88190b512bc3fef8e535d", "previous_response_id")
+ABLE_CONTEXT, ABLE_ANSWER = 1 << 17, 2048  # of the mind that is no model: suites ask for 32 K of answer
+RESPONSES = ("response_id", "resp_677efb5139a88190b512bc3fef8e535d", "previous_response_id", "resp_123")
 BATCH = {
     "id": "batch_id", "object": "batch", "endpoint": "/v1/chat/completions", "input_file_id": "file_id", "status": "in_progress",
     "completion_window": "24h", "created_at": 1, "cancelling_at": None, "request_counts": {"total": 0, "completed": 0, "failed": 0},
@@ -116,15 +120,16 @@ def keep_account(write) -> None:
         write("UPDATE keys SET revoked = NULL WHERE id = ?", (name,))
 
 
-async def serve(port: int, lenient: bool) -> None:
+async def serve(port: int, lenient: bool, able: bool) -> None:
     template = get_template("xtml", ByteTokenizer())
     model = TransformerLM(preset("nano-k3", template.tokenizer.vocab_size), seed=0)
     limits = Limits(context=CONTEXT)
     engine = Engine(model, 1, limits=limits, boundary_id=template.stop_ids[0], template=template)
+    policy = SuiteMind(template, engine) if able else engine
     with tempfile.TemporaryDirectory() as directory:
         state = open_state(
-            directory, policy=engine, template=template, prices=PRICES, model=MODEL, context_length=CONTEXT, weights_version=1,
-            lenient=lenient, default_max_tokens=64,
+            directory, policy=policy, template=template, prices=PRICES, model=MODEL, weights_version=1, lenient=lenient,
+            context_length=ABLE_CONTEXT if able else CONTEXT, default_max_tokens=ABLE_ANSWER if able else 64,
         )  # fmt: skip
         add_keys(state)
         restore: list[Callable[[], None]] = []
@@ -141,9 +146,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=4010)
     parser.add_argument("--lenient", action="store_true")
+    parser.add_argument("--able", action="store_true", help="answer what is asked, instead of noise")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    asyncio.run(serve(args.port, args.lenient))
+    asyncio.run(serve(args.port, args.lenient, args.able))
 
 
 if __name__ == "__main__":

@@ -221,6 +221,10 @@ def test_a_lenient_profile_honours_what_kimi_refuses(service, by):
         ({"thinking": {"type": "enabled", "effort": "low"}, "reasoning_effort": "max"}, "low"),
         ({"thinking": {"type": "enabled"}, "reasoning_effort": "high"}, "high"),
         ({"reasoning_effort": "enormous"}, None),
+        ({"thinking": {"type": "enabled", "keep": "all"}}, "max"),  # Kimi's default, for who speaks Kimi's words
+        ({"thinking": {"keep": "all"}, "reasoning_effort": "enormous"}, "max"),
+        ({"thinking": {"type": "disabled"}}, None),
+        ({}, None),
     ],
 )
 def test_thinking_effort_wins_over_reasoning_effort(service, stated, effort):
@@ -265,3 +269,24 @@ def test_a_partial_answer_is_continued_and_only_the_continuation_is_returned(ser
     post(service, secret, {"messages": history})
     stored = (*service.policy.prompts[0], *service.policy.literal)
     assert service.policy.prompts[1][: len(stored)] == stored
+
+
+FOREIGN = {"type": "object", "not": OBJECT}
+
+
+@pytest.mark.parametrize(
+    ("given", "held"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        (json_schema(name="x", schema=OBJECT)["response_format"], OBJECT),
+        (json_schema(name="x", schema=OBJECT, strict=False)["response_format"], OBJECT),
+        (json_schema(name="x", schema=FOREIGN, strict=False)["response_format"], {"type": "object"}),
+    ],
+)
+def test_an_answer_is_held_to_its_schema_where_it_can_be_and_else_to_an_object(service, given, held):
+    from tidelock.service.surfaces import chat
+    from tidelock.service.wire import decode, encode
+
+    body = encode({"model": "tide", "messages": [USER], "response_format": given})
+    assert chat.read(service.state, decode(body, chat._decoder), lenient=False).schema == held

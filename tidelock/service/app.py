@@ -25,7 +25,7 @@ from tidelock.service.metrics import CONTENT_TYPE
 from tidelock.service.reconciliation.endpoint import reconciliation
 from tidelock.service.scrape import scrape
 from tidelock.service.state import ServiceState
-from tidelock.service.surfaces import billing, operator
+from tidelock.service.surfaces import billing, operator, responses_socket
 from tidelock.service.surfaces.routes import ROUTES, routes
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.trace import Outcome
@@ -56,7 +56,7 @@ def create_app(state: ServiceState) -> ASGIApp:
     app = Starlette(
         routes=every_route(state), exception_handlers={HTTPException: unknown_route}, lifespan=_lifespan(state)
     )
-    return watched(_hot(app, state), state)
+    return responses_socket.beside(watched(_hot(app, state), state), state)
 
 
 def every_route(state: ServiceState) -> list[BaseRoute]:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from tidelock.service import mfjs
 from tidelock.service.ask import ANY_TOOL_NAME, MAX_CHOICES, TOOL_NAME
 from tidelock.service.errors import invalid_request
+from tidelock.tokens.directives import EFFORTS
 
 if TYPE_CHECKING:
     from tidelock.service.surfaces.chat_request import ChatRequest, Tool, WireMessage
 
 TEMPERATURES = (0.0, 0.6, 1.0)  # greedy, the default without thinking, the default with it
 TOP_P = 0.95
+DEFAULT_EFFORT = "max"
 FORMATS = ("text", "json_object", "json_schema")
 
 
@@ -49,10 +51,17 @@ def thinks(request: ChatRequest, lenient: bool) -> bool:
 
 
 def effort(request: ChatRequest) -> str | None:
-    """`thinking.effort` wins; `reasoning_effort` counts where it is absent. Unknown words are ignored, as Kimi does."""
-    stated = request.thinking.effort if request.thinking is not None else None
+    """`thinking.effort` wins; `reasoning_effort` counts where it is absent. Unknown words are ignored, as Kimi does.
+
+    Who switches thinking on in Kimi's own words and names no effort gets Kimi's default. Of a request that does not
+    speak of thinking nothing is made up: the model thinks as it was trained to.
+    """
+    given = request.thinking
+    stated = given.effort if given is not None else None
     stated = request.reasoning_effort if stated is None else stated
-    return stated if stated in ("low", "medium", "high", "max") else None
+    if stated in EFFORTS:
+        return stated
+    return DEFAULT_EFFORT if given is not None and given.type != "disabled" else None
 
 
 RANGES = {

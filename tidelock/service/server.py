@@ -82,7 +82,9 @@ async def serving(
         listener = stack.enter_context(bind(host, port, shared=member is not None))
         await stack.enter_async_context(telling(state.metrics, member))
         config = uvicorn.Config(_forwarded(app or create_app(state)), log_level="warning", log_config=None, lifespan="on",
-                                http="httptools", ws="none", interface="asgi3", proxy_headers=False, timeout_graceful_shutdown=5)  # fmt: skip
+                                http="httptools", ws="websockets-sansio", ws_max_size=state.max_body_bytes,
+                                ws_per_message_deflate=False, interface="asgi3", proxy_headers=False,
+                                timeout_graceful_shutdown=5)  # fmt: skip
         server = _Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from tidelock.service import kimi, wire
+from tidelock.service import kimi, mfjs, wire
 from tidelock.service.ask import Ask, Origin, check_tool_choice, conversation, stop_strings
 from tidelock.service.errors import invalid_request, not_found
 from tidelock.service.media import stand_in
@@ -233,9 +233,11 @@ def _tool_choice(given: str | dict[str, Any] | None, lenient: bool) -> str:
 
 
 def _schema(given: ResponseFormat | None) -> dict[str, Any] | None:
+    """What the answer is held to. Not strict means that a schema may be anything, not that its sender hopes for nothing
+    of it: what can be held to is, and of the rest an object remains."""
     if given is None or given.type == "text":
         return None
-    if given.type == "json_object" or given.json_schema.strict is False:
+    if given.type == "json_object" or given.json_schema.strict is False and mfjs.fault(given.json_schema.schema) is not None:
         return {"type": "object"}
     return given.json_schema.schema
 

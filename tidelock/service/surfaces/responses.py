@@ -20,7 +20,7 @@ from tidelock.service.keys import Key
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.responses_request import (
-    KIND, Format, Item, Part, Reasoning, ResponsesRequest, TextConfig, Tool, read,
+    HERE, KIND, RECALLED, Format, Item, Part, Reasoning, ResponsesRequest, TextConfig, Tool, read,
 )  # fmt: skip
 from tidelock.service.surfaces.responses_stream import Writer
 
@@ -104,6 +104,10 @@ class Responses:
             completed_at=None if cut else int(time.time()),
             trace={"node": bill.nodes[0]},
         )
+        if (here := HERE.get()) is not None:
+            here[self._id] = {"node": bill.nodes[0], "response": {"instructions": self.request.instructions}}
+            for old in list(here)[:-RECALLED]:
+                del here[old]
         if self.request.store is not False:
             doc = {"id": self._id, "node": bill.nodes[0], "response": response, "input": input_docs(self.request)}
             self._state.objects.put(KIND, self._key.customer, doc)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import msgspec
@@ -136,6 +137,11 @@ class ResponsesRequest(InputTokensRequest, kw_only=True):
 
 _compacted_decoder = msgspec.json.Decoder(Compacted)
 
+# What was answered on this connection, by response id; of a socket alone, where it need not be stored to be continued.
+Here = dict[str, dict[str, Any]]
+HERE: ContextVar[Here | None] = ContextVar("here", default=None)
+RECALLED = 16  # responses of a connection
+
 
 def read(state: ServiceState, key: Key, request: ResponsesRequest, lenient: bool) -> Ask:
     """Raises ApiError."""
@@ -170,7 +176,7 @@ def to_ask(
     if body.model is None and not lenient:
         raise invalid_request("a request needs a model", "model")
     check_model(state, body.model or state.model, lenient)
-    given = _history(state, key, body.previous_response_id, lenient)
+    given = _history(state, key, body.previous_response_id)
     items = body.input if isinstance(body.input, list) else [Item(role="user", content=body.input or "")]
     if body.input is None and not given and not lenient:
         raise invalid_request("a request needs input", "input")
@@ -203,15 +209,13 @@ def to_ask(
     return ask
 
 
-def _history(state: ServiceState, key: Key, response_id: str | None, lenient: bool) -> list[Message]:
+def _history(state: ServiceState, key: Key, response_id: str | None) -> list[Message]:
     """The conversation that ends in a stored response; its instructions and tools are not carried over."""
     if response_id is None:
         return []
     try:
-        stored = state.objects.get(KIND, key.customer, response_id)
+        stored = (HERE.get() or {}).get(response_id) or state.objects.get(KIND, key.customer, response_id)
     except ApiError:
-        if lenient:
-            return []
         raise invalid_request(f"no previous response {response_id!r}", "previous_response_id",
                               "previous_response_not_found") from None  # fmt: skip
     messages = state.traces.messages(stored["node"])
