@@ -12,7 +12,7 @@ from tests.models.test_ops import packed as batch_of
 from tidelock.models import Batch, Cache, CacheView, TransformerLM, ops, preset, quant
 from tidelock.models.ops import build, native, packed
 from tidelock.models.rope import Rope
-from tidelock.models.serving import rounded_copy, serving_copy
+from tidelock.models.serving import rounded_copy, rounded_view, serving_copy
 from tidelock.tokens.errors import UserError
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler: weights are served as fp32")
@@ -133,6 +133,19 @@ def test_decoding_in_a_batch_of_32_or_alone_on_one_thread_or_two_gives_the_same_
             assert torch.equal(together[row : row + 1], decode([row], 2))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kinds", [("bf16", "int4"), ("int8", "int8"), ("fp32", "mxfp4")])
+@pytest.mark.parametrize("name", ["nano-k3", "nano-k2"])
+def test_the_rounded_view_computes_what_the_rounded_copy_does_and_leaves_the_model_alone(name, kinds):
+    model, batch = model_of(name), batch_of([20, 5])
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    view, plain = rounded_view(model, *kinds), rounded_copy(model, *kinds)
+    with torch.no_grad():
+        assert torch.equal(view.logits(view(batch)), plain.logits(plain(batch)))
+        assert not torch.equal(model.logits(model(batch)), plain.logits(plain(batch)))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(p is q for p, q in zip(model.parameters(), view.parameters()))  # no memory of its own
 
 
 def test_routed_experts_alone_can_be_narrow():

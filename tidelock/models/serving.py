@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tidelock.tokens.errors import UserError
 
@@ -100,10 +100,41 @@ def rounded_copy(model: TransformerLM, weights: str, experts: str | None = None)
     experts, out = _experts_kind(model, weights, experts), copy.deepcopy(model).eval()
     out.set_expert_format(None)  # what follows rounds them, for once
     for p, kind in weight_kinds(out, weights, experts):
-        if p.dim() == 3:  # experts, stored [inputs, outputs]
-            p.copy_(rounded(p.transpose(1, 2), kind).transpose(1, 2))
-        else:
-            p.copy_(rounded(p, kind))
+        p.copy_(_rounded(p, kind))
+    return out
+
+
+@torch.no_grad()
+def rounded_view(model: TransformerLM, weights: str, experts: str) -> TransformerLM:
+    """`rounded_copy` without its memory: the parameters are the model's own, and rounded for as long as the sub-layer that
+    has them runs. `model` itself is left alone."""
+    out = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}).eval()
+    out.set_expert_format(None)
+    kinds = {id(p): kind for p, kind in weight_kinds(model, weights, experts) if kind != "fp32"}
+
+    def swap_in(module: nn.Module, *_) -> None:
+        for m in module.modules():
+            m.kept = dict(m._parameters)
+            for name, p in m.kept.items():
+                if id(p) in kinds:
+                    m._parameters[name] = nn.Parameter(_rounded(p, kinds[id(p)]), requires_grad=False)
+
+    def swap_out(module: nn.Module, *_) -> None:
+        for m in module.modules():
+            m._parameters.update(m.kept)
+
+    for part in (out.embed_tokens, out.lm_head, *(m for layer in out.layers for m in (layer.self_attn, layer.mlp))):
+        part.register_forward_pre_hook(swap_in)
+        part.register_forward_hook(swap_out, always_call=True)
+    return out
+
+
+def _rounded(p: Tensor, kind: str) -> Tensor:
+    if p.dim() < 3:
+        return rounded(p, kind)
+    out = torch.empty(p.shape)
+    for mine, w in zip(out, p):  # experts, stored [inputs, outputs]; one at a time stays in the processor's cache
+        mine.copy_(rounded(w.t(), kind).t())
     return out
 
 

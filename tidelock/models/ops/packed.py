@@ -60,6 +60,10 @@ def pack(w: Tensor, kind: str) -> PackedWeight:
     w = w.detach().float()
     w = w if w.dim() == 3 else w[None]
     matrices, n, k = w.shape
+    if matrices > 1:  # one at a time stays in the processor's cache
+        each = [pack(m, kind) for m in w]
+        scale = None if each[0].scale is None else torch.cat([p.scale for p in each])
+        return PackedWeight(kind, matrices, n, k, torch.cat([p.w for p in each]), scale)
     scale = None
     if kind == "fp32":
         coded = _panels(w)

@@ -62,10 +62,14 @@ def glu(h: Tensor, situ: bool, beta: float, linear_beta: float) -> Tensor:
 
 def route(logits: Tensor, bias: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
     """K3 Eq. 13: choose top-k of sigmoid(logits) + bias; weights are the unbiased scores, renormalised. At least fp32."""
-    s = torch.sigmoid(wide(logits))
-    idx = (s + bias).topk(k, dim=-1).indices
-    p = s.gather(1, idx)
-    return idx, p / (p.sum(1, keepdim=True) + 1e-20) * scale
+    idx = (torch.sigmoid(wide(logits)) + bias).topk(k, dim=-1).indices
+    return idx, weigh(logits, idx, scale)
+
+
+def weigh(logits: Tensor, idx: Tensor, scale: float) -> Tensor:
+    """K3 Eq. 13, of experts that are chosen already: what each of idx [M, k] weighs."""
+    p = torch.sigmoid(wide(logits)).gather(1, idx)
+    return p / (p.sum(1, keepdim=True) + 1e-20) * scale
 
 
 def dispatch(x: Tensor, idx: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
