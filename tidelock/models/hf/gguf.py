@@ -89,12 +89,12 @@ def write_gguf(
 def stored_as(e: Entry, dims: int, dtype: str) -> str:
     """The dtype of one tensor in a file of `dtype`.
 
-    llama.cpp rounds whatever meets a 16-bit matrix to that matrix's type. In the feed-forward layers, most of any model's
-    weights, that does no harm; between attention's products and in front of the head it decides near-ties, and an untrained
-    model then says something else in every tenth continuation. So "float16" is of feed-forward layers and the embedding;
-    the rest stays fp32. "bfloat16" is of every matrix, the fastest that llama.cpp runs at 16 bits, and rounds eight times
-    as coarsely."""
-    fine = dtype == "float16" and ".ffn_" not in e.name and e.name != "token_embd.weight"
+    llama.cpp rounds whatever meets a 16-bit matrix to that matrix's type. For the routed experts, nearly all the weights of
+    a large model, that does little harm; between attention's products and in front of the head it decides near-ties, and
+    an untrained model then says something else in every tenth continuation. So "float16" is of the routed experts, as the
+    published 4-bit formats are; the rest stays fp32. "bfloat16" is of every matrix: the smallest file, the fastest that
+    llama.cpp runs at 16 bits, and it rounds eight times as coarsely."""
+    fine = dtype == "float16" and not e.name.endswith("_exps.weight")
     return "float32" if e.exact or dims < 2 or fine else dtype
 
 
