@@ -1,7 +1,9 @@
 """Packed weights and the recorded forward: the same bits as the plain model on the same numbers, in any company."""
 
 import ctypes
+import gc
 import subprocess
+import weakref
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from tests.models.test_ops import packed as batch_of
 from tidelock.models import Batch, Cache, CacheView, TransformerLM, ops, preset, quant
 from tidelock.models.ops import build, native, packed
+from tidelock.models.ops.store import Store
 from tidelock.models.rope import Rope
 from tidelock.models.serving import rounded_copy, rounded_view, serving_copy
 from tidelock.tokens.errors import UserError
@@ -146,6 +149,32 @@ def test_the_rounded_view_computes_what_the_rounded_copy_does_and_leaves_the_mod
         assert not torch.equal(model.logits(model(batch)), plain.logits(plain(batch)))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(p is q for p, q in zip(model.parameters(), view.parameters()))  # no memory of its own
+
+
+def test_weights_lie_on_cache_lines_and_go_with_their_last_user():
+    served = serving_copy(model_of("nano-k3"), "int4")
+    parts = [t for p in served.packed() for t in (p.w, p.scale) if t is not None]
+    assert all(t.data_ptr() % 64 == 0 for t in parts)
+    gone = weakref.ref(served.packed()[0])
+    assert gone() is not None
+    gc.disable()  # nothing that only a collector finds
+    try:
+        del served, parts
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_stored_is_a_copy_in_pieces_that_grow():
+    store = Store()
+    given = [torch.randn(n, 5).to(kind) for n, kind in ((3, torch.float32), (300_000, torch.float32), (7, torch.bfloat16))]
+    given += [torch.full((1 << 20,), i, dtype=torch.int32) for i in range(3)]
+    kept = [store.keep(t) for t in given]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(given, kept))
+    given[0].zero_()
+    assert kept[0].any()
+    ends = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in kept)
+    assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:]))
 
 
 def test_routed_experts_alone_can_be_narrow():

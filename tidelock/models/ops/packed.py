@@ -7,7 +7,7 @@ bits of the fp32 product with `unpack(w)`, in any batch.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from tidelock.tokens.errors import UserError
 
 from .. import quant
 from .build import library
+from .store import Store
 
 PANEL = 32
 _L = ctypes.c_long
@@ -45,6 +46,10 @@ class PackedWeight:
     def c(self) -> CWeight:
         scale = None if self.scale is None else self.scale.data_ptr()
         return CWeight(KINDS[self.kind], -(-self.n // PANEL), self.n, self.k, self.w.data_ptr(), scale)
+
+    def kept_in(self, store: Store) -> PackedWeight:
+        """The same in memory of `store`."""
+        return replace(self, w=store.keep(self.w), scale=None if self.scale is None else store.keep(self.scale))
 
     @property
     def nbytes(self) -> int:

@@ -21,6 +21,7 @@ from ..rope import Rope
 from .build import library
 from .latent import Latent
 from .packed import PackedWeight, pack
+from .store import Store
 
 LINE = 16  # floats; every buffer starts on a cache line
 
@@ -45,7 +46,7 @@ class _Op(ctypes.Structure):
 class Rows:
     """A [N, width] value of a program being recorded; another shape of a row is the same memory."""
 
-    program: Program
+    program: Program | None  # while recording
     width: int  # in floats, of one row
     fixed: int = 0  # floats beside the rows
     first: int = -1  # the op that writes it
@@ -92,6 +93,7 @@ class Program:
         self.packed: list[PackedWeight] = []
         self._ops: list[_Op] = []
         self._keep: list = []  # what the ops point to
+        self._store = Store()
         self._values: list[list[Rows | None]] = []  # inputs and outputs of each op, in the order of its fields
         self._mixed: dict[int, list[Rows]] = {}
         self._routes: list[Rows] = []
@@ -214,7 +216,7 @@ class Program:
         return kept
 
     def _pack(self, w: Tensor, owner: Tensor) -> PackedWeight:
-        packed = pack(w, self.kind_of(owner))
+        packed = pack(w, self.kind_of(owner)).kept_in(self._store)
         self.nbytes += packed.nbytes
         self.packed.append(packed)
         return packed
@@ -263,6 +265,9 @@ class Program:
         starts = np.cumsum([(0, 0), *slots], axis=0, dtype=np.int64)
         self._per_row, self._fixed, self._slots = starts[:, 0], starts[:, 1], len(slots)
         self._list = (_Op * len(self._ops))(*self._ops)
+        for value in (out, given, *self._routes):  # no circle: weights that are replaced go at once
+            if value is not None:
+                value.program = None
         del self._values, self._mixed
         return self
 
