@@ -1,6 +1,7 @@
 """Packed weights and the recorded forward: the same bits as the plain model on the same numbers, in any company."""
 
 import ctypes
+import dataclasses
 import gc
 import subprocess
 import weakref
@@ -149,6 +150,26 @@ def test_the_rounded_view_computes_what_the_rounded_copy_does_and_leaves_the_mod
         assert not torch.equal(model.logits(model(batch)), plain.logits(plain(batch)))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(p is q for p, q in zip(model.parameters(), view.parameters()))  # no memory of its own
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int4"])
+@pytest.mark.parametrize("name", ["nano-k3", "nano-k2"])
+def test_the_packed_mtp_layer_is_the_rounded_one_step_by_step(name, kind):
+    model = TransformerLM(dataclasses.replace(preset(name, 96), num_mtp_layers=1), seed=3).eval()
+    served, plain = serving_copy(model, kind), rounded_copy(model, kind)
+    c = model.config
+    config = dataclasses.replace(c, mixers=c.mixers[-1:], ffns=c.ffns[-1:], num_mtp_layers=0)
+    view = CacheView(torch.arange(4, dtype=torch.int32)[None], torch.tensor([1], dtype=torch.int32))
+    caches, at = [Cache(config, n_pages=4, page_size=16, n_slots=2) for _ in range(2)], 0
+    rng = torch.Generator().manual_seed(0)
+    for n in (20, 1, 3, 1, 10):
+        hidden, ids = torch.randn(n, model.config.hidden_size, generator=rng), torch.randint(0, 96, (n,), generator=rng)
+        batch = Batch(ids, torch.tensor([0, n], dtype=torch.int32), torch.tensor([at], dtype=torch.int32), view)
+        with torch.no_grad():
+            expected = plain.mtp_step(hidden, ids, batch, caches[0])
+        assert torch.equal(served.mtp_step(hidden, ids, batch, caches[1]), expected), at
+        at += n
+    assert served.mtp and served.nbytes > serving_copy(TransformerLM(preset(name, 96), seed=3), kind).nbytes
 
 
 def test_weights_lie_on_cache_lines_and_go_with_their_last_user():

@@ -24,8 +24,8 @@ FOUR_BITS = ("int4", "mxfp4")
 
 
 class ServingModel:
-    """Answers like a `TransformerLM` (forward, logits, config, eval), without gradients and with its own copy of the
-    weights. One thread at a time. MTP layers, which only guess, stay plain modules."""
+    """Answers like a `TransformerLM` (forward, logits, mtp_step, config, eval), without gradients and with its own copy of
+    the weights. One thread at a time. Of several MTP layers it has the first."""
 
     def __init__(self, model: TransformerLM, weights: str, experts: str) -> None:
         self.config, self.weights, self.experts = model.config, weights, experts
@@ -38,10 +38,11 @@ class ServingModel:
             self._body = body.finish(out)
             head = Program(lambda p: kinds[id(p)], 1)
             self._head = head.finish(model.lm_head(head.input(model.config.hidden_size)))
+            self._guess = self._recorded_guess(model, kinds) if model.mtp else None
             model.train(training)
-        self.nbytes = self._body.nbytes + self._head.nbytes
+        self.nbytes = sum(p.nbytes for p in self._programs())
         self._counts = model.parameter_counts()
-        self.mtp = copy.deepcopy(model.mtp).eval()
+        self.mtp = self._guess is not None  # whether there is an `mtp_step`
 
     def __call__(self, batch: Batch, cache: Cache | None = None, view: CacheView | None = None) -> Tensor:
         """Hidden states fp32 [N, d] of the new rows, as `TransformerLM.forward`."""
@@ -51,7 +52,11 @@ class ServingModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[M, d] -> [M, V] fp32."""
-        return self._head.run(hidden.shape[0], given=hidden.contiguous())
+        return self._head.run(hidden.shape[0], given=[hidden.contiguous()])
+
+    def mtp_step(self, hidden: Tensor, next_ids: Tensor, batch: Batch, cache: Cache) -> Tensor:
+        """As `TransformerLM.mtp_step`."""
+        return self._guess.run(hidden.shape[0], batch, cache, [hidden.contiguous(), self.embed_tokens(next_ids)])
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """int64 [N] -> fp32 [N, d]."""
@@ -65,7 +70,17 @@ class ServingModel:
 
     def packed(self) -> list[PackedWeight]:
         """Every packed weight, in the order of use."""
-        return [*self._body.packed, *self._head.packed]
+        return [weight for p in self._programs() for weight in p.packed]
+
+    def _programs(self) -> list[Program]:
+        return [p for p in (self._body, self._head, self._guess) if p is not None]
+
+    @staticmethod
+    def _recorded_guess(model: TransformerLM, kinds: dict[int, str]) -> Program:
+        c, cache = model.config, LayerCache(1)
+        guess = Program(lambda p: kinds[id(p)], c.max_position_embeddings)
+        mine = (cache.states[0], cache.tails[0]) if c.mixers[-1] == "kda" else cache.pages[0]
+        return guess.finish(model.mtp[0](guess.input(c.hidden_size), guess.input(c.hidden_size), None, mine))
 
     def eval(self) -> ServingModel:
         return self

@@ -27,6 +27,11 @@ def linear(x: Tensor, *weights: Tensor) -> Tensor:
     return torch.cat([x.to(w.dtype) @ w.t() for w in weights], dim=-1)
 
 
+def concat(a: Tensor, b: Tensor) -> Tensor:
+    """[N, n], [N, m] -> [N, n + m]."""
+    return torch.cat([a, b], dim=-1)
+
+
 def head_linear(x: Tensor, w: Tensor) -> Tensor:
     """x [M, H, K], w [H, K, N] -> [M, H, N], in the dtype of x (attention's output is fp32 until W_o, K3 §2.2)."""
     return torch.einsum("mhk,hkn->mhn", x, w.to(x.dtype))
