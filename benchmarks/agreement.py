@@ -4,11 +4,11 @@
 
 Random-weight models of the K2, Kimi Linear and K3 layouts, the same after a short training (`--run` adds the release of a
 run directory), each as a Hugging Face directory for transformers and as GGUF for llama.cpp (fp32 and fp16; ours then runs
-the weights that fp16 left). Where two differ, the gap is that of our two logits at the first differing token.
-
-`noise`: the most that the distance of our two best logits changes, over what 20 prompts sampled, when the inputs of every
-matrix product are rounded to fp16, as llama.cpp rounds them for fp16 weights (a router's near-tie that flips is part of it;
-fp32 peers: as much less as fp32 is finer). `explained`: disagreements whose gap is below that.
+the weights that fp16 left). Where two differ: the distance of the two tokens' logits in ours and in llama.cpp, beside what
+moves such distances elsewhere (`agreement_causes`: "logits", rounding alone in our own forward, at most; "engines", from
+ours to llama.cpp's, in 95 of 100 places), and what the difference stood on: two logits nearer than that, or a router's
+near-tie whose other side gives their token. What is neither counts under "none". "their round.": our forward with
+llama.cpp's rounding gives their token.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import math
 import os
 import random
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -105,45 +107,46 @@ def transformers_says(path: Path, prompts: list[list[int]], tokens: int, stops: 
     return out
 
 
-def llama_says(binary: Path, gguf: Path, config, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    from benchmarks.llama import PLAIN, complete, llama_server
-
-    from tidelock.models.hf.gguf import llama_options
-
-    with llama_server(binary, gguf, options=(*PLAIN, *llama_options(config))) as url:
-        return [complete(url, p, tokens) for p in prompts]
-
-
 def until(ids: list[int], stops: tuple[int, ...]) -> list[int]:
     """Up to the first stop id, without it: engines differ in whether they hand it out."""
     return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
 
 
-def compare(model, prompts, a: list[list[int]], b: list[list[int]], stops: tuple[int, ...]) -> dict:
-    """How many continuations are the same, and how near a tie our model was where they part."""
-    gaps = []
+def differences(model, prompts, a, b, stops: tuple[int, ...]) -> list[tuple[list[int], int, int]]:
+    """(ids up to where they part, our token, theirs) of every pair that is not the same; an end counts as the likeliest
+    id that ends."""
+    found = []
     for prompt, x, y in zip(prompts, a, b, strict=True):
         x, y = until(x, stops), until(y, stops)
         if x != y:
             at = next((i for i, (p, q) in enumerate(zip(x, y)) if p != q), min(len(x), len(y)))
-            gaps.append(_gap(model, [*prompt, *x[:at]], x[at] if at < len(x) else None, y[at] if at < len(y) else None, stops))
-    return {"identical": len(prompts) - len(gaps), "of": len(prompts), "gaps": sorted(gaps)}
+            ids = [*prompt, *x[:at]]
+            end = max(stops, key=lambda i: float(_logits(model, ids)[-1, i])) if at in (len(x), len(y)) else None
+            found.append((ids, x[at] if at < len(x) else end, y[at] if at < len(y) else end))
+    return found
 
 
-def _gap(model, ids: list[int], mine: int | None, theirs: int | None, stops: tuple[int, ...]) -> float:
-    logits = _logits(model, ids)[-1]
-    end = float(logits[list(stops)].max())
-    return abs((end if mine is None else float(logits[mine])) - (end if theirs is None else float(logits[theirs])))
+def row_of(peer: str, model, prompts, mine, theirs, stops, narrow=None, url: str | None = None) -> dict:
+    from benchmarks.agreement_causes import apart, cause, noise
+    from benchmarks.llama import logprobs
+
+    logit, router = noise(model, prompts, mine, narrow)
+    between = apart(model, prompts, mine, lambda ids: logprobs(url, ids, 20)) if url else None
+    limits, parted = (max(logit, between or 0.0), router), []
+    for ids, x, y in differences(model, prompts, mine, theirs, stops):
+        found = cause(model, ids, x, y, narrow, limits)
+        if url:
+            said = logprobs(url, ids, 20)
+            found["theirs"] = said[y] - said[x] if x in said and y in said else None
+        parted.append(found)
+    return {"peer": peer, "identical": len(prompts) - len(parted), "of": len(prompts), "noise": logit, "between": between,
+            "router_noise": router, "differences": sorted(parted, key=lambda d: d["ours"])}  # fmt: skip
 
 
 def _logits(model, ids: list[int]):
-    import torch
+    from benchmarks.agreement_causes import look
 
-    from tidelock.models import Batch
-
-    with torch.no_grad():
-        batch = Batch(torch.tensor(ids), torch.tensor([0, len(ids)], dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
-        return model.logits(model(batch))
+    return look(model, ids)[0]
 
 
 def usual_gap(model, prompts, answers) -> float:
@@ -155,78 +158,60 @@ def usual_gap(model, prompts, answers) -> float:
     return statistics.median(gaps)
 
 
-def noise(model, prompts, answers, dtype) -> float:
-    """See the top. fp32's own rounding is 2^13 times smaller than fp16's, and so is what it does."""
-    import torch
-
-    from tidelock.models import ops
-
-    def margins() -> torch.Tensor:
-        out = []
-        for (prompt, answer), best in zip(some, pairs):
-            logits = _logits(model, [*prompt, *answer])[len(prompt) - 1 :]
-            out.append(logits.gather(1, best).diff(dim=1)[:, 0])
-        return torch.cat(out)
-
-    some = list(zip(prompts, answers))[:20]
-    pairs = [_logits(model, [*p, *a])[len(p) - 1 :].topk(2).indices for p, a in some]
-    exact, backend = margins(), ops.backend(torch.empty(0))
-    kept = backend.linear, backend.experts_linear
-    try:
-        backend.linear = lambda x, *w: kept[0](x.half().float(), *w)
-        backend.experts_linear = lambda x, *w: kept[1](x.half().float(), *w)
-        changed = float((margins() - exact).abs().max())
-    finally:
-        backend.linear, backend.experts_linear = kept
-    return changed if dtype is torch.float16 else changed / 2**13
-
-
-def rounded(model, dtype):
-    """The model with what GGUF stores in half precision rounded to it."""
+def rounded(model, dtype: str):
+    """The model with what a GGUF file of `dtype` stores in it rounded to it, and the ids of those parameters."""
     import copy
 
-    from tidelock.models.hf.gguf import entries
-
-    model = copy.deepcopy(model)
-    state = model.state_dict()
-    for e in entries(model.config):
-        if not e.exact and e.make(*(state[n] for n in e.of)).dim() >= 2:
-            for name in e.of:
-                state[name].copy_(state[name].to(dtype))
-    return model
-
-
-def rows(name: str, model, run: Path, tokenizer_dir: Path, prompts, tokens: int, stops, binary: Path | None) -> list[dict]:
     import torch
+
+    from tidelock.models.hf.gguf import entries, stored_as
+
+    model, narrow = copy.deepcopy(model), set()
+    state, parameters = model.state_dict(), dict(model.named_parameters())
+    for e in entries(model.config):
+        if stored_as(e, e.make(*(state[n] for n in e.of)).dim(), dtype) != "float32":
+            for name in e.of:
+                state[name].copy_(state[name].to(getattr(torch, dtype)))
+                narrow.add(id(parameters[name]))
+    return model, frozenset(narrow)
+
+
+def rows(name: str, model, run: Path, tokenizer_dir: Path, prompts, tokens: int, stops, binary) -> Iterator[dict]:
+    from benchmarks.llama import PLAIN, complete, llama_server
 
     from tidelock.models import save_checkpoint
     from tidelock.models.hf import convert, save_hf
     from tidelock.models.hf.config import layout_of
+    from tidelock.models.hf.gguf import llama_options
 
     save_checkpoint(run / "m", model)
-    said, out = ours(model, prompts, tokens, stops), []
-    usual = usual_gap(model, prompts, said)
+    said = ours(model, prompts, tokens, stops)
+    about = {"model": name, "usual_gap": usual_gap(model, prompts, said)}
     if layout_of(model.config) != "kimi_k3":  # transformers has no class for it
         peer = transformers_says(save_hf(model, run / "hf"), prompts, tokens, stops)
-        out.append({"peer": "transformers fp32", **compare(model, prompts, said, peer, stops)})
-    for dtype, kind in (("float32", torch.float32), ("float16", torch.float16)) if binary else ():
-        half = model if kind is torch.float32 else rounded(model, kind)
+        yield about | row_of("transformers fp32", model, prompts, said, peer, stops)
+    for dtype in ("float32", "float16") if binary else ():
+        half, narrow = (model, None) if dtype == "float32" else rounded(model, dtype)
         gguf = convert(run / "m", run / f"{dtype}.gguf", "gguf", dtype, tokenizer=tokenizer_dir)
         mine = said if half is model else ours(half, prompts, tokens, stops)
-        peer = llama_says(binary, gguf, model.config, prompts, tokens)
-        out.append({"peer": f"llama.cpp {dtype}", "noise": noise(half, prompts, mine, kind),
-                    **compare(half, prompts, mine, peer, stops)})  # fmt: skip
-    for row in out:
-        row["noise"] = row.get("noise") or noise(model, prompts, said, torch.float32)
-        row["explained"] = sum(gap <= row["noise"] for gap in row["gaps"])
-    return [{"model": name, "usual_gap": usual, **row} for row in out]
+        with llama_server(binary, gguf, options=(*PLAIN, *llama_options(model.config))) as url:
+            peer = [complete(url, p, tokens) for p in prompts]
+            yield about | row_of(f"llama.cpp {dtype}", half, prompts, mine, peer, stops, narrow, url)
 
 
 def show(row: dict) -> None:
-    gaps = row["gaps"]
-    tie = f"{statistics.median(gaps):.1e} / {gaps[-1]:.1e}" if gaps else "-"
-    print(f"{row['model']:24}{row['peer']:20}{row['identical']:>5} / {row['of']:<5}{row['identical'] / row['of']:>8.1%}"
-          f"{tie:>22}{row['usual_gap']:>12.1e}{row['noise']:>10.1e}{row['explained']:>6} / {len(gaps)}", flush=True)  # fmt: skip
+    parted = row["differences"]
+    spread = [_spread([d.get(who) for d in parted]) for who in ("ours", "theirs")]
+    kinds = [sum(d["kind"] == kind for d in parted) for kind in ("logits", "router", "unexplained")]
+    print(f"{row['model']:22}{row['peer']:19}{row['identical']:>4} / {row['of']:<4}{row['identical'] / row['of']:>7.1%}"
+          f"{spread[0]:>19}{spread[1]:>19}{row['usual_gap']:>9.1e}{row['noise']:>9.1e}{row['between'] or math.nan:>9.1e}"
+          f"{row['router_noise']:>9.1e}"
+          f"{kinds[0]:>7}{kinds[1]:>7}{kinds[2]:>7}{sum(d['same'] for d in parted):>7}", flush=True)  # fmt: skip
+
+
+def _spread(values: list[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    return f"{statistics.median(known):.1e} / {max(known):.1e}" if known else "-"
 
 
 def main() -> None:
@@ -234,6 +219,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=120, help="of training, 2048 tokens each")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     parser.add_argument("--only", help="a shape: K2, Kimi Linear or K3")
     parser.add_argument("--llama", help="build directory of llama.cpp (default $TIDELOCK_LLAMA, else the PATH)")
     parser.add_argument("--run", type=Path, help="also the current release of this run directory")
@@ -255,7 +241,10 @@ def main() -> None:
     random.Random(0).shuffle(files)
     texts = list(read_texts(files, 2_000_000))
     found: list[dict] = []
-    print(f"{'model':24}{'peer':20}{'identical':>13}{'':>8}{'gap median / max':>22}{'usual gap':>12}{'noise':>10}{'explained':>11}")
+    print(f"{'':22}{'':19}{'':18}{'distance of the two tokens, median / max':>38}{'usual':>9}{'moved by rounding':>27}"
+          f"{'near-tie of':>14}{'':>7}{'their':>7}")
+    print(f"{'model':22}{'peer':19}{'identical':>18}{'in ours':>19}{'in theirs':>19}{'':>9}{'logits':>9}{'engines':>9}{'router':>9}"
+          f"{'logits':>7}{'router':>7}{'none':>7}{'round.':>7}")  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         tokenizer = BPETokenizer.train(texts[:60], 1024)
@@ -265,7 +254,7 @@ def main() -> None:
         for name, config in shapes().items():
             if args.only and args.only != name:
                 continue
-            model = TransformerLM(config, seed=0).eval()
+            model = TransformerLM(config, seed=args.seed).eval()
             for label, m in ((f"{name}, random", model), (f"{name}, trained", None)):
                 m = m or trained(model, texts, tokenizer, args.steps)
                 for row in rows(label, m, scratch, scratch / "tokenizer", prompts, args.tokens, stops, binary):

@@ -78,3 +78,12 @@ def complete(url: str, prompt: list[int], tokens: int) -> list[int]:
     request = urllib.request.Request(f"{url}/completion", json.dumps(body).encode(), {"content-type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)["tokens"]
+
+
+def logprobs(url: str, ids: list[int], top: int) -> dict[int, float]:
+    """Log-probabilities of the `top` likeliest ids after `ids`; none when the likeliest ends the generation."""
+    body = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": top, "cache_prompt": False}
+    request = urllib.request.Request(f"{url}/completion", json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        said = json.load(answer).get("completion_probabilities", [])
+        return {t["id"]: t["logprob"] for first in said[:1] for t in first["top_logprobs"]}

@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 CONTEXT = 2048
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # a float16 file has fp32 in it, which would slow the peer
 BEST = ("-cb", "-fa", "on", "--cache-reuse", "256", "-b", "2048", "-ub", "512", "--slot-prompt-similarity", "0.02")
 
 

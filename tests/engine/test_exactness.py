@@ -1,6 +1,7 @@
 """The same ids give the same log-probabilities, with ==, however they come to be run; and the self-test knows."""
 
 import asyncio
+import copy
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from tests.engine.driving import Driver
 from tidelock.engine import Engine, selftest
 from tidelock.engine.selftest import self_test
 from tidelock.models import Batch, TransformerLM, layers, ops, preset
+from tidelock.models.serving import serving_copy
 from tidelock.tokens.errors import UserError
 
 exact = pytest.mark.skipif(not ops.exact(), reason="bitwise only with the compiled kernels")
@@ -83,6 +85,31 @@ def test_the_self_test_finds_what_is_there(name, monkeypatch):
     assert plain.numerics == "corrected" and 0 < plain.max_abs_dlogp < 1e-3
     other = self_test(model, make(name, seed=1))
     assert other.numerics == "corrected" and other.max_abs_dlogp > 0.1
+
+
+@each_model
+def test_the_self_test_tells_other_experts_from_other_numbers(name):
+    model, other = MODELS[name], copy.deepcopy(MODELS[name])
+    for key, bias in other.named_buffers():  # decides who is chosen, never with what weight
+        bias.add_(torch.linspace(-0.02, 0.02, bias.numel()))
+    found = self_test(model, other)
+    assert 0 < found.rerouted < 1 and found.max_abs_dlogp > 0.1
+    assert found.max_abs_dlogp_same_experts < 1e-3
+    if ops.exact():
+        assert found.max_abs_dlogp_served_weights == 0
+    assert all(layer.mlp.replayed is None for layer in model.layers[1:])
+
+
+@exact
+@each_model
+@pytest.mark.parametrize("packing", ["bf16", "int8", "int4"])
+def test_the_self_test_tells_a_broken_kernel_from_fewer_bits(name, packing):
+    model = MODELS[name]
+    served = serving_copy(model, packing)
+    sound = self_test(model, served)
+    assert sound.max_abs_dlogp_served_weights == 0 < sound.max_abs_dlogp_same_experts <= sound.max_abs_dlogp < 20
+    served.packed()[-1].w.view(-1)[0] ^= 1 << 5  # one bit of the head
+    assert self_test(model, served).max_abs_dlogp_served_weights > 0
 
 
 def test_the_self_test_says_so_when_there_are_no_numbers():

@@ -46,9 +46,10 @@ async def ask(engine, prompt, **params):
     return [[x for c in chunks for x in getattr(c, f)] for f in fields], chunks[-1].finish_reason, chunks[-1].stop
 
 
-def with_engine(work, model, **limits):
+def with_engine(work, model, weights=None, **limits):
     async def inside():
-        engine = Engine(model, 1, limits=Limits(**{"n_pages": 400, "n_slots": 64, "draft_tokens": 0, **limits}), boundary_id=END, template=TEMPLATE)
+        limited = Limits(**{"n_pages": 400, "n_slots": 64, "draft_tokens": 0, **limits})
+        engine = Engine(model, 1, limits=limited, boundary_id=END, template=TEMPLATE, weights=weights)
         try:
             out = await work(engine)
             scheduler = engine._scheduler
@@ -120,7 +121,8 @@ def test_lookup_saves_steps_where_text_repeats_and_changes_nothing(name, monkeyp
 
 @exact
 @each_preset
-def test_the_mtp_layer_drafts_and_changes_nothing(name, monkeypatch):
+@pytest.mark.parametrize("weights", [None, "bf16", "int4"])
+def test_the_mtp_layer_drafts_and_changes_nothing(name, weights, monkeypatch):
     """A layer trained for the purpose is right often; what it guesses is what its training forward predicts."""
     monkeypatch.setattr(Clock, "share", lambda self, rows: 0.2)
     monkeypatch.setattr(Lookup, "find", lambda self, text: None)
@@ -132,8 +134,8 @@ def test_the_mtp_layer_drafts_and_changes_nothing(name, monkeypatch):
     async def work(engine):
         return await asyncio.gather(*(ask(engine, ids[i : i + 20], seed=i, max_tokens=50, temperature=0.3) for i in (0, 7, 50)))
 
-    plain, before = with_engine(work, model)
-    drafted, after = with_engine(work, model, draft_tokens=4)
+    plain, before = with_engine(work, model, weights)
+    drafted, after = with_engine(work, model, weights, draft_tokens=4)
     assert drafted == plain
     assert after.accepted > 0.6 * after.drafted > 30 and after.steps < 0.75 * before.steps
 

@@ -93,13 +93,16 @@ def test_experts_trained_to_be_four_bits_go_out_as_they_compute(tmp_path, format
 
 
 @pytest.mark.parametrize("dtype,kind", [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
-def test_half_precision_rounds_matrices_and_leaves_the_islands(tmp_path, dtype, kind):
+def test_half_precision_rounds_matrices_and_leaves_the_islands_and_fp16_rounds_experts_alone(tmp_path, dtype, kind):
     model = lively(LINEAR)
     save_checkpoint(tmp_path / "ours", model)
     reader = gguf.GGUFReader(convert(tmp_path / "ours", tmp_path / "half.gguf", "gguf", dtype))
     assert reader.fields["general.file_type"].contents() == (1 if kind is torch.float16 else 32)
     stored = {t.name: t.tensor_type.name for t in reader.tensors}
-    assert stored["output.weight"] == ("F16" if kind is torch.float16 else "BF16")
+    experts = {stored[f"blk.1.ffn_{n}_exps.weight"] for n in ("gate", "up", "down")}
+    assert experts == {"F16" if kind is torch.float16 else "BF16"}
+    names = ("blk.0.attn_q", "blk.0.ssm_f_a", f"blk.{LINEAR.mixers.index('mla')}.attn_k_b", "blk.0.ffn_down", "output")
+    assert {stored[f"{n}.weight"] for n in names} == {"F32" if kind is torch.float16 else "BF16"}
     assert {stored[f"blk.1.{n}"] for n in ("ffn_gate_inp.weight", "exp_probs_b.bias", "attn_norm.weight")} == {"F32"}
     assert stored["blk.0.ssm_conv1d_q.weight"] == stored["blk.0.ssm_a"] == "F32"
     raw = next(t for t in reader.tensors if t.name == "blk.1.ffn_up_exps.weight").data

@@ -1,7 +1,10 @@
 """Packed weights and the recorded forward: the same bits as the plain model on the same numbers, in any company."""
 
 import ctypes
+import dataclasses
+import gc
 import subprocess
+import weakref
 
 import pytest
 import torch
@@ -11,8 +14,9 @@ from hypothesis import strategies as st
 from tests.models.test_ops import packed as batch_of
 from tidelock.models import Batch, Cache, CacheView, TransformerLM, ops, preset, quant
 from tidelock.models.ops import build, native, packed
+from tidelock.models.ops.store import Store
 from tidelock.models.rope import Rope
-from tidelock.models.serving import rounded_copy, serving_copy
+from tidelock.models.serving import rounded_copy, rounded_view, serving_copy
 from tidelock.tokens.errors import UserError
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler: weights are served as fp32")
@@ -133,6 +137,65 @@ def test_decoding_in_a_batch_of_32_or_alone_on_one_thread_or_two_gives_the_same_
             assert torch.equal(together[row : row + 1], decode([row], 2))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kinds", [("bf16", "int4"), ("int8", "int8"), ("fp32", "mxfp4")])
+@pytest.mark.parametrize("name", ["nano-k3", "nano-k2"])
+def test_the_rounded_view_computes_what_the_rounded_copy_does_and_leaves_the_model_alone(name, kinds):
+    model, batch = model_of(name), batch_of([20, 5])
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    view, plain = rounded_view(model, *kinds), rounded_copy(model, *kinds)
+    with torch.no_grad():
+        assert torch.equal(view.logits(view(batch)), plain.logits(plain(batch)))
+        assert not torch.equal(model.logits(model(batch)), plain.logits(plain(batch)))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(p is q for p, q in zip(model.parameters(), view.parameters()))  # no memory of its own
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int4"])
+@pytest.mark.parametrize("name", ["nano-k3", "nano-k2"])
+def test_the_packed_mtp_layer_is_the_rounded_one_step_by_step(name, kind):
+    model = TransformerLM(dataclasses.replace(preset(name, 96), num_mtp_layers=1), seed=3).eval()
+    served, plain = serving_copy(model, kind), rounded_copy(model, kind)
+    c = model.config
+    config = dataclasses.replace(c, mixers=c.mixers[-1:], ffns=c.ffns[-1:], num_mtp_layers=0)
+    view = CacheView(torch.arange(4, dtype=torch.int32)[None], torch.tensor([1], dtype=torch.int32))
+    caches, at = [Cache(config, n_pages=4, page_size=16, n_slots=2) for _ in range(2)], 0
+    rng = torch.Generator().manual_seed(0)
+    for n in (20, 1, 3, 1, 10):
+        hidden, ids = torch.randn(n, model.config.hidden_size, generator=rng), torch.randint(0, 96, (n,), generator=rng)
+        batch = Batch(ids, torch.tensor([0, n], dtype=torch.int32), torch.tensor([at], dtype=torch.int32), view)
+        with torch.no_grad():
+            expected = plain.mtp_step(hidden, ids, batch, caches[0])
+        assert torch.equal(served.mtp_step(hidden, ids, batch, caches[1]), expected), at
+        at += n
+    assert served.mtp and served.nbytes > serving_copy(TransformerLM(preset(name, 96), seed=3), kind).nbytes
+
+
+def test_weights_lie_on_cache_lines_and_go_with_their_last_user():
+    served = serving_copy(model_of("nano-k3"), "int4")
+    parts = [t for p in served.packed() for t in (p.w, p.scale) if t is not None]
+    assert all(t.data_ptr() % 64 == 0 for t in parts)
+    gone = weakref.ref(served.packed()[0])
+    assert gone() is not None
+    gc.disable()  # nothing that only a collector finds
+    try:
+        del served, parts
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_stored_is_a_copy_in_pieces_that_grow():
+    store = Store()
+    given = [torch.randn(n, 5).to(kind) for n, kind in ((3, torch.float32), (300_000, torch.float32), (7, torch.bfloat16))]
+    given += [torch.full((1 << 20,), i, dtype=torch.int32) for i in range(3)]
+    kept = [store.keep(t) for t in given]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(given, kept))
+    given[0].zero_()
+    assert kept[0].any()
+    ends = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in kept)
+    assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:]))
 
 
 def test_routed_experts_alone_can_be_narrow():

@@ -29,7 +29,6 @@ class MTPDrafts:
         one = replace(config, mixers=(kind,), ffns=config.ffns[-1:], num_mtp_layers=0)
         self._pages = WINDOW // PAGE if kind == "mla" else 1
         self._cache = Cache(one, places * self._pages, PAGE, places if kind == "kda" else 1)
-        self._mine = self._cache.pages[0] if kind == "mla" else (self._cache.states[0], self._cache.tails[0])
         self._free = list(range(places))
         self._rows = [0] * places
 
@@ -57,7 +56,7 @@ class MTPDrafts:
         table = torch.tensor([[p * self._pages + i for i in range(self._pages)] for p in places], dtype=torch.int32)
         ids = torch.tensor([token for f in following for token in f], dtype=torch.int64)
         batch = Batch(ids, cu, start, CacheView(table, torch.tensor(places, dtype=torch.int32)))
-        state = model.mtp[0](torch.cat(list(hidden)), model.embed_tokens(ids), batch, self._mine)
+        state = model.mtp_step(torch.cat(list(hidden)), ids, batch, self._cache)
         for place, n in zip(places, lengths):
             self._rows[place] += n
         return model.logits(state[cu[1:].long() - 1]).argmax(dim=-1).tolist()

@@ -1,7 +1,8 @@
 """Which experts ran for which token, for requests that ask: training can then replay the router's choices.
 
 An expert chosen on a near-tie may differ between two kernels, and a token that went through another expert is another
-token to the trainer; replaying the choices takes that difference out (the models' `MoE.note_choices` leaves them).
+token to the trainer; replaying the choices takes that difference out (the models' `MoE.note_choices` leaves them, and
+`MoE.replayed` takes them).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def noted(model: TransformerLM | ServingModel, work: Sequence[tuple[Routing | No
     if not any(routing for routing, _, _ in work):
         yield
         return
-    with _kept(model) as choices:
+    with kept(model) as choices:
         yield
         left = choices()
     if all(c is None for c in left):
@@ -65,7 +66,7 @@ def noted(model: TransformerLM | ServingModel, work: Sequence[tuple[Routing | No
 
 
 @contextmanager
-def _kept(model: TransformerLM | ServingModel) -> Iterator[Callable[[], list[torch.Tensor | None]]]:
+def kept(model: TransformerLM | ServingModel) -> Iterator[Callable[[], list[torch.Tensor | None]]]:
     """Yields what gives the experts that the last forward chose, int64 [N, k] by layer, None where there are none."""
     if isinstance(model, ServingModel):
         yield model.choices
@@ -79,3 +80,18 @@ def _kept(model: TransformerLM | ServingModel) -> Iterator[Callable[[], list[tor
     finally:
         for m in moe:
             m.note_choices, m.choices = False, None
+
+
+@contextmanager
+def replaying(model: TransformerLM, choices: Sequence[torch.Tensor | None]) -> Iterator[None]:
+    """Forwards inside take these experts, int64 [N, k] by layer, instead of choosing their own."""
+    layers = [layer.mlp for layer in model.layers]
+    try:
+        for m, chosen in zip(layers, choices, strict=True):
+            if isinstance(m, MoE):
+                m.replayed = chosen
+        yield
+    finally:
+        for m in layers:
+            if isinstance(m, MoE):
+                m.replayed = None

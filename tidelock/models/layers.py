@@ -12,7 +12,7 @@ from . import balance, ops, quant
 from .batch import Batch
 from .config import ModelConfig
 from .ops.latent import Latent
-from .ops.reference import wide
+from .ops.reference import weigh, wide
 from .rope import Rope
 
 LOW_RANK_EPS = 1e-6  # of the norms on MLA's low-rank vectors, whatever rms_norm_eps says (DeepSeek-V3 and K3 code)
@@ -183,12 +183,16 @@ class MoE(nn.Module):
         self.scores: Tensor | None = None  # [N, E], the router's scores in it
         self.note_choices = False  # whether the next forwards leave `choices`
         self.choices: Tensor | None = None  # int64 [N, k], the experts of each row
+        self.replayed: Tensor | None = None  # int64 [N, k], what the next forwards take instead of choosing
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, d] -> [N, d]; each of N rows becomes k rows of width d or latent, sorted by expert, and one again."""
         op = ops.backend(x)
         logits = self.gate(x)
-        idx, p = op.route(logits, self.e_score_correction_bias, self.k, self.scale)
+        if self.replayed is None:
+            idx, p = op.route(logits, self.e_score_correction_bias, self.k, self.scale)
+        else:
+            idx, p = self.replayed, weigh(logits, self.replayed, self.scale)
         if self.note_choices:
             self.choices = idx
         if self.training:

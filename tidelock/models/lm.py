@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .batch import Batch, Cache, CacheView
 from .config import ModelConfig
 from .layers import GLU, KDA, MLA, Linear, Mix, MoE, RMSNorm
@@ -48,7 +49,7 @@ class MTP(nn.Module):
         """hidden [N, d] (after the model's last norm), embedded [N, d] of the tokens that follow -> [N, d].
 
         cache: what `self_attn` continues from, when the rows are not whole sequences."""
-        x = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
+        x = self.eh_proj(ops.backend(hidden).concat(self.enorm(embedded), self.hnorm(hidden)))
         x = x + self.layer.self_attn(self.layer.input_layernorm(x), batch, cache)
         x = x + self.layer.mlp(self.layer.post_attention_layernorm(x))
         return self.norm(x)
@@ -162,6 +163,11 @@ class TransformerLM(nn.Module):
             out.append(hidden)
             next_ids = next_ids.roll(-1)
         return out
+
+    def mtp_step(self, hidden: Tensor, next_ids: Tensor, batch: Batch, cache: Cache) -> Tensor:
+        """The first MTP layer's states [N, d] for rows that continue what `cache`, of this one layer, holds."""
+        mine = (cache.states[0], cache.tails[0]) if self.config.mixers[-1] == "kda" else cache.pages[0]
+        return self.mtp[0](hidden, self.embed_tokens(next_ids), batch, mine)
 
     def cast(self, dtype: torch.dtype) -> TransformerLM:
         """Weights in `dtype`, all but the fp32 islands."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tidelock.tokens.errors import UserError
 
@@ -24,8 +24,8 @@ FOUR_BITS = ("int4", "mxfp4")
 
 
 class ServingModel:
-    """Answers like a `TransformerLM` (forward, logits, config, eval), without gradients and with its own copy of the
-    weights. One thread at a time. MTP layers, which only guess, stay plain modules."""
+    """Answers like a `TransformerLM` (forward, logits, mtp_step, config, eval), without gradients and with its own copy of
+    the weights. One thread at a time. Of several MTP layers it has the first."""
 
     def __init__(self, model: TransformerLM, weights: str, experts: str) -> None:
         self.config, self.weights, self.experts = model.config, weights, experts
@@ -38,10 +38,11 @@ class ServingModel:
             self._body = body.finish(out)
             head = Program(lambda p: kinds[id(p)], 1)
             self._head = head.finish(model.lm_head(head.input(model.config.hidden_size)))
+            self._guess = self._recorded_guess(model, kinds) if model.mtp else None
             model.train(training)
-        self.nbytes = self._body.nbytes + self._head.nbytes
+        self.nbytes = sum(p.nbytes for p in self._programs())
         self._counts = model.parameter_counts()
-        self.mtp = copy.deepcopy(model.mtp).eval()
+        self.mtp = self._guess is not None  # whether there is an `mtp_step`
 
     def __call__(self, batch: Batch, cache: Cache | None = None, view: CacheView | None = None) -> Tensor:
         """Hidden states fp32 [N, d] of the new rows, as `TransformerLM.forward`."""
@@ -51,7 +52,11 @@ class ServingModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[M, d] -> [M, V] fp32."""
-        return self._head.run(hidden.shape[0], given=hidden.contiguous())
+        return self._head.run(hidden.shape[0], given=[hidden.contiguous()])
+
+    def mtp_step(self, hidden: Tensor, next_ids: Tensor, batch: Batch, cache: Cache) -> Tensor:
+        """As `TransformerLM.mtp_step`."""
+        return self._guess.run(hidden.shape[0], batch, cache, [hidden.contiguous(), self.embed_tokens(next_ids)])
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """int64 [N] -> fp32 [N, d]."""
@@ -65,7 +70,17 @@ class ServingModel:
 
     def packed(self) -> list[PackedWeight]:
         """Every packed weight, in the order of use."""
-        return [*self._body.packed, *self._head.packed]
+        return [weight for p in self._programs() for weight in p.packed]
+
+    def _programs(self) -> list[Program]:
+        return [p for p in (self._body, self._head, self._guess) if p is not None]
+
+    @staticmethod
+    def _recorded_guess(model: TransformerLM, kinds: dict[int, str]) -> Program:
+        c, cache = model.config, LayerCache(1)
+        guess = Program(lambda p: kinds[id(p)], c.max_position_embeddings)
+        mine = (cache.states[0], cache.tails[0]) if c.mixers[-1] == "kda" else cache.pages[0]
+        return guess.finish(model.mtp[0](guess.input(c.hidden_size), guess.input(c.hidden_size), None, mine))
 
     def eval(self) -> ServingModel:
         return self
@@ -100,10 +115,41 @@ def rounded_copy(model: TransformerLM, weights: str, experts: str | None = None)
     experts, out = _experts_kind(model, weights, experts), copy.deepcopy(model).eval()
     out.set_expert_format(None)  # what follows rounds them, for once
     for p, kind in weight_kinds(out, weights, experts):
-        if p.dim() == 3:  # experts, stored [inputs, outputs]
-            p.copy_(rounded(p.transpose(1, 2), kind).transpose(1, 2))
-        else:
-            p.copy_(rounded(p, kind))
+        p.copy_(_rounded(p, kind))
+    return out
+
+
+@torch.no_grad()
+def rounded_view(model: TransformerLM, weights: str, experts: str) -> TransformerLM:
+    """`rounded_copy` without its memory: the parameters are the model's own, and rounded for as long as the sub-layer that
+    has them runs. `model` itself is left alone."""
+    out = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())}).eval()
+    out.set_expert_format(None)
+    kinds = {id(p): kind for p, kind in weight_kinds(model, weights, experts) if kind != "fp32"}
+
+    def swap_in(module: nn.Module, *_) -> None:
+        for m in module.modules():
+            m.kept = dict(m._parameters)
+            for name, p in m.kept.items():
+                if id(p) in kinds:
+                    m._parameters[name] = nn.Parameter(_rounded(p, kinds[id(p)]), requires_grad=False)
+
+    def swap_out(module: nn.Module, *_) -> None:
+        for m in module.modules():
+            m._parameters.update(m.kept)
+
+    for part in (out.embed_tokens, out.lm_head, *(m for layer in out.layers for m in (layer.self_attn, layer.mlp))):
+        part.register_forward_pre_hook(swap_in)
+        part.register_forward_hook(swap_out, always_call=True)
+    return out
+
+
+def _rounded(p: Tensor, kind: str) -> Tensor:
+    if p.dim() < 3:
+        return rounded(p, kind)
+    out = torch.empty(p.shape)
+    for mine, w in zip(out, p):  # experts, stored [inputs, outputs]; one at a time stays in the processor's cache
+        mine.copy_(rounded(w.t(), kind).t())
     return out
 
 

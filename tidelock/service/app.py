@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -138,7 +139,7 @@ async def health(state: ServiceState, request: Request) -> dict[str, Any]:
         "model": state.model,
         "weights_version": state.weights_version,
         "exact": state.policy.exact,
-        **({"numerics": numerics.numerics, "max_abs_dlogp": numerics.max_abs_dlogp} if numerics else {}),
+        **(asdict(numerics) if numerics else {}),
         **(routed() if routed else {}),
     }
 

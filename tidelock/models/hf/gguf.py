@@ -46,7 +46,7 @@ def write_gguf(
 ) -> Path:  # fmt: skip
     """Write `config`'s weights, which `read(name)` gives one of ours at a time, whole or not at all.
 
-    `dtype`: "float32" | "float16" | "bfloat16" of the matrices; vectors, router and convolutions stay fp32.
+    `dtype`: "float32" | "float16" | "bfloat16" of what `stored_as` says; vectors, router and convolutions stay fp32.
     Multi-token prediction layers are left out. Raises UserError for a shape that llama.cpp has no arch for.
     """
     gguf = _library()
@@ -63,7 +63,7 @@ def write_gguf(
             _add(writer, gguf, key, value)
         writer.add_file_type({"float32": 0, "float16": 1, "bfloat16": 32}[dtype])
         vocabulary.write(writer)
-        stored = [("float32" if e.exact or len(_made(e, shapes).shape) < 2 else dtype) for e in listed]
+        stored = [stored_as(e, len(_made(e, shapes).shape), dtype) for e in listed]
         for entry, kind in zip(listed, stored, strict=True):
             shape = tuple(_made(entry, shapes).shape)
             size = 4 if kind == "float32" else 2
@@ -84,6 +84,18 @@ def write_gguf(
         writer.close()
         scratch.unlink(missing_ok=True)
     return path
+
+
+def stored_as(e: Entry, dims: int, dtype: str) -> str:
+    """The dtype of one tensor in a file of `dtype`.
+
+    llama.cpp rounds whatever meets a 16-bit matrix to that matrix's type. For the routed experts, nearly all the weights of
+    a large model, that does little harm; between attention's products and in front of the head it decides near-ties, and
+    an untrained model then says something else in every tenth continuation. So "float16" is of the routed experts, as the
+    published 4-bit formats are; the rest stays fp32. "bfloat16" is of every matrix: the smallest file, the fastest that
+    llama.cpp runs at 16 bits, and it rounds eight times as coarsely."""
+    fine = dtype == "float16" and not e.name.endswith("_exps.weight")
+    return "float32" if e.exact or dims < 2 or fine else dtype
 
 
 def refuse_what_llama_cannot_say(c: ModelConfig) -> None:

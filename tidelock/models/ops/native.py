@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import latent
+from . import latent, reference
 from .build import library
 
 _BLOCKS = 16  # BLOCKS in c/common.h
@@ -366,6 +366,7 @@ class _MLA(Function):
         return dq, drows, None, None, None
 
 
+concat = reference.concat
 latent_rows = functools.partial(latent.latent_rows, rms_norm)
 absorb = functools.partial(latent.absorb, head_linear)
 expand = functools.partial(latent.expand, head_linear)

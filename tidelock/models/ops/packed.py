@@ -7,7 +7,7 @@ bits of the fp32 product with `unpack(w)`, in any batch.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from tidelock.tokens.errors import UserError
 
 from .. import quant
 from .build import library
+from .store import Store
 
 PANEL = 32
 _L = ctypes.c_long
@@ -46,6 +47,10 @@ class PackedWeight:
         scale = None if self.scale is None else self.scale.data_ptr()
         return CWeight(KINDS[self.kind], -(-self.n // PANEL), self.n, self.k, self.w.data_ptr(), scale)
 
+    def kept_in(self, store: Store) -> PackedWeight:
+        """The same in memory of `store`."""
+        return replace(self, w=store.keep(self.w), scale=None if self.scale is None else store.keep(self.scale))
+
     @property
     def nbytes(self) -> int:
         return self.w.nbytes + (0 if self.scale is None else self.scale.nbytes)
@@ -60,6 +65,10 @@ def pack(w: Tensor, kind: str) -> PackedWeight:
     w = w.detach().float()
     w = w if w.dim() == 3 else w[None]
     matrices, n, k = w.shape
+    if matrices > 1:  # one at a time stays in the processor's cache
+        each = [pack(m, kind) for m in w]
+        scale = None if each[0].scale is None else torch.cat([p.scale for p in each])
+        return PackedWeight(kind, matrices, n, k, torch.cat([p.w for p in each]), scale)
     scale = None
     if kind == "fp32":
         coded = _panels(w)

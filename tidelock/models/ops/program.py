@@ -21,6 +21,7 @@ from ..rope import Rope
 from .build import library
 from .latent import Latent
 from .packed import PackedWeight, pack
+from .store import Store
 
 LINE = 16  # floats; every buffer starts on a cache line
 
@@ -45,7 +46,7 @@ class _Op(ctypes.Structure):
 class Rows:
     """A [N, width] value of a program being recorded; another shape of a row is the same memory."""
 
-    program: Program
+    program: Program | None  # while recording
     width: int  # in floats, of one row
     fixed: int = 0  # floats beside the rows
     first: int = -1  # the op that writes it
@@ -92,6 +93,8 @@ class Program:
         self.packed: list[PackedWeight] = []
         self._ops: list[_Op] = []
         self._keep: list = []  # what the ops point to
+        self._store = Store()
+        self._given: list[Rows] = []
         self._values: list[list[Rows | None]] = []  # inputs and outputs of each op, in the order of its fields
         self._mixed: dict[int, list[Rows]] = {}
         self._routes: list[Rows] = []
@@ -102,8 +105,8 @@ class Program:
 
     def input(self, width: int) -> Rows:
         """A value that the caller gives to `run`."""
-        self._given = Rows(self, width)
-        return self._given
+        self._given.append(Rows(self, width))
+        return self._given[-1]
 
     def embed(self, table: Tensor) -> tuple[Tensor, Rows]:
         """The table as it is kept (fp32 or bf16), and its rows at the batch's ids."""
@@ -118,6 +121,9 @@ class Program:
 
     def add(self, a: Rows, b: Rows) -> Rows:
         return self._emit("add", [a, b], a.width, n=(a.width,))
+
+    def concat(self, a: Rows, b: Rows) -> Rows:
+        return self._emit("concat", [a, b], a.width + b.width, n=(a.width, b.width))
 
     def rms_norm(self, x: Rows, w: Tensor, eps: float, gate: Rows | None = None) -> Rows:
         d = w.numel()
@@ -214,7 +220,7 @@ class Program:
         return kept
 
     def _pack(self, w: Tensor, owner: Tensor) -> PackedWeight:
-        packed = pack(w, self.kind_of(owner))
+        packed = pack(w, self.kind_of(owner)).kept_in(self._store)
         self.nbytes += packed.nbytes
         self.packed.append(packed)
         return packed
@@ -238,21 +244,21 @@ class Program:
             value.last = len(self._ops)  # to be read when all is done
         slots: list[tuple[int, int]] = []  # width and fixed part of each
         free: dict[tuple[int, int], list[int]] = {}
-        given = getattr(self, "_given", None)
+        given = {id(v) for v in self._given}
         for i, values in enumerate(self._values):
             named = [v for v in values if v is not None]
             for value in named:
-                if value.slot < 0 and value is not given:
+                if value.slot < 0 and id(value) not in given:
                     size = (-(-value.width // LINE) * LINE, -(-value.fixed // LINE) * LINE)
                     if not free.get(size):
                         free.setdefault(size, []).append(len(slots))
                         slots.append(size)
                     value.slot = free[size].pop()
             for value in {id(v): v for v in [*named, *self._mixed.get(i, [])]}.values():
-                if value.last == i and value is not given:
+                if value.last == i and id(value) not in given:
                     free[-(-value.width // LINE) * LINE, -(-value.fixed // LINE) * LINE].append(value.slot)
-        if given is not None:
-            given.slot = len(slots)
+        for i, value in enumerate(self._given):
+            value.slot = len(slots) + i
         for i, (op, values) in enumerate(zip(self._ops, self._values)):
             op.inputs[:] = [-1 if v is None else v.slot for v in values[:4]]
             op.outputs[: len(values) - 4] = [v.slot for v in values[4:]]
@@ -260,25 +266,27 @@ class Program:
                 ids = torch.tensor([v.slot for v in self._mixed[i]], dtype=torch.int32)
                 self._keep.append(ids)
                 op.p[1] = ids.data_ptr()
-        starts = np.cumsum([(0, 0), *slots], axis=0, dtype=np.int64)
+        starts = np.cumsum([(0, 0), *slots, *[(0, 0)] * len(self._given)], axis=0, dtype=np.int64)
         self._per_row, self._fixed, self._slots = starts[:, 0], starts[:, 1], len(slots)
         self._list = (_Op * len(self._ops))(*self._ops)
+        for value in (out, *self._given, *self._routes):  # no circle: weights that are replaced go at once
+            value.program = None
         del self._values, self._mixed
         return self
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def run(self, rows: int, batch=None, cache=None, given: Tensor | None = None) -> Tensor:
-        """fp32 [rows, width] of the recorded output. batch and cache (on the CPU) as for the model; `given` for programs
-        with an `input`."""
+    def run(self, rows: int, batch=None, cache=None, given: Sequence[Tensor] = ()) -> Tensor:
+        """fp32 [rows, width] of the recorded output. batch and cache (on the CPU) as for the model; `given`: a contiguous
+        fp32 [rows, width] for every `input`."""
         need = int(self._per_row[-1]) * rows + int(self._fixed[-1]) + LINE
         if need > self._arena.numel():
             self._arena = torch.empty(need)
         self._rows, out = rows, torch.empty(rows, self._out.width)
         base = -(-self._arena.data_ptr() // 64) * 64
         where = base + 4 * (self._per_row * rows + self._fixed)
-        if given is not None:
-            where[self._slots] = given.data_ptr()
+        for i, value in enumerate(given):
+            where[self._slots + i] = value.data_ptr()
         where[self._out.slot] = out.data_ptr()
         step = _Step(rows=rows, position=self._scratch(rows), row=self._places.data_ptr() + 8 * rows)
         if batch is not None:

@@ -27,6 +27,11 @@ def linear(x: Tensor, *weights: Tensor) -> Tensor:
     return torch.cat([x.to(w.dtype) @ w.t() for w in weights], dim=-1)
 
 
+def concat(a: Tensor, b: Tensor) -> Tensor:
+    """[N, n], [N, m] -> [N, n + m]."""
+    return torch.cat([a, b], dim=-1)
+
+
 def head_linear(x: Tensor, w: Tensor) -> Tensor:
     """x [M, H, K], w [H, K, N] -> [M, H, N], in the dtype of x (attention's output is fp32 until W_o, K3 §2.2)."""
     return torch.einsum("mhk,hkn->mhn", x, w.to(x.dtype))
@@ -62,10 +67,14 @@ def glu(h: Tensor, situ: bool, beta: float, linear_beta: float) -> Tensor:
 
 def route(logits: Tensor, bias: Tensor, k: int, scale: float) -> tuple[Tensor, Tensor]:
     """K3 Eq. 13: choose top-k of sigmoid(logits) + bias; weights are the unbiased scores, renormalised. At least fp32."""
-    s = torch.sigmoid(wide(logits))
-    idx = (s + bias).topk(k, dim=-1).indices
-    p = s.gather(1, idx)
-    return idx, p / (p.sum(1, keepdim=True) + 1e-20) * scale
+    idx = (torch.sigmoid(wide(logits)) + bias).topk(k, dim=-1).indices
+    return idx, weigh(logits, idx, scale)
+
+
+def weigh(logits: Tensor, idx: Tensor, scale: float) -> Tensor:
+    """K3 Eq. 13, of experts that are chosen already: what each of idx [M, k] weighs."""
+    p = torch.sigmoid(wide(logits)).gather(1, idx)
+    return p / (p.sum(1, keepdim=True) + 1e-20) * scale
 
 
 def dispatch(x: Tensor, idx: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:

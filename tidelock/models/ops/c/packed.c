@@ -104,7 +104,7 @@ INLINE void scales(const int kind, const char *s, const int strip, vw *scale, vw
 }
 
 typedef struct { /* R rows of x against P panels, one strip of each */
-    vw c[4][ROWS][2];
+    vw c[2][ROWS][2];
 } Sums;
 
 INLINE void add_products(const int R, const int p, Sums *sums, const float *x, long xr, vw w0, vw w1) {
@@ -125,7 +125,7 @@ INLINE void ahead(const int kind, const int P, long k, const char *row, long wp)
 /* Inputs k .. k + n of codes, n at most PER. */
 INLINE void add_words(const int kind, const int R, const int P, const int strip, const int n, long k, Sums *sums,
                       const float *x, long xr, const char *w, long wp, vw (*s)[2], vw (*t)[2]) {
-    uw words[4][2];
+    uw words[2][2];
     for (int p = 0; p < P; p++) {
         const char *row = w + p * wp + k / PER(kind) * ROW(kind);
         ahead(kind, P, k, row, wp);
@@ -142,7 +142,7 @@ INLINE void add_words(const int kind, const int R, const int P, const int strip,
 INLINE void strip_product(const int kind, const int R, const int P, const int strip, long K, const float *x, long xr,
                           const char *w, long wp, const char *s, long sp, float *out, long outr, long cols) {
     Sums sums;
-    vw scale[4][2], off[4][2];
+    vw scale[2][2], off[2][2];
     for (int p = 0; p < P; p++)
         for (int r = 0; r < R; r++) sums.c[p][r][0] = sums.c[p][r][1] = splatw(0);
     if (kind < INT8)
@@ -203,9 +203,9 @@ typedef void (*Kernel)(long K, const float *x, long xr, const char *w, long wp, 
     }
 #define NAME(kind, R, P) k_##kind##_##R##x##P
 #define DEFINE_TO_6(kind) DEFINE(kind, 1, 1) DEFINE(kind, 2, 1) DEFINE(kind, 3, 1) DEFINE(kind, 4, 1) DEFINE(kind, 5, 1) \
-    DEFINE(kind, 6, 1) DEFINE(kind, 1, 4) DEFINE(kind, 2, 2) DEFINE(kind, 3, 2)
+    DEFINE(kind, 6, 1) DEFINE(kind, 1, 2) DEFINE(kind, 2, 2) DEFINE(kind, 3, 2)
 #define TO_6(kind) 0, NAME(kind, 1, 1), NAME(kind, 2, 1), NAME(kind, 3, 1), NAME(kind, 4, 1), NAME(kind, 5, 1), NAME(kind, 6, 1)
-#define BESIDE_TO_3(kind) 0, NAME(kind, 1, 4), NAME(kind, 2, 2), NAME(kind, 3, 2)
+#define BESIDE_TO_3(kind) 0, NAME(kind, 1, 2), NAME(kind, 2, 2), NAME(kind, 3, 2)
 #if ROWS == 12
 #define DEFINE_ALL(kind) DEFINE_TO_6(kind) DEFINE(kind, 7, 1) DEFINE(kind, 8, 1) DEFINE(kind, 9, 1) DEFINE(kind, 10, 1) \
     DEFINE(kind, 11, 1) DEFINE(kind, 12, 1) DEFINE(kind, 4, 2) DEFINE(kind, 5, 2) DEFINE(kind, 6, 2)
@@ -222,7 +222,9 @@ static const Kernel one_panel[6][ROWS + 1] = {ALL(F32), ALL(BF16), ALL(F16), ALL
 /* Few rows leave sums to spare: more panels at once hide the latency of additions, and of memory. */
 #define FEW (ROWS / 2)
 static const Kernel beside[6][FEW + 1] = {BESIDE(F32), BESIDE(BF16), BESIDE(F16), BESIDE(INT8), BESIDE(INT4), BESIDE(MXFP4)};
-INLINE long abreast(long rows) { return rows == 1 ? 4 : 2; }
+/* But a processor reads one stream faster than two, and two much faster than four. One row against numbers that need next to
+ * no decoding, in vectors of 16, is through with 64 bytes before the next are there: one panel at a time. */
+INLINE long abreast(const int kind, long rows) { return rows == 1 && (kind == F32 || (kind < INT8 && VW == 16)) ? 1 : 2; }
 
 /* A panel as fp32 [K, 32]. */
 INLINE void unpack_panel(const int kind, long K, const char *w, const char *s, float *to) {
@@ -272,8 +274,8 @@ void tl_product(long M, const float *x, long xr, const Weight *W, long e, float 
         const char *w = W->w + (e * W->panels + panel) * wp, *s = W->scale ? W->scale + (e * W->panels + panel) * sp : 0;
         float *to = out + panel * PANEL;
         long cols = W->n - panel * PANEL, take = 1;
-        if (M <= FEW && M > 0 && upto - panel >= abreast(M)) {
-            take = abreast(M);
+        if (M <= FEW && M > 0 && abreast(W->kind, M) == 2 && upto - panel >= 2) {
+            take = 2;
             beside[W->kind][M](K, x, xr, w, wp, s, sp, to, outr, cols);
         } else {
             int kind = W->kind;
@@ -291,7 +293,7 @@ void tl_product(long M, const float *x, long xr, const Weight *W, long e, float 
     }
 }
 
-#define TASK 4 /* panels a thread takes at a time */
+#define TASK 2 /* panels; a thread takes several of these one behind the other (team.c) */
 
 typedef struct {
     long M, xr, outr, tasks; /* tasks: of one expert */

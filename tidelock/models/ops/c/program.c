@@ -67,6 +67,14 @@ STEP(op_add) { /* n: width */
     for (long i = 0; i < n; i++) to[i] = a[i] + b[i];
 }
 
+STEP(op_concat) { /* n: widths */
+    const long A = o->n[0], B = o->n[1];
+    for (long m = 0; m < s->rows; m++) {
+        memcpy(OUT(0) + m * (A + B), IN(0) + m * A, A * sizeof(float));
+        memcpy(OUT(0) + m * (A + B) + A, IN(1) + m * B, B * sizeof(float));
+    }
+}
+
 STEP(op_rms_norm) { /* n: width, parts of a row that are normed one by one */
     const long D = o->n[0];
     tl_rmsnorm(s->rows * o->n[1], D, IN(0), D, o->p[0], o->in[1] < 0 ? 0 : IN(1), o->f[0], OUT(0), D, 0);

@@ -52,15 +52,22 @@ static uint64_t nanoseconds(void) {
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
-/* Takes and does one task; 0 if there was none. */
+/* Takes and does a thread's share of the tasks that are left, one behind the other; 0 if there were none. What a thread
+ * reads is then one stretch of memory, and what it has read ahead is not another's. */
 static int take(void) {
     uint64_t seen = atomic_load(&left);
-    while ((uint32_t)seen)
-        if (atomic_compare_exchange_weak(&left, &seen, seen - 1)) {
-            atomic_load(&work)(atomic_load(&arg), atomic_load(&tasks) - (uint32_t)seen);
-            atomic_fetch_add(&done, 1);
+    while ((uint32_t)seen) {
+        long some = (uint32_t)seen / (atomic_load(&wanted) + 1);
+        if (some < 1) some = 1;
+        if (atomic_compare_exchange_weak(&left, &seen, seen - some)) {
+            void (*f)(const void *, long) = atomic_load(&work);
+            const void *of = atomic_load(&arg);
+            long t = atomic_load(&tasks) - (uint32_t)seen;
+            for (long end = t + some; t < end; t++) f(of, t);
+            atomic_fetch_add(&done, some);
             return 1;
         }
+    }
     return 0;
 }
 
