@@ -17,11 +17,12 @@ from typing import Any
 
 from tidelock.service.accounts import OPERATOR, log
 from tidelock.service.db import Conflict
-from tidelock.service.ledger import Ledger
+from tidelock.service.ledger import ACTIVE, Ledger
 from tidelock.service.subscriptions import (
-    CASH, COLUMNS, PLAN_COLUMNS, Plan, SoldOut, Subscription, active, allocate, begin_term, end_lot, end_term, known, named,
+    CASH, COLUMNS, PLAN_COLUMNS, Plan, SoldOut, Subscription, active, allocate, begin_term, end_lot, end_term, known, lasts, named,
     prorated, require, seats, store, unused, windows,
 )  # fmt: skip
+from tidelock.service.suspension import is_suspended
 from tidelock.service.windows import Allowance, period
 from tidelock.tokens.errors import UserError
 
@@ -182,7 +183,8 @@ class Plans:
 
     def turn(self) -> int:
         """Begins the periods that are due and gives freed seats to those who wait; returns how many subscriptions moved.
-        A period that passed while nobody looked is not charged. Doing it again changes nothing."""
+        A period that passed while nobody looked is not charged. Doing it again changes nothing. Who is suspended gets the
+        months that are paid, and no new term."""
         moved, now = 0, self._ledger.clock()
         for (customer,) in self._db.read("SELECT customer FROM subscriptions WHERE state = 'active' ORDER BY customer"):
             moved += self._turn(customer, now)
@@ -195,8 +197,12 @@ class Plans:
             sub = active(books, customer)
             if sub is None or sub.month_ends > now:
                 return False
-            end_lot(books, sub)
-            sub.period = period(sub.anchor, now)
+            suspended, present = is_suspended(books.execute, customer), period(sub.anchor, now)
+            if suspended and present >= sub.term + sub.months:
+                return False
+            if not suspended and not lasts(books, sub):
+                end_lot(books, sub)
+            sub.period = present
             if sub.period < sub.term + sub.months:  # another month of what is paid
                 allocate(books, sub, named(books, sub.plan))
                 store(books, sub)
@@ -225,9 +231,11 @@ class Plans:
         return True
 
     def _promote(self, plan: str) -> int:
-        """A seat that is free goes to the first who can pay; who cannot loses the place."""
+        """A seat that is free goes to the first who can pay; who cannot loses the place. Who is suspended keeps it."""
         served = 0
         for customer in self.waiting(plan):
+            if not self._db.read(f"SELECT 1 FROM customers WHERE customer = ? AND {ACTIVE}", (customer,)):
+                continue
             try:
                 self.subscribe(customer, plan, "clock")
                 served += 1
