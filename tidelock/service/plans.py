@@ -23,7 +23,7 @@ from tidelock.service.subscriptions import (
     prorated, require, seats, store, unused, windows,
 )  # fmt: skip
 from tidelock.service.suspension import is_suspended
-from tidelock.service.windows import Allowance, period
+from tidelock.service.windows import Allowance, anniversary, period
 from tidelock.tokens.errors import UserError
 
 __all__ = ["Plan", "Plans", "SoldOut", "Subscription", "prorated"]
@@ -37,6 +37,8 @@ class Preview:
     charge_nano: int  # from the cash balance, at once
     unused_nano: int  # of the present term's price, already taken off the charge
     effective: float
+    quantity: int  # seats
+    ends: float  # of the term it is about
 
 
 class Plans:
@@ -147,14 +149,16 @@ class Plans:
             known(books, customer)
             new, sub = named(books, plan), active(books, customer)
             if sub is None:
-                return Preview("subscribe", new.price_nano * _count(new, quantity), 0, books.now)
+                count = _count(new, quantity)
+                return Preview("subscribe", new.price_nano * count, 0, books.now, count, anniversary(books.now, new.months))
             old, count = named(books, sub.plan), _changed(new, sub, quantity)
             if (new.name, count) == (old.name, sub.quantity):
-                return Preview("keep", 0, 0, books.now)
+                return Preview("keep", 0, 0, books.now, count, sub.ends)
             if _is_up(new, count, old, sub):
-                credited = unused(books, sub, old)
-                return Preview("upgrade", new.price_nano * count - credited, credited, books.now)
-            return Preview("downgrade", 0, 0, sub.ends)
+                credited, ends = unused(books, sub, old), anniversary(books.now, new.months)
+                return Preview("upgrade", new.price_nano * count - credited, credited, books.now, count, ends)
+            ends = anniversary(sub.anchor, sub.term + sub.months + new.months)
+            return Preview("downgrade", 0, 0, sub.ends, count, ends)
 
     def cancel(self, customer: str, actor: str = OPERATOR) -> Subscription:
         """With the end of the term; until then all stays."""
