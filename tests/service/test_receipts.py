@@ -146,8 +146,8 @@ def test_pages_cover_every_receipt_once_both_ways_and_filters_hold(service):
 
 
 def settle(ledger, customer, name, price=Price(300, 30, 1500), version="v1", counts=Counts(100, 40, completion=20)):
-    hold = ledger.hold(customer, "key_x", name, model="tide", price=price, price_version=version, prompt_tokens=counts.prompt,
-                       max_tokens=counts.completion + 5, lifetime_s=60)  # fmt: skip
+    ledger.hold(customer, "key_x", name, model="tide", price=price, price_version=version, prompt_tokens=counts.prompt,
+                max_tokens=counts.completion + 5, lifetime_s=60)  # fmt: skip
     with ledger.books([customer], [name]) as books:
         return books.settle(name, price, Metered(counts, "stop", latency=Latency(1, None, 9)))
 
