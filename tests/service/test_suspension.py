@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from tidelock.service.analytics.replay import replayed
 from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
+from tidelock.service.logs import AccessLog, Lines
 from tidelock.service.plans import Plan, Plans
 from tidelock.service.surfaces import operator
 from tidelock.service.surfaces.routes import ROUTES
@@ -154,7 +156,8 @@ def test_a_revoked_key_of_a_suspended_organisation_is_wrong_and_a_key_made_meanw
 
 def test_a_batch_stops_between_two_lines_and_goes_on_afterwards_each_line_charged_once(service):
     state = service.state
-    client = service.client()
+    client, log = service.client(), io.StringIO()
+    state.access_log = AccessLog(Lines(as_json=True), log, 0)
     service.policy.pause_s = 0.02
     file = client.files.create(file=("in.jsonl", lines(*(ask(f"{n}") for n in range(60)))), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
@@ -162,6 +165,10 @@ def test_a_batch_stops_between_two_lines_and_goes_on_afterwards_each_line_charge
     suspension.suspend(state.ledger, "ann", "abuse")
     service.wait(lambda: state.ledger.db.read("SELECT 1 FROM batch_queue WHERE lease_us = 0"))  # given back
     asked = len(service.policy.prompts)
+    told = [json.loads(line) for line in log.getvalue().splitlines()]
+    waits = [line for line in told if line.get("error") == "organization_suspended"]
+    assert waits and all((line["status"], line["route"], line["customer"]) == (403, "batch", "ann") for line in waits)
+    assert all(line["status"] for line in told)
     time.sleep(0.3)
     assert len(service.policy.prompts) == asked < 60
     assert state.objects.get("batch", "ann", batch.id)["status"] == "in_progress"

@@ -33,7 +33,8 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
                     [org, (("--percent",), {"required": True}), (("--tax-id",), {"default": ""})]),
             "suspend": (admin_orgs.suspend, "refuse its keys within a second everywhere; batches, renewals and top-ups wait",
                         "ann --reason 'invoice 7 is overdue'",
-                        [org, (("--reason",), {"required": True, "metavar": "TEXT", "help": "one line, which its keys are told"})]),
+                        [org, (("--reason",), {"required": True, "metavar": "TEXT",
+                                               "help": "one line, which its keys are told"})]),
             "resume": (admin_orgs.resume, "lift that; vouchers and credits last as much longer as it took", "ann", [org]),
         }),
         "projects": ("an organisation's projects", {

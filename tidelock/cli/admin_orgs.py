@@ -53,7 +53,7 @@ def tax(args: argparse.Namespace, db: Database) -> dict[str, Any]:
 
 def suspend(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     done = suspension.suspend(Ledger(db), args.org, args.reason, actor())
-    print(f"{args.org} is suspended: within a second its keys are refused everywhere; nothing is charged, and nothing it has runs out")
+    print(f"{args.org} is suspended: within a second its keys are refused everywhere; nothing is charged, nothing it has runs out")
     return done
 
 

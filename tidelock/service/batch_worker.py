@@ -17,6 +17,7 @@ from tidelock.service.access import background
 from tidelock.service.answer import Bill, Ended
 from tidelock.service.errors import ApiError
 from tidelock.service.http import as_api_error
+from tidelock.service.record import current
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import batches, files, message_batches
@@ -204,6 +205,9 @@ class _Batch:
 
             await run.whole(self.state, turn, asyncio.Event(), store)
         except Paused:
+            if (now := current()) is not None:  # what the access line says of a line that waits
+                now.status = 403
+                now.failed("organization_suspended")
             raise
         except Exception as exception:
             error = as_api_error(exception, request_id)

@@ -147,7 +147,8 @@ def told(tx: Transaction, charge: str, payment: str, failed: bool, now: float) -
 def _make(ledger: Ledger, customer: str) -> None:
     """A charge, if the rule still asks for one: looked at again under the customer's lock."""
     with ledger.books([customer]) as books:
-        sql = f"SELECT below_nano, charge_nano, per_day, month_nano FROM auto_topups WHERE customer = ? AND active = 1 AND {ACTIVE}"
+        sql = ("SELECT below_nano, charge_nano, per_day, month_nano FROM auto_topups "
+               f"WHERE customer = ? AND active = 1 AND {ACTIVE}")  # fmt: skip
         rule = books.execute(sql, (customer,)).fetchone()
         if rule is None or books.balance(customer, ("cash", "")) >= rule[0]:
             return
@@ -174,7 +175,8 @@ def _ask(ledger: Ledger, provider: Provider, row: Any, now: float) -> bool:
     net, tax = nano // NANO_PER_CENT, (nano // NANO_PER_CENT * bps + 5000) // 10_000
     with ledger.db.transaction() as tx:
         wait = min(FIRST_RETRY_S * 2**attempts, LONGEST_RETRY_S)
-        claim = f"UPDATE auto_charges SET attempts = attempts + 1, due = ? WHERE id = ? AND attempts = ? AND state = 'due' AND {ACTIVE}"
+        claim = ("UPDATE auto_charges SET attempts = attempts + 1, due = ? "
+                 f"WHERE id = ? AND attempts = ? AND state = 'due' AND {ACTIVE}")  # fmt: skip
         if tx(claim, (now + wait, charge, attempts)).rowcount != 1:
             return False
     try:

@@ -113,8 +113,8 @@ class Ledger:
         """Books what is left in expired vouchers and plan periods as breakage; returns how many there were. Those of who is
         suspended wait: they may get more time."""
         now = self.clock()
-        sql = f"SELECT customer, kind, lot FROM accounts WHERE expires <= ? AND balance_nano > 0 AND {ACTIVE} ORDER BY customer"
-        expired = self.db.read(sql, (now,))
+        over = f"expires <= ? AND balance_nano > 0 AND {ACTIVE}"
+        expired = self.db.read(f"SELECT customer, kind, lot FROM accounts WHERE {over} ORDER BY customer", (now,))
         for customer, kind, lot in expired:
             with self.books([customer]) as books:
                 left = books.balance(customer, (kind, lot))

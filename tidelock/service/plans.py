@@ -19,8 +19,8 @@ from tidelock.service.accounts import OPERATOR, log
 from tidelock.service.db import Conflict
 from tidelock.service.ledger import ACTIVE, Ledger
 from tidelock.service.subscriptions import (
-    CASH, COLUMNS, PLAN_COLUMNS, Plan, SoldOut, Subscription, active, allocate, begin_term, end_lot, end_term, known, lasts, named,
-    prorated, require, seats, store, unused, windows,
+    CASH, COLUMNS, PLAN_COLUMNS, Plan, SoldOut, Subscription, active, allocate, begin_term, end_lot, end_term, known, lasts,
+    named, prorated, require, seats, store, unused, windows,
 )  # fmt: skip
 from tidelock.service.suspension import is_suspended
 from tidelock.service.windows import Allowance, anniversary, period

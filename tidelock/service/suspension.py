@@ -22,14 +22,15 @@ MOST_WORDS = 200
 
 
 def suspend(ledger: Ledger, customer: str, reason: str, actor: str = OPERATOR) -> dict[str, Any]:
-    """`reason`: in one line; the organisation is told it. Doing it again changes the reason and nothing else. Raises UserError,
-    UnknownId; returns the organisation's row."""
+    """`reason`: in one line; the organisation is told it. Doing it again changes the reason and nothing else. Raises
+    UserError, UnknownId."""
     if not 0 < len(reason.strip()) <= MOST_WORDS or not reason.isprintable():
         raise UserError(f"a suspension needs a reason: one line of at most {MOST_WORDS} characters, which its keys are told")
     with ledger.books([customer]) as books:  # under the customer's lock: nothing that time does is under way
         since, _ = _row(books.execute, customer)
         began = books.now if since is None else since
-        books.execute("UPDATE organizations SET suspended = ?, suspended_for = ? WHERE id = ?", (began, reason.strip(), customer))
+        row = (began, reason.strip(), customer)
+        books.execute("UPDATE organizations SET suspended = ?, suspended_for = ? WHERE id = ?", row)
         log(books.execute, customer, actor, "organization.suspended", customer, {"reason": reason.strip()}, books.now)
         _tell(books.execute, customer, "organization.suspended", {"reason": reason.strip()}, books.now)
     return {"id": customer, "suspended": began, "suspended_for": reason.strip()}
@@ -43,8 +44,8 @@ def resume(ledger: Ledger, customer: str, actor: str = OPERATOR) -> dict[str, An
             raise UserError(f"{customer!r} is not suspended")
         took = max(books.now - since, 0.0)
         books.execute("UPDATE organizations SET suspended = NULL, suspended_for = '' WHERE id = ?", (customer,))
-        books.execute("UPDATE accounts SET expires = expires + ? WHERE customer = ? AND kind IN ('voucher', 'plan') AND expires > ?",
-                      (took, customer, since))  # fmt: skip
+        books.execute("UPDATE accounts SET expires = expires + ? "
+                      "WHERE customer = ? AND kind IN ('voucher', 'plan') AND expires > ?", (took, customer, since))  # fmt: skip
         wait_until_now(books, customer)
         detail = {"suspended_s": round(took), "reason": reason}
         log(books.execute, customer, actor, "organization.resumed", customer, detail, books.now)

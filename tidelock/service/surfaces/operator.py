@@ -89,8 +89,8 @@ async def organizations(state: ServiceState, request: Request) -> dict[str, Any]
 
 def _organizations(db: Database, wanted: str, after: str, limit: int) -> dict[str, Any]:
     like = "%" + wanted.lower().replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
-    sql = ("SELECT id, name, created, suspended, suspended_for FROM organizations WHERE id > ? AND (LOWER(id) LIKE ? ESCAPE '\\' OR LOWER(name) LIKE ? "
-           f"ESCAPE '\\') ORDER BY id LIMIT {limit + 1}")  # fmt: skip
+    sql = ("SELECT id, name, created, suspended, suspended_for FROM organizations WHERE id > ? AND (LOWER(id) LIKE ? "
+           f"ESCAPE '\\' OR LOWER(name) LIKE ? ESCAPE '\\') ORDER BY id LIMIT {limit + 1}")  # fmt: skip
     rows = db.read(sql, (after, like, like))
     more, rows, now = len(rows) > limit, rows[:limit], time.time()
     names = [row["id"] for row in rows]
@@ -191,7 +191,7 @@ async def suspend(state: ServiceState, request: Request) -> dict[str, Any]:
     key, body = await _asked(state, request, _suspension)
     customer = request.path_params["id"]
     if customer == key.customer:
-        raise conflict("this key belongs to that organization; suspend it with another's, or at a terminal", "own_organization")
+        raise conflict("this key belongs to that organization; use another's, or a terminal", "own_organization")
     with bad_request():
         await asyncio.to_thread(suspension.suspend, state.ledger, customer, body.reason, key.id)
     return _changed(state, customer)

@@ -167,7 +167,8 @@ function suspend(api, path, o, again) {
     [
       h(
         "p",
-        "Within a second all its keys are refused. What runs is finished; batches, renewals and automatic top-ups wait, and no credits run out.",
+        "Within a second all its keys are refused. What runs is finished; batches, renewals and automatic top-ups wait, ",
+        "and no credits run out.",
       ),
       field(
         "Reason",

@@ -44,7 +44,8 @@ function preview(api, me, plan, sub, again) {
   const least = plan.least_quantity;
   const now = Math.max(least, Math.min(sub?.quantity ?? least, plan.most_quantity));
   const place = h("div");
-  const count = h("input", { name: "quantity", type: "number", min: least, max: plan.most_quantity, value: now, required: true });
+  const limits = { min: least, max: plan.most_quantity };
+  const count = h("input", { name: "quantity", type: "number", ...limits, value: now, required: true });
   const show = () => count.checkValidity() && replace(place, later(() => costs(api, plan, sub, Number(count.value))));
   count.addEventListener("input", show);
   show();
@@ -52,7 +53,8 @@ function preview(api, me, plan, sub, again) {
   dialog(
     sub?.plan === plan.id ? `Change ${plan.id}` : `${sub ? "Change to" : "Subscribe to"} ${plan.id}`,
     [
-      plan.most_quantity > 1 && field("Seats", count, `From ${least} to ${plan.most_quantity}; price and credits are for each.`),
+      plan.most_quantity > 1 &&
+        field("Seats", count, `From ${least} to ${plan.most_quantity}; price and credits are for each.`),
       place,
       !may && h("p.hint", "Doing it needs a key with the scopes billing and admin."),
     ],
