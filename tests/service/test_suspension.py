@@ -27,6 +27,7 @@ from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import Ledger
 from tidelock.service.logs import AccessLog, Lines
 from tidelock.service.plans import Plan, Plans
+from tidelock.service.signature import sign
 from tidelock.service.surfaces import operator
 from tidelock.service.surfaces.routes import ROUTES
 from tidelock.tokens.errors import UserError
@@ -119,6 +120,28 @@ def test_a_stream_that_runs_is_finished_and_charged(service):
     assert service.state.ledger.balances("ann").get("held", 0) == 0
     with pytest.raises(openai.PermissionDeniedError):
         service.client(secret).chat.completions.create(**ASK)
+
+
+def test_neither_a_stored_answer_nor_another_header_gets_round_it_and_a_payment_on_its_way_is_still_booked(service):
+    state, secret = service.state, service.key("ann")
+    url, again = service.running.base_url + "/chat/completions", {"idempotency-key": "once"}
+    ways = [{"authorization": f"Bearer {secret}"}, {"authorization": f"bearer  {secret}"}, {"x-api-key": secret}]
+    assert httpx.post(url, json=ASK, headers=ways[0] | again).status_code == 200
+    suspension.suspend(state.ledger, "ann", "abuse")
+    state.keys.forget()
+    for way in ways:
+        for more in ({}, again):
+            answer = httpx.post(url, json=ASK, headers=way | more)
+            assert answer.status_code == 403 and "choices" not in answer.json(), (way, more)
+    assert len(service.policy.prompts) == 1
+    (state.webhook_secrets).write_text("whsec_of_sixteen_or_more\n")
+    intent = {"id": "pi_1", "currency": "usd", "amount_received": 500, "metadata": {"organization": "ann"}}
+    body = json.dumps({"id": "evt_1", "type": "payment_intent.succeeded", "data": {"object": intent}}).encode()
+    before, hook = state.ledger.balances("ann")["cash"], service.running.base_url.removesuffix("/v1") + "/webhooks/payments"
+    for secret, status in (("another secret of sixteen", 400), ("whsec_of_sixteen_or_more", 200), ("whsec_of_sixteen_or_more", 200)):
+        signed = {"tidelock-signature": sign(body, secret, int(time.time()))}
+        assert httpx.post(hook, content=body, headers=signed).status_code == status
+    assert state.ledger.balances("ann")["cash"] == before + 5 * USD
 
 
 def test_a_live_stream_of_receipts_ends(service, monkeypatch):
