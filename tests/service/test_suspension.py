@@ -17,6 +17,7 @@ import openai
 import pytest
 from test_charges import RULE
 from test_files_and_batches import ask, lines, rows
+from test_responses_socket import InvalidStatus, ask as ask_socket, socket
 
 from tidelock.service import backup, budget_rules, charges, notices, receipts, suspension
 from tidelock.service.accounts import SCOPES, Accounts, UnknownId
@@ -142,6 +143,19 @@ def test_neither_a_stored_answer_nor_another_header_gets_round_it_and_a_payment_
         signed = {"tidelock-signature": sign(body, secret, int(time.time()))}
         assert httpx.post(hook, content=body, headers=signed).status_code == status
     assert state.ledger.balances("ann")["cash"] == before + 5 * USD
+
+
+def test_a_socket_that_is_open_asks_for_nothing_more_and_none_is_opened(service):
+    secret = service.key("ann")
+    with socket(service, secret) as connection:
+        assert ask_socket(connection)[-1]["type"] == "response.completed"
+        suspension.suspend(service.state.ledger, "ann", "abuse")
+        service.state.keys.forget()
+        (refused,) = ask_socket(connection)
+        assert (refused["status"], refused["error"]["code"]) == (403, "organization_suspended")
+    with pytest.raises(InvalidStatus) as denied, socket(service, secret):
+        pass
+    assert denied.value.response.status_code == 403 and len(service.policy.prompts) == 1
 
 
 def test_a_live_stream_of_receipts_ends(service, monkeypatch):
