@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import openai
@@ -76,17 +77,18 @@ def template(request):
     return get_template(getattr(request, "param", "xtml"), ByteTokenizer())
 
 
-@pytest.fixture
-def service(tmp_path, template):
+@contextmanager
+def _serving(directory, template, database=None):
     policy = ScriptedPolicy(template)
     state = open_state(
-        tmp_path,
+        directory,
         policy=policy,
         template=template,
         prices=PriceBook("v1", {"tide": PRICE}),
         model="tide",
         context_length=4096,
         weights_version=1,
+        database=database,
     )
     ready, stop = threading.Event(), threading.Event()
     box: list[Running] = []
@@ -106,3 +108,19 @@ def service(tmp_path, template):
     assert state.ledger.audit().sound
     state.traces.close()
     state.ledger.db.close()
+
+
+@pytest.fixture
+def service(tmp_path, template):
+    with _serving(tmp_path, template) as one:
+        yield one
+
+
+@pytest.fixture
+def pair(tmp_path, template, target):
+    """Two servers on one database, on SQLite and on PostgreSQL: what one is told the other must find out."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pepper").write_bytes(b"p" * 64)
+    with _serving(tmp_path / "first", template, target) as first, _serving(tmp_path / "second", template, target) as second:
+        yield first, second

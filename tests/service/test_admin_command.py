@@ -60,10 +60,16 @@ def test_an_organisation_s_life_in_the_terminal(admin, tmp_path, capsys):
     assert key.project == project and key.profile == "lenient" and key.training_consent and key.models == ("tide",)
     assert made["secret"] not in json.dumps([admin("keys list ann"), admin("audit list ann")])
     admin(f"keys revoke {made['id']}")
+    capsys.readouterr()
+    admin("orgs suspend ann --reason 'invoice 7 is overdue'")
+    assert admin("orgs list")["organizations"][0]["suspended_for"] == "invoice 7 is overdue"
+    assert "suspended: invoice 7" in capsys.readouterr().out
+    admin("orgs resume ann")
+    assert admin("orgs list")["organizations"][0]["suspended"] is None and "suspended" not in capsys.readouterr().out.split("\n")[-2]
     admin("members remove ann cy@x.y")
     assert admin(f"projects archive ann {project}")["archived"]
     actions = [e["action"] for e in admin("audit list ann")["entries"]]
-    assert actions[:3] == ["project.archived", "member.removed", "key.revoked"]
+    assert actions[:5] == ["project.archived", "member.removed", "organization.resumed", "organization.suspended", "key.revoked"]
     assert all(e["actor"].startswith("operator") for e in admin("audit list ann")["entries"])
     db.close()
 
@@ -107,7 +113,8 @@ def test_limits_plans_and_payments_in_the_terminal(admin, tmp_path):
         "limits set nobody --rpm 1", "limits set ann --rpm -1", "limits set ann --scope proj_x --rpm 1", "limits ladder nowhere.toml",
         "plans subscribe ann gold", "plans cancel ann", "plans define x --usd 0 --credits 1 --seats 1", "payments book ann --usd 1e99 --reference x",
         "payments book nobody --usd 1 --reference x", "payments refund x --usd 1 --reference y", "invoices month ann 2026-13",
-        "orgs tax ann --percent 900", "orgs tax ann --percent nan",
+        "orgs tax ann --percent 900", "orgs tax ann --percent nan", "orgs suspend nobody --reason x", "orgs suspend ann --reason ''",
+        "orgs resume ann", "orgs resume nobody",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_clear_line(admin, line):

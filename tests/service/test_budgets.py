@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 
+import httpx2 as httpx
 import openai
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from tidelock.cli.main import main
 from tidelock.service import budget_rules, notices
+from tidelock.service.accounts import SCOPES
 from tidelock.service.books import Admission, Books, BudgetReached, InsufficientBalance, Metered
 from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
@@ -221,7 +223,6 @@ def test_the_api_says_so_and_the_command_line_sets_it(service, capsys, tmp_path)
     (key,) = service.state.keys.list("ann")
     assert main(["admin", "limits", "budget", "ann", "--scope", key.id, "--hard", "0.000030", "--soft", "0.00001", "--dir", str(tmp_path)]) == 0
     assert "hard 0.000030000" in capsys.readouterr().out
-    service.state.budgeted = True  # the next heartbeat would say so
     service.policy.turns = [Message("assistant", "word " * 60)]
     client = service.client(secret, max_retries=0)
     first = client.chat.completions.create(model="tide", messages=[{"role": "user", "content": "hi"}], max_tokens=400)
@@ -234,7 +235,6 @@ def test_the_api_says_so_and_the_command_line_sets_it(service, capsys, tmp_path)
 def test_a_stream_that_a_budget_ends_says_so_and_has_an_exact_bill(service):
     secret = service.key()
     (key,) = service.state.keys.list("ann")
-    service.state.budgeted = True
     service.policy.turns = [Message("assistant", "word " * 200)]
     budget_rules.set_budget(service.state.ledger.db, "ann", key.project, None, 400_000, time.time())
     stream = service.client(secret, max_retries=0).chat.completions.create(
@@ -248,3 +248,38 @@ def test_a_stream_that_a_budget_ends_says_so_and_has_an_exact_bill(service):
     assert 400_000 - 1500 < row["nano_usd"] <= 400_000
     (budget,) = budget_rules.listed(service.state.ledger.db, "ann", time.time())
     assert (budget["spent_nano_usd"], budget["held_nano_usd"]) == (row["nano_usd"], 0)
+
+
+def test_what_one_server_is_told_another_keeps_within_a_second(pair):
+    """Also the very first budget of a service, before which no request looked for one: the heartbeat, five seconds apart, is
+    not waited for."""
+    first, second = pair
+    boss, ours, bobs = first.key("ann", scopes=SCOPES), first.key("ann"), first.key("bob")
+    client, bob = (second.client(secret, max_retries=0) for secret in (ours, bobs))
+
+    def served(client) -> bool:
+        try:
+            client.chat.completions.create(model="tide", messages=[{"role": "user", "content": "hi"}])
+            return True
+        except openai.RateLimitError as error:
+            assert error.code == "budget_reached"
+            return False
+
+    def limit(method: str, **body) -> None:
+        url = first.running.base_url + "/organization/spend_limit"
+        assert httpx.request(method, url, headers={"authorization": f"Bearer {boss}"}, json=body or None).status_code == 200
+
+    assert served(client) and not second.state.budgeted
+    limit("POST", threshold_amount=0, currency="USD", interval="month")
+    began = time.monotonic()
+    while served(client):
+        assert time.monotonic() < began + 1.0
+    assert served(bob)
+    limit("DELETE")
+    assert served(client)  # what it says is read with every request: only that there is one had to get about
+    (key,) = [key for key in first.state.keys.list("ann") if "admin" not in key.scopes]
+    budget_rules.set_budget(first.state.ledger.db, "ann", key.id, None, 0, time.time())
+    began = time.monotonic()
+    while served(client):
+        assert time.monotonic() < began + 1.0
+    assert served(second.client(boss, max_retries=0))

@@ -6,15 +6,17 @@ from __future__ import annotations
 import asyncio
 import csv
 import gzip
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 
 import httpx2 as httpx
 import pytest
 from browser import binary, browser
-from seeded import HOSTILE, seed
+from seeded import HOSTILE, USD, seed
 
-from tidelock.service import console
+from tidelock.service import console, suspension
+from tidelock.service.plans import Plan
 
 needs_browser = pytest.mark.skipif(binary() is None, reason="Chromium is not installed")
 CUSTOMER = ("overview", "receipts", "keys", "usage", "billing", "limits", "members", "audit")
@@ -247,6 +249,17 @@ def test_the_operator_sees_the_business_and_the_books(service, url):
         await v.page.until("!document.querySelector('dialog')")
         await v.page.until(f"{TEXT}.includes('voucher.granted')")
         assert service.state.ledger.balances("aurora")["voucher"] >= 1_250_000_000
+        await v.press("Suspend")
+        await v.page.run("document.querySelector('dialog [name=reason]').value = 'invoice <b>7</b> is overdue'")
+        await v.press("Suspend now")
+        await v.page.until(f"{TEXT}.includes(': invoice <b>7</b> is overdue') && {TEXT}.includes('organization.suspended')")
+        assert service.state.keys.list("aurora")[0].suspended
+        assert "suspended" in await v.open("organizations?q=aurora")
+        await v.open("organizations/aurora")
+        await v.press("Lift the suspension")
+        await v.press("Lift it")
+        await v.page.until(f"{TEXT}.includes('organization.resumed') && !document.querySelector('.notice')")
+        assert not service.state.keys.list("aurora")[0].suspended
         said = await v.open("ledger")
         assert said.count("holds\n") == 7 and "broken\n" not in said and "all records agree" in said
         said = await v.open("prices")
@@ -353,5 +366,61 @@ def test_a_plan_is_previewed_and_changed_and_a_wrong_key_is_told_in_one_line(ser
         await v.page.until("!!document.querySelector('input[name=key]')")
         assert await v.page.run("sessionStorage.length") == 0
         v.well(made.owner)
+
+    visiting(url, visit)
+
+
+@needs_browser
+def test_seats_of_a_year_are_counted_before_they_are_bought_and_a_suspended_organisation_is_told_why(service, url):
+    made, state = seed(service.state, days=12), service.state
+    state.plans.define(Plan("team", 120 * USD, 30 * USD, None, None, 40, months=12, least=2, most=8))
+    state.payments.manual("aurora", 5000 * USD, "wire-3")
+    cash = lambda: state.ledger.balances("aurora")["cash"]  # noqa: E731
+
+    async def visit(v: Visit) -> None:
+        async def dialog(count: int, words: str) -> str:
+            await v.page.run(f"(i => {{ i.value = {count}; i.dispatchEvent(new Event('input')) }})(document.querySelector('dialog input'))")
+            await v.page.until(f"document.querySelector('dialog dl')?.innerText.includes({words!r})")
+            return (await v.page.run("document.querySelector('dialog').innerText")).replace("\n", " ")
+
+        await v.sign_in(made.owner)
+        said = await v.open("billing")
+        assert "$120.00 a year" in said and "each of 2 to 8 seats" in said and "$19.00 a month" in said
+        await v.page.run("document.querySelector('button[aria-label=\"Change to team\"]').click()")
+        said = await dialog(3, "team, one year, 3 seats")
+        assert "$360.00" in said and "$90.00" in said and "Unused part of starter" in said and "begins at once" in said
+        before = cash()
+        await v.press("Change plan")
+        await v.page.until(f"document.querySelector('.big')?.innerText === 'team' && {TEXT}.includes('yours')")
+        assert 340 * USD < before - cash() < 360 * USD
+        sub = state.plans.subscription("aurora")
+        assert (sub.plan, sub.quantity, sub.months) == ("team", 3, 12)
+        said = (await v.page.run(TEXT)).replace("\n", " ")
+        day = lambda at: f"{datetime.fromtimestamp(at, UTC):%-d %b %Y}"  # noqa: E731
+        assert "$360.00 a year, 3 seats at $120.00" in said and f"Paid until {day(sub.ends)}" in said.replace("  ", " ")
+        assert f"$90.00 on {day(sub.month_ends)}" in said and f"$360.00 on {day(sub.ends)}" in said and "renews" in said
+        # more seats at once, fewer with the next term, and too many not at all
+        await v.page.run("document.querySelector('button[aria-label=\"Change team\"]').click()")
+        assert "Charged now $240.0" in await dialog(5, "5 seats")  # 600 less what is left of 360
+        assert "next term" in await dialog(2, "2 seats")
+        await v.page.run("(i => { i.value = 9; i.dispatchEvent(new Event('input')) })(document.querySelector('dialog input'))")
+        before = cash()
+        await v.press("Change plan")
+        assert await v.page.run("!document.querySelector('dialog input').checkValidity() && !!document.querySelector('dialog')")
+        await dialog(2, "2 seats")
+        await v.press("Change plan")
+        await v.page.until(f"{TEXT}.includes('becomes 2 seats')")
+        said = (await v.page.run(TEXT)).replace("\n", " ")
+        assert cash() == before and f"Then team, 2 seats $240.00 on {day(sub.ends)}" in said.replace("  ", " ")
+        for width in (400, 1600):
+            await v.page.size(width, 900, False)
+            await v.fits()
+        v.well(made.owner)
+        suspension.suspend(state.ledger, "aurora", "invoice 7 is overdue")
+        state.keys.forget()
+        await v.page.run("location.hash = '#/keys'")
+        await v.page.until("document.querySelector('.failed')?.innerText.includes('suspended: invoice 7 is overdue')")
+        await v.sign_in(made.owner)
+        assert "invoice 7" in await v.page.until("document.querySelector('main.gate .failed')?.innerText")
 
     visiting(url, visit)

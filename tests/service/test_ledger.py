@@ -260,7 +260,7 @@ def test_a_bill_written_twice_is_charged_once_and_says_the_same(ledger):
 
 def test_absurd_counts_are_no_refund_and_no_overdraft(ledger):
     ledger.topup("ann", 100 * 300 + 10 * 1500)
-    hold = place(ledger, "r1", prompt=100, most=10)
+    place(ledger, "r1", prompt=100, most=10)
     counts = Counts(10**9, cached=10**9, cache_write_5m=-5, cache_write_1h=10**9, completion=-(10**9), tools={"x": 9})
     with ledger.books(["ann"], ["r1"]) as books:
         assert books.settle("r1", PRICE, Metered(counts, "stop")) == 100 * 30

@@ -146,8 +146,8 @@ def test_pages_cover_every_receipt_once_both_ways_and_filters_hold(service):
 
 
 def settle(ledger, customer, name, price=Price(300, 30, 1500), version="v1", counts=Counts(100, 40, completion=20)):
-    hold = ledger.hold(customer, "key_x", name, model="tide", price=price, price_version=version, prompt_tokens=counts.prompt,
-                       max_tokens=counts.completion + 5, lifetime_s=60)  # fmt: skip
+    ledger.hold(customer, "key_x", name, model="tide", price=price, price_version=version, prompt_tokens=counts.prompt,
+                max_tokens=counts.completion + 5, lifetime_s=60)  # fmt: skip
     with ledger.books([customer], [name]) as books:
         return books.settle(name, price, Metered(counts, "stop", latency=Latency(1, None, 9)))
 
@@ -312,3 +312,25 @@ def test_keys_know_when_they_were_last_used(service):
     found = {k.id: k.last_used for k in service.state.keys.list("ann")}
     first, second = service.state.keys.list("ann")
     assert abs(found[first.id] - time.time()) < 60 and found[second.id] is None and unused
+
+
+def test_rare_outcomes_are_found_by_their_own_index_and_are_the_same(db):
+    """On PostgreSQL few rows are read faster without any index, so there only the answer is looked at."""
+    ledger = Ledger(db, clock=lambda: 1000.0)
+    PriceBook("v1", {"tide": Price(300, 30, 1500)}).register(db)
+    ledger.open_account("ann")
+    ledger.topup("ann", 10**9)
+    reasons = ("stop", "length", "abort", "lost")
+    for n in range(12):
+        settle(ledger, "ann", f"r{n:02d}")
+    with db.transaction() as tx:
+        for n in range(12):
+            tx("UPDATE usage SET finish_reason = ? WHERE request_id = ?", (reasons[n % 4], f"r{n:02d}"))
+    for k, reason in enumerate(reasons):
+        found, _ = receipts.page(db, "ann", {"outcome": reason})
+        assert [r["id"] for r in found] == [f"r{n:02d}" for n in range(8 + k, -1, -4)], reason
+    assert receipts.page(db, "ann", {"outcome": "' OR '1' = '1"}) == ([], False)
+    if db.name == "sqlite":
+        for reason in ("abort", "lost"):
+            sql = f"EXPLAIN QUERY PLAN {receipts.SETTLED} AND u.finish_reason = '{reason}' {receipts.NEWEST} LIMIT 5"
+            assert any("usage_cut_short" in row["detail"] for row in db.read(sql, ("ann",))), reason

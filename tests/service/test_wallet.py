@@ -78,6 +78,49 @@ def test_a_preview_is_what_the_change_then_costs(service, plans):
     assert service.state.ledger.audit().sound
 
 
+def test_seats_and_years_are_previewed_bought_and_shown_as_they_are_charged(service, plans):
+    plans.define(Plan("team", 60 * USD, 10 * USD, None, 4 * USD, 9, months=12, least=2, most=5))
+    owner = service.key("ann", nano_usd=1000 * USD, scopes=SCOPES)
+    cash = lambda: service.state.ledger.balances("ann")["cash"]  # noqa: E731
+    (team,) = [p for p in call(service, "GET", "/organization/plans", owner).json()["data"] if p["id"] == "team"]
+    assert (team["months"], team["least_quantity"], team["most_quantity"], team["price_nano_usd"]) == (12, 2, 5, 60 * USD)
+    for wrong in ("6", "1", "0", "-1", "x", "1e3", "9" * 30):
+        call(service, "GET", "/organization/plans/team/preview", owner, 400, params={"quantity": wrong})
+    for wrong in (0, 6, 1.5, "3", True, 10**30):
+        call(service, "POST", "/organization/subscription", owner, 400, json={"plan": "team", "quantity": wrong})
+    assert cash() == 1000 * USD
+    said = call(service, "GET", "/organization/plans/team/preview", owner, params={"quantity": 3}).json()
+    assert (said["kind"], said["charge_nano_usd"], said["quantity"]) == ("subscribe", 180 * USD, 3)
+    sub = call(service, "POST", "/organization/subscription", owner, json={"plan": "team", "quantity": 3}).json()
+    assert cash() == 820 * USD and abs(sub["current_period_end"] - said["ends_at"]) <= 1
+    assert (sub["quantity"], sub["months"], sub["seat_price_nano_usd"], sub["price_nano_usd"]) == (3, 12, 60 * USD, 180 * USD)
+    assert sub["credits_nano_usd"] == 30 * USD == sub["credits_left_nano_usd"] == sub["next_credits_nano_usd"]
+    assert sub["next_credits_at"] < sub["current_period_end"] and sub["renewal_nano_usd"] == 180 * USD
+    said = call(service, "GET", "/organization/plans/team/preview", owner, params={"quantity": 5}).json()
+    assert said["kind"] == "upgrade" and said["charge_nano_usd"] + said["unused_nano_usd"] == 300 * USD
+    sub = call(service, "POST", "/organization/subscription", owner, json={"plan": "team", "quantity": 5}).json()
+    assert abs(820 * USD - cash() - said["charge_nano_usd"]) <= 1000 and sub["quantity"] == 5
+    said = call(service, "GET", "/organization/plans/team/preview", owner, params={"quantity": 2}).json()
+    assert (said["kind"], said["charge_nano_usd"], said["effective_at"]) == ("downgrade", 0, sub["current_period_end"])
+    assert said["ends_at"] - said["effective_at"] in (365 * 86400, 366 * 86400)
+    sub = call(service, "POST", "/organization/subscription", owner, json={"plan": "team", "quantity": 2}).json()
+    assert (sub["quantity"], sub["next_quantity"], sub["renewal_nano_usd"]) == (5, 2, 120 * USD)
+    assert sub["next_credits_nano_usd"] == 50 * USD  # of the year that is paid
+    sub = call(service, "DELETE", "/organization/subscription", owner).json()
+    assert (sub["next_plan"], sub["next_quantity"], sub["renewal_nano_usd"]) == (None, None, None)
+    assert service.state.ledger.audit().sound
+
+
+def test_a_plan_of_several_seats_is_available_while_the_least_fits(service, plans):
+    plans.define(Plan("team", 60 * USD, 10 * USD, None, None, 5, least=2, most=5))
+    owner = service.key("ann", nano_usd=1000 * USD, scopes=SCOPES)
+    available = []
+    for quantity in (3, 4):
+        call(service, "POST", "/organization/subscription", owner, json={"plan": "team", "quantity": quantity})
+        available.append([p["available"] for p in call(service, "GET", "/organization/plans", owner).json()["data"] if p["id"] == "team"])
+    assert available == [[True], [False]]
+
+
 def test_a_preview_books_nothing_on_either_database(db):
     ledger = Ledger(db)
     plans = Plans(ledger)

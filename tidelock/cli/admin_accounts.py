@@ -31,6 +31,11 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
             "rename": (admin_orgs.rename, "what it is called on invoices", "ann 'Ann Ltd.'", [org, (("name",), {})]),
             "tax": (admin_orgs.tax, "the tax that its invoices bear", "ann --percent 19 --tax-id DE123456789",
                     [org, (("--percent",), {"required": True}), (("--tax-id",), {"default": ""})]),
+            "suspend": (admin_orgs.suspend, "refuse its keys within a second everywhere; batches, renewals and top-ups wait",
+                        "ann --reason 'invoice 7 is overdue'",
+                        [org, (("--reason",), {"required": True, "metavar": "TEXT",
+                                               "help": "one line, which its keys are told"})]),
+            "resume": (admin_orgs.resume, "lift that; vouchers and credits last as much longer as it took", "ann", [org]),
         }),
         "projects": ("an organisation's projects", {
             "list": (admin_orgs.projects, "all of them", "ann", [org]),

@@ -7,6 +7,7 @@ import getpass
 from dataclasses import asdict
 from typing import Any
 
+from tidelock.service import suspension
 from tidelock.service.accounts import Accounts
 from tidelock.service.db import Database
 from tidelock.service.keys import KeyStore
@@ -26,7 +27,8 @@ def orgs(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     ledger = Ledger(db)
     found = [{**org, "balance_nano_usd": ledger.balance(org["id"])} for org in Accounts(db).organizations()]
     for org in found:
-        print(f"{org['id']:<20} {org['name']:<24} {format_usd(org['balance_nano_usd'])} USD")
+        state = f"  suspended: {org['suspended_for']}" if org["suspended"] is not None else ""
+        print(f"{org['id']:<20} {org['name']:<24} {format_usd(org['balance_nano_usd'])} USD{state}")
     return {"organizations": found}
 
 
@@ -47,6 +49,18 @@ def tax(args: argparse.Namespace, db: Database) -> dict[str, Any]:
     Accounts(db).set_tax(args.org, whole, args.tax_id, actor())
     print(f"{args.org}: {args.percent} % tax on invoices from now on")
     return {"id": args.org, "tax_bps": whole, "tax_id": args.tax_id}
+
+
+def suspend(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    done = suspension.suspend(Ledger(db), args.org, args.reason, actor())
+    print(f"{args.org} is suspended: within a second its keys are refused everywhere; nothing is charged, nothing it has runs out")
+    return done
+
+
+def resume(args: argparse.Namespace, db: Database) -> dict[str, Any]:
+    done = suspension.resume(Ledger(db), args.org, actor())
+    print(f"{args.org} goes on after {done['suspended_s'] / 3600:.1f} hours; its vouchers and credits last as much longer")
+    return done
 
 
 def projects(args: argparse.Namespace, db: Database) -> dict[str, Any]:

@@ -23,7 +23,8 @@ async def look_up(state: ServiceState, scope: Scope) -> None:
 
 def authenticate(state: ServiceState, request: Request, scope: str = "model", *, role: str | None = None) -> Key:
     """Raises ApiError: 401 without a live key, 429 to an address that guesses keys, 403 if the key may not do this
-    (`scope`; "" for what every key may), may not come from there, or has another role than `role`."""
+    (`scope`; "" for what every key may), may not come from there, has another role than `role`, or its organisation is
+    suspended."""
     secret = _secret(request.scope)
     if not secret:
         raise errors.invalid_key()
@@ -36,6 +37,10 @@ def authenticate(state: ServiceState, request: Request, scope: str = "model", *,
         raise errors.invalid_key()
     if not key.admits(address):
         raise errors.permission_denied(f"this key may not be used from {address or 'there'}")
+    if key.suspended:
+        raise errors.suspended(key.suspended)
+    if key.budgeted:
+        state.budgeted = True  # this worker has not heard of any budget until its next heartbeat
     if scope and scope not in key.scopes:
         raise errors.permission_denied(f"this key does not have the scope {scope!r}")
     if role is not None and key.role != role:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 
 from tidelock.service.db import Database
+from tidelock.service.ledger import ACTIVE
 
 
 def add(db: Database, batch_id: str, customer: str, key_id: str) -> None:
@@ -17,10 +18,10 @@ def add(db: Database, batch_id: str, customer: str, key_id: str) -> None:
 
 
 def claim(db: Database, lease_s: float) -> tuple[str, str, str] | None:
-    """(batch, customer, key) of the oldest batch nobody works on; it is ours for `lease_s`."""
+    """(batch, customer, key) of the oldest batch nobody works on, of who is not suspended; it is ours for `lease_s`."""
     now = _now_us()
     for batch_id, customer, key_id in db.read(
-        "SELECT id, customer, key_id FROM batch_queue WHERE lease_us < ? ORDER BY created_us LIMIT 5", (now,)
+        f"SELECT id, customer, key_id FROM batch_queue WHERE lease_us < ? AND {ACTIVE} ORDER BY created_us LIMIT 5", (now,)
     ):
         with db.transaction() as write:
             until = now + int(lease_s * 1e6)

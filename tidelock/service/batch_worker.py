@@ -17,6 +17,7 @@ from tidelock.service.access import background
 from tidelock.service.answer import Bill, Ended
 from tidelock.service.errors import ApiError
 from tidelock.service.http import as_api_error
+from tidelock.service.record import current
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import batches, files, message_batches
@@ -64,6 +65,9 @@ async def _one(state: ServiceState, batch_id: str, customer: str, key_id: str) -
         batch = _Batch(state, batch_id, customer, key_id)
         await batch.run()
         batch_queue.remove(state.ledger.db, batch_id)
+    except Paused:
+        log.info("%s waits: its organisation is suspended", batch_id)
+        batch_queue.renew(state.ledger.db, batch_id, 0)
     except BaseException:
         batch_queue.renew(state.ledger.db, batch_id, 0)
         raise
@@ -75,6 +79,10 @@ async def _keep(state: ServiceState, batch_id: str) -> None:
     while True:
         await asyncio.sleep(state.batch_lease_s / 3)
         batch_queue.renew(state.ledger.db, batch_id, state.batch_lease_s)
+
+
+class Paused(Exception):
+    """Its organisation is suspended: what was answered is kept, and the rest is for when that is lifted."""
 
 
 class _Batch:
@@ -135,13 +143,19 @@ class _Batch:
         return lines, faults
 
     async def _answer(self, doc: dict[str, Any], lines: list[dict[str, Any]], done: dict[int, Any]) -> None:
-        """Fills `done`, until all are or the batch is cancelled or expired."""
+        """Fills `done`, until all are or the batch is cancelled or expired. Raises Paused once no line is being answered."""
         waiting = [n for n in range(len(lines)) if n not in done][::-1]
+        paused = False
 
         async def some() -> None:
-            while waiting and not self._over():
+            nonlocal paused
+            while waiting and not paused and not self._over():
                 n = waiting.pop()
-                done[n] = await self._line(doc["endpoint"], lines[n], n)
+                try:
+                    done[n] = await self._line(doc["endpoint"], lines[n], n)
+                except Paused:
+                    paused = True
+                    return
                 self._change(request_counts=_counts(len(lines), done.values()))
 
         tasks = [asyncio.create_task(some()) for _ in range(AT_A_TIME)]
@@ -151,6 +165,8 @@ class _Batch:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        if paused and not self._over():
+            raise Paused
 
     def _over(self) -> bool:
         doc = self._doc()
@@ -173,7 +189,7 @@ class _Batch:
     async def _attempt(
         self, endpoint: str, line: dict[str, Any], n: int, request_id: str, *, last: bool
     ) -> dict[str, Any]:
-        """Raises ApiError if the engine was busy and this was not the last attempt."""
+        """Raises ApiError if the engine was busy and this was not the last attempt, Paused."""
 
         def result(status: int, body: Any) -> dict[str, Any]:
             response = {"status_code": status, "request_id": request_id, "body": body}
@@ -188,6 +204,11 @@ class _Batch:
                 self.state.objects.put_in(execute, LINE, self.customer, stored[0])
 
             await run.whole(self.state, turn, asyncio.Event(), store)
+        except Paused:
+            if (now := current()) is not None:  # what the access line says of a line that waits
+                now.status = 403
+                now.failed("organization_suspended")
+            raise
         except Exception as exception:
             error = as_api_error(exception, request_id)
             if error.retry_after_s is not None and not last:
@@ -202,6 +223,10 @@ class _Batch:
         state, key = self.state, self.state.keys.live(self.key_id)
         if key is None or "model" not in key.scopes:
             raise ApiError(401, "invalid_authentication_error", "the key that made this batch is revoked")
+        if key.suspended:
+            raise Paused
+        if key.budgeted:
+            state.budgeted = True  # as `auth` does: until the heartbeat says otherwise
         translation = SURFACES[endpoint](state, key, None, body)
         if not translation.anthropic:
             translation.request.store = False  # the batch's own file keeps it

@@ -2,7 +2,8 @@
 
 A charge is a row, made under the customer's lock, one at a time, within so many a day and so much a month. Asking is
 retried under the row's id as the provider's idempotency key, so a lost answer never charges twice. Only the provider's signed
-event books money (`payments`), and it closes the row in the same transaction. Three failures in a row end the rule.
+event books money (`payments`), and it closes the row in the same transaction. Three failures in a row end the rule. Nobody
+who is suspended is charged; a charge that was due waits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 from tidelock.service import notices
 from tidelock.service.accounts import OPERATOR, log as audit_log
 from tidelock.service.db import Transaction
-from tidelock.service.ledger import Ledger
+from tidelock.service.ledger import ACTIVE, Ledger
 from tidelock.tokens.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -146,8 +147,9 @@ def told(tx: Transaction, charge: str, payment: str, failed: bool, now: float) -
 def _make(ledger: Ledger, customer: str) -> None:
     """A charge, if the rule still asks for one: looked at again under the customer's lock."""
     with ledger.books([customer]) as books:
-        rule = books.execute("SELECT below_nano, charge_nano, per_day, month_nano FROM auto_topups WHERE customer = ? AND active = 1",
-                             (customer,)).fetchone()  # fmt: skip
+        sql = ("SELECT below_nano, charge_nano, per_day, month_nano FROM auto_topups "
+               f"WHERE customer = ? AND active = 1 AND {ACTIVE}")  # fmt: skip
+        rule = books.execute(sql, (customer,)).fetchone()
         if rule is None or books.balance(customer, ("cash", "")) >= rule[0]:
             return
         begun = datetime.fromtimestamp(books.now, UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0).timestamp()
@@ -173,7 +175,8 @@ def _ask(ledger: Ledger, provider: Provider, row: Any, now: float) -> bool:
     net, tax = nano // NANO_PER_CENT, (nano // NANO_PER_CENT * bps + 5000) // 10_000
     with ledger.db.transaction() as tx:
         wait = min(FIRST_RETRY_S * 2**attempts, LONGEST_RETRY_S)
-        claim = "UPDATE auto_charges SET attempts = attempts + 1, due = ? WHERE id = ? AND attempts = ? AND state = 'due'"
+        claim = ("UPDATE auto_charges SET attempts = attempts + 1, due = ? "
+                 f"WHERE id = ? AND attempts = ? AND state = 'due' AND {ACTIVE}")  # fmt: skip
         if tx(claim, (now + wait, charge, attempts)).rowcount != 1:
             return False
     try:

@@ -95,6 +95,12 @@ def permission_denied(message: str) -> ApiError:
     return ApiError(403, "permission_denied_error", message)
 
 
+def suspended(reason: str) -> ApiError:
+    """The key is good, and nothing is done for who has it: 403 in every dialect, and no use trying again."""
+    message = f"your organization is suspended: {reason}"
+    return ApiError(403, "permission_denied_error", message, code="organization_suspended", retry=False)
+
+
 def not_found(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     return ApiError(404, "resource_not_found_error", message, param=param, code=code)
 

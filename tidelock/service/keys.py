@@ -44,6 +44,8 @@ class Key:
     addresses: tuple[str, ...] = ()  # networks it may be used from; () for anywhere
     profile: str = ""  # "strict" | "lenient" | "" as the server (see `kimi`)
     last_used: float | None = None  # to within seconds
+    suspended: str = ""  # why its organisation is; "": it is not
+    budgeted: bool = False  # its organisation has a budget of some kind
 
     def admits(self, address: str) -> bool:
         """Whether it may be used from this client address."""
@@ -69,7 +71,7 @@ class KeyStore:
         self._used: dict[str, float] = {}  # key id -> when, not written yet
         self._known: dict[str, tuple[Key | None, float]] = {}  # by hash: what was lately found, and until when it counts
         self._asking: dict[str, asyncio.Future[Key | None]] = {}  # by hash: who finds it out for all
-        self._revocations = 0  # through this store
+        self._revocations = 0  # and other changes, through this store
 
     @classmethod
     def open(cls, db: Database, pepper_path: str | Path) -> KeyStore:
@@ -203,6 +205,10 @@ class KeyStore:
                 raise UnknownId(f"no live key {key_id!r}; `tidelock keys list` shows them")
             write("UPDATE keys SET revoked = ? WHERE id = ?", (time.time(), key_id))
             log(write, row[0], actor, "key.revoked", key_id)
+        self.forget()
+
+    def forget(self) -> None:
+        """What the database said of keys is asked again: something changed. Other stores notice within `REMEMBER_S`."""
         self._revocations += 1
         self._known.clear()
 
@@ -239,7 +245,12 @@ class KeyStore:
         return hashing.hexdigest()
 
 
-ALL = "SELECT keys.*, members.role AS member_role FROM keys LEFT JOIN members ON members.id = keys.member"
+# With what the request path must learn within `REMEMBER_S`: that the organisation is suspended, or was given a budget.
+ALL = (
+    "SELECT keys.*, members.role AS member_role, COALESCE(organizations.suspended_for, '') AS suspended, "
+    "EXISTS (SELECT 1 FROM budgets WHERE budgets.customer = keys.customer) AS budgeted "
+    "FROM keys LEFT JOIN members ON members.id = keys.member LEFT JOIN organizations ON organizations.id = keys.customer"
+)
 # A key ends when it is revoked, its member leaves or its project is archived.
 LIVE = (
     f"{ALL} LEFT JOIN projects ON projects.id = keys.project WHERE keys.revoked IS NULL AND projects.archived IS NULL "
@@ -249,7 +260,7 @@ LIVE = (
 
 def _key(row: object) -> Key:
     fields = {name: row[name] for name in Key.__dataclass_fields__}
-    fields |= {"training_consent": bool(row["training_consent"]), "may_grant": bool(row["may_grant"])}
+    fields |= {name: bool(row[name]) for name in ("training_consent", "may_grant", "budgeted")}
     fields |= {name: tuple(row[name].split()) for name in ("models", "addresses")}
     return Key(**{**fields, "scopes": _granted(row["scopes"], row["member_role"])})
 

@@ -28,6 +28,8 @@ __all__ = ["MAX_NANO", "Audit", "Hold", "InsufficientBalance", "Ledger"]
 MAX_NANO = 2**62  # far from the 64-bit overflow, which SQLite would silently turn into a float
 PRUNED_AT_A_TIME = 500
 CONTRA, BREAKAGE = ("contra", ""), ("breakage", "")
+# Of a query over rows with a `customer`: those that are not suspended (`suspension`).
+ACTIVE = "NOT EXISTS (SELECT 1 FROM organizations WHERE organizations.id = customer AND organizations.suspended IS NOT NULL)"
 
 
 class Ledger:
@@ -108,10 +110,11 @@ class Ledger:
         return True
 
     def expire_pockets(self) -> int:
-        """Books what is left in expired vouchers and plan periods as breakage; returns how many there were."""
+        """Books what is left in expired vouchers and plan periods as breakage; returns how many there were. Those of who is
+        suspended wait: they may get more time."""
         now = self.clock()
-        sql = "SELECT customer, kind, lot FROM accounts WHERE expires <= ? AND balance_nano > 0 ORDER BY customer"
-        expired = self.db.read(sql, (now,))
+        over = f"expires <= ? AND balance_nano > 0 AND {ACTIVE}"
+        expired = self.db.read(f"SELECT customer, kind, lot FROM accounts WHERE {over} ORDER BY customer", (now,))
         for customer, kind, lot in expired:
             with self.books([customer]) as books:
                 left = books.balance(customer, (kind, lot))

@@ -10,7 +10,7 @@ import msgspec
 
 import tidelock
 from tidelock.service import receipts
-from tidelock.service.surfaces import anthropic_pages, batches, files, shapes
+from tidelock.service.surfaces import anthropic_pages, batches, files, shapes, wallet
 from tidelock.service.surfaces.routes import ROUTES, Route
 
 REFERENCE = "#/components/schemas/{name}"
@@ -28,6 +28,7 @@ QUERY = {
     "page": {"type": "string"},
     "since_ms": {"type": "integer", "minimum": 0, "maximum": 1000 << 40},
     "model": {"type": "string"},
+    "quantity": {"type": "integer", "minimum": 1, "maximum": wallet.MOST_SEATS},
     "api_key_id": {"type": "string"},
     "project_id": {"type": "string"},
     "outcome": {"type": "string", "enum": list(receipts.OUTCOMES)},

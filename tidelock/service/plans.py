@@ -17,12 +17,13 @@ from typing import Any
 
 from tidelock.service.accounts import OPERATOR, log
 from tidelock.service.db import Conflict
-from tidelock.service.ledger import Ledger
+from tidelock.service.ledger import ACTIVE, Ledger
 from tidelock.service.subscriptions import (
-    CASH, COLUMNS, PLAN_COLUMNS, Plan, SoldOut, Subscription, active, allocate, begin_term, end_lot, end_term, known, named,
-    prorated, require, seats, store, unused, windows,
+    CASH, COLUMNS, PLAN_COLUMNS, Plan, SoldOut, Subscription, active, allocate, begin_term, end_lot, end_term, known, lasts,
+    named, prorated, require, seats, store, unused, windows,
 )  # fmt: skip
-from tidelock.service.windows import Allowance, period
+from tidelock.service.suspension import is_suspended
+from tidelock.service.windows import Allowance, anniversary, period
 from tidelock.tokens.errors import UserError
 
 __all__ = ["Plan", "Plans", "SoldOut", "Subscription", "prorated"]
@@ -36,6 +37,8 @@ class Preview:
     charge_nano: int  # from the cash balance, at once
     unused_nano: int  # of the present term's price, already taken off the charge
     effective: float
+    quantity: int  # seats
+    ends: float  # of the term it is about
 
 
 class Plans:
@@ -146,14 +149,16 @@ class Plans:
             known(books, customer)
             new, sub = named(books, plan), active(books, customer)
             if sub is None:
-                return Preview("subscribe", new.price_nano * _count(new, quantity), 0, books.now)
+                count = _count(new, quantity)
+                return Preview("subscribe", new.price_nano * count, 0, books.now, count, anniversary(books.now, new.months))
             old, count = named(books, sub.plan), _changed(new, sub, quantity)
             if (new.name, count) == (old.name, sub.quantity):
-                return Preview("keep", 0, 0, books.now)
+                return Preview("keep", 0, 0, books.now, count, sub.ends)
             if _is_up(new, count, old, sub):
-                credited = unused(books, sub, old)
-                return Preview("upgrade", new.price_nano * count - credited, credited, books.now)
-            return Preview("downgrade", 0, 0, sub.ends)
+                credited, ends = unused(books, sub, old), anniversary(books.now, new.months)
+                return Preview("upgrade", new.price_nano * count - credited, credited, books.now, count, ends)
+            ends = anniversary(sub.anchor, sub.term + sub.months + new.months)
+            return Preview("downgrade", 0, 0, sub.ends, count, ends)
 
     def cancel(self, customer: str, actor: str = OPERATOR) -> Subscription:
         """With the end of the term; until then all stays."""
@@ -182,7 +187,8 @@ class Plans:
 
     def turn(self) -> int:
         """Begins the periods that are due and gives freed seats to those who wait; returns how many subscriptions moved.
-        A period that passed while nobody looked is not charged. Doing it again changes nothing."""
+        A period that passed while nobody looked is not charged. Doing it again changes nothing. Who is suspended gets the
+        months that are paid, and no new term."""
         moved, now = 0, self._ledger.clock()
         for (customer,) in self._db.read("SELECT customer FROM subscriptions WHERE state = 'active' ORDER BY customer"):
             moved += self._turn(customer, now)
@@ -195,8 +201,12 @@ class Plans:
             sub = active(books, customer)
             if sub is None or sub.month_ends > now:
                 return False
-            end_lot(books, sub)
-            sub.period = period(sub.anchor, now)
+            suspended, present = is_suspended(books.execute, customer), period(sub.anchor, now)
+            if suspended and present >= sub.term + sub.months:
+                return False
+            if not suspended and not lasts(books, sub):
+                end_lot(books, sub)
+            sub.period = present
             if sub.period < sub.term + sub.months:  # another month of what is paid
                 allocate(books, sub, named(books, sub.plan))
                 store(books, sub)
@@ -225,9 +235,11 @@ class Plans:
         return True
 
     def _promote(self, plan: str) -> int:
-        """A seat that is free goes to the first who can pay; who cannot loses the place."""
+        """A seat that is free goes to the first who can pay; who cannot loses the place. Who is suspended keeps it."""
         served = 0
         for customer in self.waiting(plan):
+            if not self._db.read(f"SELECT 1 FROM customers WHERE customer = ? AND {ACTIVE}", (customer,)):
+                continue
             try:
                 self.subscribe(customer, plan, "clock")
                 served += 1

@@ -70,8 +70,12 @@ def page(
     outcome = wanted.get("outcome")
     rows: list[Any] = []
     if outcome != "refused":
-        finish = " AND u.finish_reason = ?" if outcome else ""
-        rows += db.read(f"{SETTLED}{where}{finish} {order}", [*args, *([outcome] if outcome else [])])
+        finish = ""
+        if outcome in OUTCOMES:  # said and not bound, for the partial index of those that are rare
+            finish = f" AND u.finish_reason = '{outcome}'"
+        elif outcome:
+            finish, args = " AND u.finish_reason = ?", [*args, outcome]
+        rows += db.read(f"{SETTLED}{where}{finish} {order}", args)
     if outcome in (None, "refused"):
         rows += db.read(f"{REFUSED}{where} {order}", args)
     rows.sort(key=lambda row: (row["created"], row["request_id"]), reverse=not oldest_first)

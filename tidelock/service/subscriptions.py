@@ -182,6 +182,20 @@ def end_lot(books: Books, sub: Subscription) -> None:
         books.post(sub.customer, "expire", f"plan/{sub.lot}/end", [(name, -left), (BREAKAGE, left)])
 
 
+def wait_until_now(books: Books, customer: str) -> None:
+    """A term that is over was not followed by another, because nobody could have used it: the next one is due now."""
+    sub = active(books, customer)
+    if sub is not None and sub.ends <= books.now:
+        sub.anchor, sub.period, sub.term = books.now, -1, -sub.months
+        store(books, sub)
+
+
+def lasts(books: Books, sub: Subscription) -> bool:
+    """Whether the month's credits may be spent for longer than the month: after a suspension they may."""
+    sql = "SELECT 1 FROM accounts WHERE customer = ? AND kind = 'plan' AND lot = ? AND expires > ?"
+    return books.execute(sql, (sub.customer, sub.lot, books.now)).fetchone() is not None
+
+
 def windows(books: Books, sub: Subscription, plan: Plan, *, fresh: bool) -> None:
     """The plan's windows; what was used in the present ones stays used, unless the allocation starts them afresh."""
     for span, each in (("5h", plan.five_hours_nano), ("7d", plan.week_nano)):

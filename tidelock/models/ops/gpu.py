@@ -42,7 +42,7 @@ def __getattr__(name: str):
 def kda(qkv: Tensor, g: Tensor, beta: Tensor, seq, states: Tensor | None) -> Tensor:
     """As `reference.kda`. FLA takes the packed batch whole: q, k, v, g [1, N, H, D], write strengths [1, N, H], one fp32
     state [H, K, V] per sequence; it normalises q and k (eps 1e-6) and scales q by D^-1/2 itself."""
-    kernels, (n, _, h, d) = fla(), qkv.shape
+    kernels, (n, _, _, d) = fla(), qkv.shape
     if kernels is None or d > 256 or qkv.dtype == torch.float64:
         return reference.kda(qkv, g, beta, seq, states)
     q, k, v = (x[None].contiguous() for x in qkv.unbind(1))

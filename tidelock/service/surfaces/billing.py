@@ -57,7 +57,8 @@ def shown_limits(state: ServiceState, customer: str, tier: int | None, recharged
 
 
 async def subscription(state: ServiceState, request: Request) -> dict[str, Any]:
-    """`GET /v1/organization/subscription`: the plan, until when it runs, and what comes then. 404 without one."""
+    """`GET /v1/organization/subscription`: the plan with its seats, until when the term runs, when the next month's credits
+    come, and what comes after the term. Prices are a term's, credits a month's, of all seats. 404 without one."""
     key = authenticate(state, request, "billing")
     return shown_subscription(state, key.customer)
 
@@ -67,7 +68,10 @@ def shown_subscription(state: ServiceState, customer: str) -> dict[str, Any]:
     sub = state.plans.subscription(customer)
     if sub is None:
         raise errors.not_found("there is no subscription")
-    plan = next(p for p in state.plans.plans() if p["name"] == sub.plan)
+    sold = {p["name"]: p for p in state.plans.plans()}
+    plan, then, seats = sold[sub.plan], sold[sub.next_plan or sub.plan], sub.next_quantity or sub.quantity
+    within = sub.month_ends < sub.ends  # the next month is paid already
+    coming = plan["credits_nano"] * sub.quantity if within else 0 if sub.cancelled else then["credits_nano"] * seats
     windows = [
         {"span": span, "limit_nano_usd": a.limit_nano, "used_nano_usd": a.used_nano, "starts_at": int(a.started) or None,
          "ends_at": int(a.ends) or None}
@@ -76,7 +80,11 @@ def shown_subscription(state: ServiceState, customer: str) -> dict[str, Any]:
     return {
         "object": "organization.subscription", "id": sub.id, "plan": sub.plan, "current_period_start": int(sub.begins),
         "current_period_end": int(sub.ends), "next_plan": None if sub.cancelled else sub.next_plan or sub.plan,
-        "price_nano_usd": plan["price_nano"], "credits_nano_usd": plan["credits_nano"],
+        "months": sub.months, "quantity": sub.quantity, "next_quantity": None if sub.cancelled else seats,
+        "price_nano_usd": plan["price_nano"] * sub.quantity, "seat_price_nano_usd": plan["price_nano"],
+        "renewal_nano_usd": None if sub.cancelled else then["price_nano"] * seats,
+        "credits_nano_usd": plan["credits_nano"] * sub.quantity, "next_credits_at": int(sub.month_ends),
+        "next_credits_nano_usd": coming,
         "credits_left_nano_usd": state.ledger.balances(customer).get("plan", 0), "windows": windows,
     }  # fmt: skip
 

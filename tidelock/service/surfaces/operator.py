@@ -14,7 +14,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.routing import Route
 
-from tidelock.service import receipts, wire
+from tidelock.service import receipts, suspension, wire
 from tidelock.service.accounts import UnknownId, log
 from tidelock.service.audit import audit_and_root
 from tidelock.service.auth import authenticate
@@ -50,7 +50,14 @@ class LimitsByHand(msgspec.Struct):
     day_tokens: int | None = None
 
 
+class Suspension(msgspec.Struct):
+    """The body of `POST /admin/organizations/{id}/suspend`; the organisation is told the reason."""
+
+    reason: str
+
+
 _voucher, _limits = msgspec.json.Decoder(Voucher), msgspec.json.Decoder(LimitsByHand)
+_suspension = msgspec.json.Decoder(Suspension)
 _verifying = asyncio.Lock()
 
 
@@ -61,6 +68,8 @@ def routes(state: ServiceState) -> list[Route]:
         ("GET", "/admin/organizations/{id}/receipts", its_receipts),
         ("POST", "/admin/organizations/{id}/vouchers", grant),
         ("POST", "/admin/organizations/{id}/limits", limit),
+        ("POST", "/admin/organizations/{id}/suspend", suspend),
+        ("POST", "/admin/organizations/{id}/resume", resume),
         ("GET", "/admin/ledger", ledger),
         ("GET", "/admin/prices", prices),
         ("GET", "/admin/plans", plans),
@@ -80,8 +89,8 @@ async def organizations(state: ServiceState, request: Request) -> dict[str, Any]
 
 def _organizations(db: Database, wanted: str, after: str, limit: int) -> dict[str, Any]:
     like = "%" + wanted.lower().replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
-    sql = ("SELECT id, name, created FROM organizations WHERE id > ? AND (LOWER(id) LIKE ? ESCAPE '\\' OR LOWER(name) LIKE ? "
-           f"ESCAPE '\\') ORDER BY id LIMIT {limit + 1}")  # fmt: skip
+    sql = ("SELECT id, name, created, suspended, suspended_for FROM organizations WHERE id > ? AND (LOWER(id) LIKE ? "
+           f"ESCAPE '\\' OR LOWER(name) LIKE ? ESCAPE '\\') ORDER BY id LIMIT {limit + 1}")  # fmt: skip
     rows = db.read(sql, (after, like, like))
     more, rows, now = len(rows) > limit, rows[:limit], time.time()
     names = [row["id"] for row in rows]
@@ -104,7 +113,7 @@ def _organizations(db: Database, wanted: str, after: str, limit: int) -> dict[st
         shown.append({
             "object": "organization", "id": row["id"], "name": row["name"], "created_at": int(row["created"]),
             "available_nano_usd": free.get(row["id"], 0), "requests_30d": requests, "spent_30d_nano_usd": spent,
-            "last_request_at": None if last is None else int(last), "plan": plan.get(row["id"]),
+            "last_request_at": None if last is None else int(last), "plan": plan.get(row["id"]), **_suspended(row),
         })  # fmt: skip
     return files.listing(shown, more)
 
@@ -121,7 +130,7 @@ def _one(state: ServiceState, customer: str) -> dict[str, Any]:
     subscribed = state.plans.subscription(customer) is not None
     return {
         "object": "organization", "id": row["id"], "name": row["name"], "created_at": int(row["created"]),
-        "tax_id": row["tax_id"] or None, "tax_bps": row["tax_bps"],
+        "tax_id": row["tax_id"] or None, "tax_bps": row["tax_bps"], **_suspended(row),
         "balance": wallet.pockets(db, customer, state.ledger.clock()),
         "limits": billing.shown_limits(state, customer, tier, recharged, given),
         "by_hand": {"tier": by_hand[0], **asdict(by_hand[1])},
@@ -175,6 +184,34 @@ async def limit(state: ServiceState, request: Request) -> dict[str, Any]:
         limits = Limits(body.concurrency, body.requests, body.tokens, body.day_tokens)
         await asyncio.to_thread(state.tiers.set_caps, customer, limits, "", body.tier, key.id)
     return billing.shown_limits(state, customer, *state.tiers.standing(customer))
+
+
+async def suspend(state: ServiceState, request: Request) -> dict[str, Any]:
+    """Its keys are refused at once here and within a second elsewhere. Whoever does it cannot lock themselves out."""
+    key, body = await _asked(state, request, _suspension)
+    customer = request.path_params["id"]
+    if customer == key.customer:
+        raise conflict("this key belongs to that organization; use another's, or a terminal", "own_organization")
+    with bad_request():
+        await asyncio.to_thread(suspension.suspend, state.ledger, customer, body.reason, key.id)
+    return _changed(state, customer)
+
+
+async def resume(state: ServiceState, request: Request) -> dict[str, Any]:
+    key, customer = authenticate(state, request, "", role="admin"), request.path_params["id"]
+    with bad_request():
+        await asyncio.to_thread(suspension.resume, state.ledger, customer, key.id)
+    return _changed(state, customer)
+
+
+def _changed(state: ServiceState, customer: str) -> dict[str, Any]:
+    state.keys.forget()
+    return {"object": "organization", "id": customer, **_suspended(_known(state, customer))}
+
+
+def _suspended(row: Any) -> dict[str, Any]:
+    since = row["suspended"]
+    return {"suspended_at": None if since is None else int(since), "suspended_for": row["suspended_for"] or None}
 
 
 async def ledger(state: ServiceState, request: Request) -> dict[str, Any]:

@@ -65,6 +65,11 @@ async def stream(state: ServiceState, request: Request) -> StreamingResponse:
     return StreamingResponse(_events(state, key, since), media_type="text/event-stream; charset=utf-8", headers=headers)
 
 
+async def _good(state: ServiceState, key: Key) -> bool:
+    now = await asyncio.to_thread(state.keys.live, key.id)
+    return now is not None and not now.suspended
+
+
 async def _events(state: ServiceState, key: Key, since: float) -> AsyncIterator[bytes]:
     seen: dict[str, float] = {}
     begun, polls = since, 0
@@ -73,7 +78,7 @@ async def _events(state: ServiceState, key: Key, since: float) -> AsyncIterator[
         yield b"retry: 2000\n\n"
         while True:
             try:
-                if polls % CHECKED == 0 and await asyncio.to_thread(state.keys.live, key.id) is None:
+                if polls % CHECKED == 0 and not await _good(state, key):
                     yield b"event: gone\ndata: {}\n\n"
                     return
                 found = await receipts.since(state.ledger.db, key, max(begun, since - OVERLAP_S), MOST_SHOWN + 1)

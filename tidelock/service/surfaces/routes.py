@@ -97,7 +97,7 @@ ROUTES = [
     Route("GET", "/v1/organization/balance", wallet.balance, shapes.Pockets),
     Route("GET", "/v1/organization/payments", wallet.payments, shapes.Listing),
     Route("GET", "/v1/organization/plans", wallet.plans, shapes.Listing),
-    Route("GET", "/v1/organization/plans/{id}/preview", wallet.preview, shapes.PlanChange),
+    Route("GET", "/v1/organization/plans/{id}/preview", wallet.preview, shapes.PlanChange, query=("quantity",)),
     Route("GET", "/v1/organization/projects", organization.projects, shapes.Listing),
     Route("POST", "/v1/organization/projects", organization.create_project, shapes.Project, organization.ProjectRequest),
     Route("GET", "/v1/organization/projects/{id}", organization.project, shapes.Project),

@@ -299,9 +299,11 @@ class PlanChange(msgspec.Struct):
     object: Literal["organization.subscription.preview"]
     plan: str
     kind: Literal["subscribe", "upgrade", "downgrade", "keep"]
+    quantity: int
     charge_nano_usd: int
     unused_nano_usd: int
     effective_at: int
+    ends_at: int
 
 
 class SpendLimitDeleted(msgspec.Struct):
@@ -361,3 +363,6 @@ class Subscription(msgspec.Struct):
     current_period_start: int
     current_period_end: int
     next_plan: str | None
+    months: int
+    quantity: int
+    next_quantity: int | None

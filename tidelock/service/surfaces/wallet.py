@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from starlette.requests import Request
@@ -16,15 +16,18 @@ from tidelock.service.http import read_body
 from tidelock.service.keys import Key
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import billing, files
+from tidelock.service.surfaces.account import whole
 from tidelock.service.surfaces.organization import bad_request
 
 POCKETS = ("cash", "voucher", "plan", "extra")
+MOST_SEATS = 1_000_000
 
 
 class PlanRequest(msgspec.Struct):
     """The body of `POST /v1/organization/subscription`."""
 
     plan: str
+    quantity: Annotated[int, msgspec.Meta(ge=1, le=MOST_SEATS)] | None = None  # seats; null: as many as now, or the least
 
 
 _plan = msgspec.json.Decoder(PlanRequest)
@@ -85,29 +88,37 @@ async def plans(state: ServiceState, request: Request) -> dict[str, Any]:
 
 
 def shown_plan(p: dict[str, Any]) -> dict[str, Any]:
+    """Of each seat: the price of a term of `months`, the credits of one month."""
     return {
         "object": "plan",
         "id": p["name"],
+        "months": p["months"],
+        "least_quantity": p["least"],
+        "most_quantity": p["most"],
         "price_nano_usd": p["price_nano"],
         "credits_nano_usd": p["credits_nano"],
         "five_hours_nano_usd": p["five_hours_nano"],
         "week_nano_usd": p["week_nano"],
-        "available": p["sold"] + p["waiting"] < p["seats"],
+        "available": p["sold"] + p["waiting"] + p["least"] <= p["seats"],
     }
 
 
 async def preview(state: ServiceState, request: Request) -> dict[str, Any]:
-    """`GET /v1/organization/plans/{id}/preview`: what changing to the plan would cost now, and from when it would count."""
+    """`GET /v1/organization/plans/{id}/preview?quantity=`: what changing to so many seats of the plan would cost now, and
+    from when until when it would count."""
     key = authenticate(state, request, "billing")
-    plan = request.path_params["id"]
-    found = await asyncio.to_thread(state.plans.preview, key.customer, plan)
+    plan, quantity = request.path_params["id"], whole(request.query_params.get("quantity"), "quantity", 1, MOST_SEATS)
+    with bad_request():
+        found = await asyncio.to_thread(state.plans.preview, key.customer, plan, quantity)
     return {
         "object": "organization.subscription.preview",
         "plan": plan,
         "kind": found.kind,
+        "quantity": found.quantity,
         "charge_nano_usd": found.charge_nano,
         "unused_nano_usd": found.unused_nano,
         "effective_at": int(found.effective),
+        "ends_at": int(found.ends),
     }
 
 
@@ -115,15 +126,15 @@ async def change(state: ServiceState, request: Request) -> dict[str, Any]:
     """`POST /v1/organization/subscription`: begins a plan, or changes to another. It spends the organisation's cash, so the
     billing scope, which most keys have, is not enough."""
     key = _owner(state, request)
-    plan = wire.decode(await read_body(request, state.max_body_bytes), _plan).plan
+    asked = wire.decode(await read_body(request, state.max_body_bytes), _plan)
     act = state.plans.change if state.plans.subscription(key.customer) else state.plans.subscribe
     with bad_request():
-        await asyncio.to_thread(act, key.customer, plan, key.id)
+        await asyncio.to_thread(act, key.customer, asked.plan, key.id, asked.quantity)
     return billing.shown_subscription(state, key.customer)
 
 
 async def cancel(state: ServiceState, request: Request) -> dict[str, Any]:
-    """`DELETE /v1/organization/subscription`: with the end of the period."""
+    """`DELETE /v1/organization/subscription`: with the end of the term."""
     key = _owner(state, request)
     await asyncio.to_thread(state.plans.cancel, key.customer, key.id)
     return billing.shown_subscription(state, key.customer)

@@ -31,6 +31,11 @@ export function duration(ms) {
   return `${Math.floor(ms / 60_000)} min ${Math.round((ms % 60_000) / 1000)} s`;
 }
 
+/** How a plan's price is said: "a month", "a year". */
+export const span = (months) => (months === 12 ? "a year" : months === 1 ? "a month" : `for ${months} months`);
+
+export const seats = (count) => (count === 1 ? "1 seat" : `${whole(count)} seats`);
+
 const two = (n) => String(n).padStart(2, "0");
 const MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
 

@@ -1,7 +1,7 @@
 // The subscription with its windows, plans and what changing to one costs, invoices, payments, what is left of vouchers.
 
 import { h } from "../dom.js";
-import { day, until } from "../format.js";
+import { day, seats, span, until } from "../format.js";
 import { exact, nano, share, usd } from "../money.js";
 import { amount, badge, card, confirm, dialog, emptyState, exactAmount, heading, later, meter, table } from "../ui.js";
 import { owns, plansCard } from "./plans.js";
@@ -43,8 +43,11 @@ function subscriptionCard(api, me, sub, plans, again) {
     sub.next_plan === null
       ? badge("ends", "warn")
       : sub.next_plan === sub.plan
-        ? badge("renews", "good")
+        ? sub.next_quantity === sub.quantity
+          ? badge("renews", "good")
+          : badge(`becomes ${seats(sub.next_quantity)}`, "warn")
         : badge(`becomes ${sub.next_plan}`, "warn");
+  const same = sub.next_plan === sub.plan && sub.next_quantity === sub.quantity;
   const cancel =
     owns(me) &&
     sub.next_plan !== null &&
@@ -66,12 +69,21 @@ function subscriptionCard(api, me, sub, plans, again) {
     );
   return card(
     h("div.bar", h("h2", "Subscription"), h("div", then)),
-    h("div.bar", h("span.big", sub.plan), h("span.muted", amount(sub.price_nano_usd), " a month")),
+    h(
+      "div.bar",
+      h("span.big", sub.plan),
+      h(
+        "span.muted",
+        amount(sub.price_nano_usd),
+        ` ${span(sub.months)}`,
+        sub.quantity > 1 && [`, ${seats(sub.quantity)} at `, amount(sub.seat_price_nano_usd)],
+      ),
+    ),
     gauge(
       "Credits of this month",
-      nano(sub.credits_nano_usd) - left,
+      left > nano(sub.credits_nano_usd) ? 0n : nano(sub.credits_nano_usd) - left,
       nano(sub.credits_nano_usd),
-      `until ${day(sub.current_period_end)}, ${until(sub.current_period_end)}`,
+      `until ${day(sub.next_credits_at)}, ${until(sub.next_credits_at)}`,
     ),
     sub.windows.map((w) =>
       gauge(
@@ -80,6 +92,19 @@ function subscriptionCard(api, me, sub, plans, again) {
         w.limit_nano_usd,
         w.ends_at ? `free again in ${until(w.ends_at)}` : "begins with the next request",
       ),
+    ),
+    h(
+      "dl.pairs",
+      h("dt", "Paid until"),
+      h("dd", day(sub.current_period_end)),
+      nano(sub.next_credits_nano_usd) > 0n && [
+        h("dt", "Next credits"),
+        h("dd", amount(sub.next_credits_nano_usd), ` on ${day(sub.next_credits_at)}`),
+      ],
+      sub.renewal_nano_usd !== null && [
+        h("dt", same ? "Renewal" : `Then ${sub.next_plan}, ${seats(sub.next_quantity)}`),
+        h("dd", amount(sub.renewal_nano_usd), ` on ${day(sub.current_period_end)}`),
+      ],
     ),
     cancel && h("div.buttons", cancel),
   );

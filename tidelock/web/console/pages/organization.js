@@ -1,12 +1,12 @@
 // One organisation, for the operator: balance, limits by hand, vouchers, keys, receipts, log.
 
 import { h } from "../dom.js";
-import { ago, day } from "../format.js";
+import { ago, day, seats } from "../format.js";
 import { bars, KINDS, ladder } from "../limits.js";
 import { log } from "../log.js";
 import { exact, nano, parse, rounded, usd } from "../money.js";
 import { BRIEF } from "../receipts.js";
-import { amount, badge, card, dialog, exactAmount, field, heading, later, stat, table } from "../ui.js";
+import { amount, badge, card, confirm, dialog, exactAmount, field, heading, later, stat, table } from "../ui.js";
 
 export async function detail({ api, signal, again }, id) {
   const path = `/admin/organizations/${encodeURIComponent(id)}`;
@@ -19,7 +19,12 @@ export async function detail({ api, signal, again }, id) {
       `${o.created_at ? `Since ${day(o.created_at)}. ` : ""}${o.tax_id ? `Tax number ${o.tax_id}, ${o.tax_bps / 100} %.` : ""}`,
       h("button", { onclick: () => voucher(api, path, o, again) }, "Give a voucher"),
       h("button", { onclick: () => byHand(api, path, o, again) }, "Set limits"),
+      o.suspended_at === null
+        ? h("button.danger", { onclick: () => suspend(api, path, o, again) }, "Suspend")
+        : h("button", { onclick: () => resume(api, path, o, again) }, "Lift the suspension"),
     ),
+    o.suspended_at !== null &&
+      h("p.notice", badge("suspended", "bad"), ` since ${day(o.suspended_at)}: ${o.suspended_for}`),
     h(
       "dl.stats",
       stat(
@@ -51,7 +56,12 @@ export async function detail({ api, signal, again }, id) {
           h("dt", "Recharged in all"),
           h("dd", usd(limits.recharged_nano_usd)),
           h("dt", "Plan"),
-          h("dd", o.subscription ? `${o.subscription.plan}, until ${day(o.subscription.current_period_end)}` : "none"),
+          h(
+            "dd",
+            o.subscription
+              ? `${o.subscription.plan}, ${seats(o.subscription.quantity)}, until ${day(o.subscription.current_period_end)}`
+              : "none",
+          ),
           h("dt", "Members"),
           h("dd", o.members.map((m) => h("div", m.email, " ", badge(m.role))).concat(o.members.length ? [] : ["none"])),
           h("dt", "Projects"),
@@ -147,6 +157,44 @@ function voucher(api, path, o, again) {
         await api.post(`${path}/vouchers`, { usd: form.get("usd").trim(), name: form.get("name"), expires_at: expires });
         again();
       },
+    },
+  );
+}
+
+function suspend(api, path, o, again) {
+  dialog(
+    `Suspend ${o.name}?`,
+    [
+      h(
+        "p",
+        "Within a second all its keys are refused. What runs is finished; batches, renewals and automatic top-ups wait, ",
+        "and no credits run out.",
+      ),
+      field(
+        "Reason",
+        h("input", { name: "reason", required: true, maxlength: 200, autocomplete: "off" }),
+        "One line. The organisation is told.",
+      ),
+    ],
+    {
+      action: "Suspend now",
+      danger: true,
+      submit: async (form) => {
+        await api.post(`${path}/suspend`, { reason: form.get("reason") });
+        again();
+      },
+    },
+  );
+}
+
+function resume(api, path, o, again) {
+  confirm(
+    `Lift the suspension of ${o.name}?`,
+    "Its keys work again within a second. Vouchers and credits last as much longer as the suspension took.",
+    "Lift it",
+    async () => {
+      await api.post(`${path}/resume`, {});
+      again();
     },
   );
 }

@@ -37,7 +37,15 @@ export async function render(context) {
       "section.card.flush",
       table(
         [
-          { name: "Organisation", class: "clip", cell: (o) => [h("strong", o.name), h("small", o.id)] },
+          {
+            name: "Organisation",
+            class: "clip",
+            cell: (o) => [
+              h("strong", o.name),
+              o.suspended_at !== null && [" ", badge("suspended", "bad")],
+              h("small", o.id),
+            ],
+          },
           { name: "Plan", class: "w1", cell: (o) => (o.plan ? badge(o.plan) : h("span.muted", "–")) },
           { name: "Available", right: true, cell: (o) => amount(o.available_nano_usd) },
           { name: "Spent", right: true, cell: (o) => amount(o.spent_30d_nano_usd) },

@@ -1,7 +1,7 @@
 // The price book, version by version, and the plans with their seats.
 
 import { h } from "../dom.js";
-import { day, whole } from "../format.js";
+import { day, seats, span, whole } from "../format.js";
 import { exact, perMillion } from "../money.js";
 import { amount, badge, heading, meter, table } from "../ui.js";
 
@@ -27,8 +27,16 @@ export async function render({ api, signal }) {
       table(
         [
           { name: "Plan", cell: (p) => h("strong", p.id) },
-          { name: "A month", right: true, cell: (p) => amount(p.price_nano_usd) },
-          { name: "Credits", right: true, cell: (p) => amount(p.credits_nano_usd) },
+          {
+            name: "Price",
+            right: true,
+            cell: (p) => [
+              amount(p.price_nano_usd),
+              ` ${span(p.months)}`,
+              p.most_quantity > 1 && h("small", `each of ${p.least_quantity} to ${seats(p.most_quantity)}`),
+            ],
+          },
+          { name: "Credits a month", right: true, cell: (p) => amount(p.credits_nano_usd) },
           {
             name: "In 5 hours",
             right: true,
