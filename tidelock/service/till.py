@@ -27,7 +27,7 @@ Also = Callable[[Any, int], None]  # (execute, charge): rows to be written with 
 MOST_PER_COMMIT = 256
 # A commit costs much and one more operation in it little. Where several came together last time, the next are waited for,
 # unless there are enough already; one request alone never waits.
-LINGER_S, ENOUGH = 0.001, 64
+LINGER_S, ENOUGH = 0.002, 64
 RETRY_S = (0.05, 0.1, 0.2, 0.5)  # between attempts to reach the database; the last one repeats
 
 
