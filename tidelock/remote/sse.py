@@ -120,7 +120,7 @@ class Endpoint:
         response = await watch.over(request)
         watch.end = response.close
         if response.status != 200:
-            text = (await response.read())[:1_000_000]
+            text = (await watch.over(response.read()))[:1_000_000]
             raise refusal(response.status, text, self.base_url, retry_after_s(response.headers))
         if response.content_type in NO_STREAM:
             response.close()
