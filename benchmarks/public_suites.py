@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.sdk_suites import Case, free_port, pytest_cases, serve, table
+from benchmarks.sdk_suites import Case, pytest_cases, served, table
 from tidelock.loop.rundir import MODEL
 
 KEY = "sk-test"
@@ -97,13 +97,8 @@ def main() -> None:
         runs.append(("LangChain's standard tests", True, lambda url: langchain(args.python, url)))
     unexplained = 0
     for name, lenient, run in runs:
-        port = free_port()
-        server = serve(port, "--able", *(["--lenient"] if lenient else []))
-        try:
-            unexplained += table(name, run(f"http://127.0.0.1:{port}"), ACCEPTED)
-        finally:
-            server.terminate()
-            server.wait()
+        with served("--able", *(["--lenient"] if lenient else [])) as url:
+            unexplained += table(name, run(url), ACCEPTED)
     print(f"{unexplained} failures not accounted for")
     sys.exit(bool(unexplained))
 

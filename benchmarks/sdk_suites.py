@@ -25,7 +25,8 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +68,19 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def serve(port: int, *options: str) -> subprocess.Popen:
+@contextmanager
+def served(*options: str) -> Iterator[str]:
+    """The root URL of a `benchmarks.conformance` with these options, while the block runs."""
+    port = free_port()
     command = [sys.executable, "-m", "benchmarks.conformance", "--port", str(port), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     if "serving" not in process.stdout.readline():
         raise SystemExit("the server did not start")
-    return process
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def run_python(python: Path, checkout: Path, files: tuple[str, ...], url: str) -> list[Case]:
@@ -155,10 +163,8 @@ def main() -> None:
     parser.add_argument("--openai-node", type=Path)
     parser.add_argument("--anthropic-node", type=Path)
     args = parser.parse_args()
-    port = free_port()
-    server, began, unexplained = serve(port, "--lenient"), time.monotonic(), 0
-    url = f"http://127.0.0.1:{port}"
-    try:
+    began, unexplained = time.monotonic(), 0
+    with served("--lenient") as url:
         if args.openai:
             unexplained += table("openai-python", run_python(args.python, args.openai, OPENAI, f"{url}/v1"))
         if args.anthropic:
@@ -167,9 +173,6 @@ def main() -> None:
             unexplained += table("openai-node", run_node(args.node, args.openai_node, OPENAI_NODE, f"{url}/v1"))
         if args.anthropic_node:
             unexplained += table("anthropic-sdk-typescript", run_node(args.node, args.anthropic_node, ANTHROPIC_NODE, url))
-    finally:
-        server.terminate()
-        server.wait()
     print(f"{time.monotonic() - began:.0f} s; {unexplained} failures not accounted for")
     sys.exit(bool(unexplained))
 
