@@ -9,9 +9,7 @@ import os
 import signal
 from pathlib import Path
 
-import aiohttp
-
-from tidelock.remote import Patience, TokenPolicy
+from tidelock.remote import Client, Patience, TokenPolicy
 from tidelock.service.prices import Price, PriceBook
 from tidelock.service.server import serving
 from tidelock.service.state import open_state
@@ -25,15 +23,9 @@ BOOK = PriceBook("torture", {"tide": Price(input_nano=300, cached_input_nano=30,
 
 def pool_over(url: str, patience_s: float) -> Pool:
     """The service's own pool, over two names of the upstream: what one of them refuses is asked of the other."""
-    sessions: list[aiohttp.ClientSession] = []
-
-    def session() -> aiohttp.ClientSession:
-        if not sessions:
-            sessions.append(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
-        return sessions[0]
-
+    client = Client()
     patience = Patience(connect_s=patience_s, first_s=patience_s, idle_s=patience_s)
-    upstreams = [Upstream(name, TokenPolicy(f"{url}/{name}", "k", None, session, patience=patience), max_in_flight=1000)
+    upstreams = [Upstream(name, TokenPolicy(f"{url}/{name}", "k", None, client, patience=patience), max_in_flight=1000)
                  for name in ("north", "south")]  # fmt: skip
     return Pool(upstreams, Options(max_waiting=10_000, probe_s=0.5))
 

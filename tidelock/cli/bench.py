@@ -55,8 +55,6 @@ def run(args) -> dict:
 
 async def measure(args):
     """(median rows, figures of every round, the runs), servers taken in turn within each round and load."""
-    import aiohttp
-
     from tidelock.loop.bench import agents, client, drive, figures, poisson
     from tidelock.loop.bench.load import reusable
     from tidelock.loop.bench.measure import middle
@@ -64,20 +62,18 @@ async def measure(args):
 
     kinds = ("poisson", "agents") if args.load == "both" else (args.load,)
     runs, rounds = [], []
-    limit = aiohttp.TCPConnector(limit=0, force_close=True)  # llama-server ends a connection after a few requests
-    async with aiohttp.ClientSession(connector=limit) as session:
-        servers = [client(target, session, args.api_key, args.model, args.end_id) for target in args.servers]
-        with Console().progress("bench", args.rounds * len(kinds) * len(servers), "runs") as bar:
-            for i in range(args.rounds):
-                for kind in kinds:
-                    seed = f"{args.seed}/{i}"  # a new seed each round, or every cache would know the load by heart
-                    load = poisson(seed, args.requests, args.rate) if kind == "poisson" else agents(
-                        seed, args.conversations, args.turns, concurrency=args.concurrency, branch=args.branch,
-                        context=args.context)  # fmt: skip
-                    for server in servers:
-                        runs.append(await drive(load, server))
-                        rounds.append({"round": i, "reusable_tokens": reusable(load), **figures(runs[-1])})
-                        bar.advance(1)
+    servers = [client(target, args.api_key, args.model, args.end_id) for target in args.servers]
+    with Console().progress("bench", args.rounds * len(kinds) * len(servers), "runs") as bar:
+        for i in range(args.rounds):
+            for kind in kinds:
+                seed = f"{args.seed}/{i}"  # a new seed each round, or every cache would know the load by heart
+                load = poisson(seed, args.requests, args.rate) if kind == "poisson" else agents(
+                    seed, args.conversations, args.turns, concurrency=args.concurrency, branch=args.branch,
+                    context=args.context)  # fmt: skip
+                for server in servers:
+                    runs.append(await drive(load, server))
+                    rounds.append({"round": i, "reusable_tokens": reusable(load), **figures(runs[-1])})
+                    bar.advance(1)
     rows = [middle([r for r in rounds if (r["server"], r["load"]) == key])
             for key in dict.fromkeys((r["server"], r["load"]) for r in rounds)]  # fmt: skip
     return rows, rounds, runs

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import aiohttp
-
 from tidelock.agent import Agent
 from tidelock.engine import Limits
 from tidelock.envs.registry import FAMILIES, names_of, tasks
 from tidelock.envs.run import Scored, run_tasks
 from tidelock.envs.task import Task
 from tidelock.models import TransformerLM, preset, save_checkpoint
+from tidelock.remote import Client
+from tidelock.remote.sse import Endpoint
 from tidelock.sandbox import ToolHost
 from tidelock.service.db import Database, service_database
 from tidelock.service.keys import KeyStore
@@ -213,11 +213,11 @@ class Demo:
     def _in_office(self, base_url: str, work: Callable) -> list:
         async def inside() -> list:
             host = await ToolHost.start(TOOLSET)
-            connector = aiohttp.TCPConnector(limit=self.settings.concurrency * 2)
+            client = Client()
             try:
-                async with aiohttp.ClientSession(connector=connector) as http:
-                    return await work(Office(base_url, MODEL, self.run.template(), host, http))
+                return await work(Office(base_url, MODEL, self.run.template(), host, client))
             finally:
+                client.close()
                 await host.stop()
 
         return asyncio.run(inside())
@@ -296,11 +296,8 @@ class Demo:
             private, operator = self.customer("private"), self.customer("operator")
             traffic = asyncio.gather(*(office.ask(private, t, [t.prompt], 0, self.settings.seed + 1, params, feedback=False) for t in live))
             await asyncio.sleep(0.1)
-            url = base_url.removesuffix("/v1") + "/admin/weights"
-            body = {"checkpoint": str(checkpoint), "version": release.version}
-            headers = {"Authorization": f"Bearer {operator.secret}"}
-            async with office.http.post(url, json=body, headers=headers) as response:
-                response.raise_for_status()
+            server = Endpoint(base_url.removesuffix("/v1"), operator.secret, office.client)
+            await server.call("POST", "/admin/weights", {"checkpoint": str(checkpoint), "version": release.version})
             return await traffic
 
         with self.console.status("swap"):

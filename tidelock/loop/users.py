@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import aiohttp
-
 from tidelock.agent import Agent, Episode
 from tidelock.envs.registry import FAMILIES
 from tidelock.envs.run import INFRASTRUCTURE, episode_seed
 from tidelock.envs.task import Task
-from tidelock.remote import TextPolicy
+from tidelock.remote import Client, TextPolicy
+from tidelock.remote.sse import Endpoint
 from tidelock.sandbox import ToolHost
-from tidelock.tokens.policy import PolicyError, SamplingParams
+from tidelock.tokens.policy import SamplingParams
 from tidelock.tokens.template import Template
 
 
@@ -46,13 +45,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Office:
-    """Where users work: the service's URL, the sandbox their tools run in, and one HTTP session for all."""
+    """Where users work: the service's URL, the sandbox their tools run in, and the connections they share."""
 
     base_url: str
     model: str
     template: Template
     host: ToolHost
-    http: aiohttp.ClientSession
+    client: Client
 
     async def visit(
         self, customer: Customer, task: Task, attempts: int, seed: int, params: SamplingParams
@@ -108,7 +107,7 @@ class Office:
             "sandbox_level": self.host.level,
             "training_consent": str(customer.consent).lower(),
         }
-        return TextPolicy(self.base_url, customer.secret, self.model, self.template, metadata, self.http)
+        return TextPolicy(self.base_url, customer.secret, self.model, self.template, metadata, self.client)
 
     async def _feedback(
         self, customer: Customer, task: Task, success: bool, nodes: list[str], request: str | None
@@ -117,10 +116,7 @@ class Office:
         body["source"] = f"verifier:{task.family}"
         if request is not None:
             body |= {"request": request, "steps": nodes}
-        headers = {"Authorization": f"Bearer {customer.secret}"}
-        async with self.http.post(f"{self.base_url}/feedback", json=body, headers=headers) as response:
-            if response.status != 200:
-                raise PolicyError(f"feedback was refused: {await response.text()}", status=response.status)
+        await Endpoint(self.base_url, customer.secret, self.client).call("POST", "/feedback", body)
 
 
 async def together(jobs: Sequence[Callable], concurrency: int, on_done: Callable = lambda result: None) -> list:

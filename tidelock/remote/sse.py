@@ -7,19 +7,21 @@ import contextlib
 import email.utils
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import aiohttp
 import msgspec
 
 from tidelock.tokens.policy import PolicyError
 from tidelock.tokens.propagation import outgoing
 
+from .http import Answer, Client, Server, header_lines
+
 NO_STREAM = ("text/html", "text/plain", "application/json")  # what an event stream is not; some servers name it nothing
+CALL_S = 600.0  # for an answer that is no stream
+MOST_REFUSAL = 1_000_000  # bytes of a refusal that are read
 T = TypeVar("T")
-Session = aiohttp.ClientSession | Callable[[], aiohttp.ClientSession] | None
 
 
 class RemoteError(PolicyError):
@@ -47,15 +49,16 @@ class Patience:
 
 
 class Endpoint:
-    """A base URL with its key, over one session of its own or a given one. Requests in flight can be cut off by name."""
+    """A base URL with its key. Requests in flight can be cut off by name."""
 
-    def __init__(self, base_url: str, api_key: str, session: Session = None, patience: Patience = Patience()) -> None:
-        """`session` may be what returns one, for an endpoint that is made before the event loop runs."""
+    def __init__(self, base_url: str, api_key: str, client: Client | None = None, patience: Patience = Patience()) -> None:
+        """`client`: whose connections are used; without one every request has a connection of its own. Raises UserError."""
         self.base_url, self.api_key, self.patience = base_url.rstrip("/"), api_key, patience
-        self._session = session
+        self._client, self._server = client or Client(keep_s=0), Server.at(base_url)
         self._open: dict[str, _Watch] = {}  # by the name of the request
-        self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
-        self._no_limit = aiohttp.ClientTimeout(total=None, sock_connect=patience.connect_s)
+        self._fields = header_lines({"Authorization": f"Bearer {api_key}", "Content-Type": "application/json",
+                                     "Accept": "*/*", "User-Agent": "tidelock"})  # fmt: skip
+        self._heads: dict[tuple[str, str], bytes] = {}  # of requests, by method and path
 
     async def events(self, path: str, body: dict[str, Any], name: str | None = None) -> AsyncIterator[dict[str, Any]]:
         """The JSON objects of a streamed answer. Ends with the stream, whether or not it said [DONE], and at `cut`.
@@ -72,13 +75,12 @@ class Endpoint:
         watch = _Watch(self.patience)
         if name is not None:
             self._open[name] = watch
-        response: aiohttp.ClientResponse | None = None
         try:
-            response = await self._opened(path, body, watch)
+            answer = await self._opened(path, body, watch)
             rest = b""
-            while piece := await watch.over(response.content.readany()):
+            while piece := await watch.over(answer.some()):
                 if b"\n" not in piece:
-                    rest += piece  # of any length: aiohttp's own reader of lines gives up at 128 KiB, a routing record is longer
+                    rest += piece  # of any length: a routing record is long
                     continue
                 *lines, rest = (rest + piece).split(b"\n")
                 events, failure = self._parsed(lines)
@@ -100,32 +102,25 @@ class Endpoint:
         except PolicyError:
             if not watch.cut:
                 raise
-        except (aiohttp.ClientError, OSError) as error:
+        except OSError as error:
             if not watch.cut:
-                raise self._late(watch) if watch.late else self._failed(error, watch) from None
+                raise self._late(watch) if watch.late else self._failed(error, watch.answer) from None
         finally:
             watch.close()
-            if response is not None:
-                response.release()
+            if watch.answer is not None:
+                watch.answer.close()
             if name is not None:
                 self._open.pop(name, None)
-            if self._session is None and watch.session is not None:
-                await watch.session.close()
 
-    async def _opened(self, path: str, body: dict[str, Any], watch: _Watch) -> aiohttp.ClientResponse:
+    async def _opened(self, path: str, body: dict[str, Any], watch: _Watch) -> Answer:
         """A stream's answer so far: its status is 200 and it has begun."""
-        watch.session = self._opened_session()
-        headers = {**self._headers, **outgoing.get()}
-        request = watch.session.post(self.base_url + path, data=_encoded(body), headers=headers, timeout=self._no_limit)
-        response = await watch.over(request)
-        watch.end = response.close
-        if response.status != 200:
-            text = (await watch.over(response.read()))[:1_000_000]
-            raise refusal(response.status, text, self.base_url, retry_after_s(response.headers))
-        if response.content_type in NO_STREAM:
-            response.close()
-            raise self.broken(f"an event stream was asked for, and {response.content_type} came", "malformed")
-        return response
+        watch.answer = answer = await watch.over(self._send("POST", path, body))
+        if answer.status != 200:
+            text = await watch.over(answer.read(MOST_REFUSAL))
+            raise refusal(answer.status, text, self.base_url, retry_after_s(answer.headers))
+        if answer.content_type in NO_STREAM:
+            raise self.broken(f"an event stream was asked for, and {answer.content_type} came", "malformed")
+        return answer
 
     def _parsed(self, lines: list[bytes]) -> tuple[list[dict[str, Any]], RemoteError | None]:
         """(the events, and what came after them instead of another)."""
@@ -152,44 +147,42 @@ class Endpoint:
 
     async def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """One JSON answer, or {} where the server says no more than that it is done. Raises RemoteError."""
-        async with self._request(method, path, body) as response:
-            return self._json(text) if (text := await response.read()).strip() else {}
+        return self._json(text) if (text := await self._asked(method, path, body)).strip() else {}
 
     async def alive(self, path: str, within_s: float) -> None:
         """Asks for `path`, whatever it says. Raises RemoteError unless the answer is 200 within that time."""
         try:
-            async with asyncio.timeout(within_s), self._request("GET", path, None) as response:
-                await response.read()
+            async with asyncio.timeout(within_s):
+                await self._asked("GET", path, None)
         except TimeoutError:
             raise self.broken(f"no answer within {within_s:g} s", "first_token") from None
 
-    @contextlib.asynccontextmanager
-    async def _request(self, method: str, path: str, body: Any) -> AsyncIterator[aiohttp.ClientResponse]:
-        session = self._opened_session()
-        timeout = aiohttp.ClientTimeout(total=600, sock_connect=self.patience.connect_s)
-        data = None if body is None else _encoded(body)
-        headers = {**self._headers, **outgoing.get()}
+    async def _asked(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
+        answer: Answer | None = None
         try:
-            async with session.request(method, self.base_url + path, data=data, headers=headers, timeout=timeout) as response:
-                if response.status != 200:
-                    text = (await response.read())[:1_000_000]
-                    raise refusal(response.status, text, self.base_url, retry_after_s(response.headers))
-                yield response
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._failed(error, None) from None
+            async with asyncio.timeout(CALL_S):
+                answer = await self._send(method, path, body)
+                text = await answer.read(MOST_REFUSAL if answer.status != 200 else None)
+        except TimeoutError:
+            raise self._late(None) from None
+        except OSError as error:
+            raise self._failed(error, answer) from None
         finally:
-            if self._session is None:
-                await session.close()
+            if answer is not None:
+                answer.close()
+        if answer.status != 200:
+            raise refusal(answer.status, text, self.base_url, retry_after_s(answer.headers))
+        return text
 
-    def _opened_session(self) -> aiohttp.ClientSession:
-        return self._session() if callable(self._session) else self._session or aiohttp.ClientSession()
+    async def _send(self, method: str, path: str, body: dict[str, Any] | None) -> Answer:
+        if (head := self._heads.get((method, path))) is None:
+            head = self._heads[method, path] = self._server.head(method, path) + self._fields
+        if more := outgoing.get():
+            head += header_lines(more)
+        return await self._client.send(self._server, head, b"" if body is None else _encoded(body), self.patience.connect_s)
 
-    def _failed(self, error: Exception, watch: _Watch | None) -> RemoteError:
-        """A connect that took too long is a ClientError and an OSError."""
-        if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
-            return self._late(watch)
-        answered = watch is not None and watch.end is not None
-        return self.broken(str(error) or type(error).__name__, "cut" if answered else "connect")
+    def _failed(self, error: OSError, answer: Answer | None) -> RemoteError:
+        return self.broken(str(error) or type(error).__name__, "cut" if answer is not None else "connect")
 
     def _late(self, watch: _Watch | None) -> RemoteError:
         if watch is not None and watch.events:
@@ -227,8 +220,7 @@ class _Watch:
     def __init__(self, patience: Patience) -> None:
         self._loop, self._idle_s = asyncio.get_running_loop(), patience.idle_s
         self.task = asyncio.current_task()
-        self.session: aiohttp.ClientSession | None = None
-        self.end: Callable[[], object] | None = None  # ends the answer; None: there is none yet
+        self.answer: Answer | None = None
         self.events = 0
         self.late = self.cut = self.cancelled = self._waiting = False
         self._until = None if patience.first_s is None else self._loop.time() + patience.first_s
@@ -253,8 +245,8 @@ class _Watch:
 
     def stop(self) -> None:
         """What waits for the server now finds the connection closed, or is cancelled where there is no answer to close yet."""
-        if self.end is not None:
-            self.end()
+        if self.answer is not None:
+            self.answer.close()
         elif self.task is not None:
             self.cancelled = True
             self.task.cancel()

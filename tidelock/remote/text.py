@@ -20,7 +20,8 @@ from tidelock.tokens.policy import Chunk, PolicyError, Prompt, Reported, Samplin
 from tidelock.tokens.template import Template, canonical
 
 from .rendering import Form, Rendering
-from .sse import Endpoint, Patience, Session
+from .http import Client
+from .sse import Endpoint, Patience
 
 FINISHES = {"stop": "stop", "tool_calls": "stop", "function_call": "stop", "length": "length"}
 EFFORT = re.compile(r"`thinking_effort=(\w+)`")
@@ -54,9 +55,9 @@ class TextPolicy:
 
     def __init__(
         self, base_url: str, api_key: str, model: str, template: Template, metadata: dict[str, str] | None = None,
-        session: Session = None, *, patience: Patience = Patience(), metered: bool = False, dialect: str = "openai",
+        client: Client | None = None, *, patience: Patience = Patience(), metered: bool = False, dialect: str = "openai",
     ) -> None:  # fmt: skip
-        self._server, self.model = Endpoint(base_url, api_key, session, patience), model
+        self._server, self.model = Endpoint(base_url, api_key, client, patience), model
         self.template, self.metadata = template, metadata or {}
         self.last: dict[str, Any] = {}  # id, usage and trace of the last answer
         self._form, self._metered, self._kimi = Form(template), metered, dialect == "kimi"

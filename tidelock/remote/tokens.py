@@ -17,7 +17,8 @@ import numpy as np
 
 from tidelock.tokens.policy import Chunk, PolicyError, Reported, SamplingParams
 
-from .sse import Endpoint, Patience, Session, numbers
+from .http import Client
+from .sse import Endpoint, Patience, numbers
 
 FINISHES = ("stop", "length", "abort", "deadline")
 PREFIX = "generate-tokens-"  # how the server names a request to itself
@@ -34,10 +35,10 @@ class TokenPolicy:
     exact = True
 
     def __init__(
-        self, base_url: str, api_key: str, model: str | None = None, session: Session = None, *,
+        self, base_url: str, api_key: str, model: str | None = None, client: Client | None = None, *,
         patience: Patience = Patience(), await_versions: bool = True,
     ) -> None:  # fmt: skip
-        self._server = Endpoint(base_url.rstrip("/").removesuffix("/v1"), api_key, session, patience)
+        self._server = Endpoint(base_url.rstrip("/").removesuffix("/v1"), api_key, client, patience)
         self.model, self._await_versions = model, await_versions
         self.last: dict[str, Any] = {}  # the usage of the last answer
         self._aborted: set[str] = set()

@@ -12,8 +12,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import aiohttp
-
 from tidelock.remote.sse import Endpoint
 from tidelock.remote.tokens import TokenPolicy
 from tidelock.tokens.errors import UserError
@@ -61,16 +59,16 @@ class Client(Protocol):
         ...
 
 
-def client(target: str, session: aiohttp.ClientSession, key: str, model: str | None, end_id: int) -> Client:
-    """`target` is KIND:URL, or a URL of a chat server. Raises UserError for another kind."""
+def client(target: str, key: str, model: str | None, end_id: int) -> Client:
+    """Every request has a connection of its own. `target` is KIND:URL, or a URL of a chat server. Raises UserError for another kind."""
     kind, _, url = target.partition(":") if target.partition(":")[0] in KINDS else ("chat", "", target)
     if not url.startswith(("http://", "https://")):
         raise UserError(f"{target!r} is no server; give {', '.join(f'{k}:http://...' for k in KINDS)} or a plain URL")
     if kind == "tokens":
-        return TokenClient(url, TokenPolicy(url, key, model, session), end_id)
+        return TokenClient(url, TokenPolicy(url, key, model), end_id)
     if kind == "llama":
-        return LlamaClient(url, Endpoint(url, key, session), end_id)
-    return ChatClient(url, Endpoint(url, key, session), model or "tide-nano")
+        return LlamaClient(url, Endpoint(url, key), end_id)
+    return ChatClient(url, Endpoint(url, key), model or "tide-nano")
 
 
 @dataclass

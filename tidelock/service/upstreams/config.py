@@ -30,14 +30,12 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
-from tidelock.remote import Patience, TextPolicy, TokenPolicy
+from tidelock.remote import Client, Patience, TextPolicy, TokenPolicy
 from tidelock.service.upstreams.pool import CHOICES, Options, Pool
 from tidelock.service.upstreams.upstream import Upstream
 from tidelock.tokens.errors import UserError
@@ -97,18 +95,18 @@ def _pool(data: dict[str, Any], template: Template, environment: Mapping[str, st
         least = {"retries": 0, "max_waiting": 0, "spread": 1.0, "wait_s": 0.0}.get(name)
         if name not in ("choice", "model") and (said[name] <= 0 if least is None else said[name] < least):
             raise UserError(f"[pool]: {name} is {said[name]}, which is too small")
-    session = _Sessions()
-    upstreams = [_upstream(u, template, environment, session) for u in listed]
+    client = Client(KEEP_ALIVE_S)
+    upstreams = [_upstream(u, template, environment, client) for u in listed]
     names = [u.name for u in upstreams]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise UserError(f"two upstreams are called {twice[0]}")
     pool = Pool(upstreams, options, template.generation_prompt())
-    pool.closers.append(session.close)
+    pool.closers.append(client.close)
     return Front(pool, said.get("model"), said.get("context_length"))
 
 
 def _upstream(
-    data: dict[str, Any], template: Template, environment: Mapping[str, str], session: Callable[[], aiohttp.ClientSession]
+    data: dict[str, Any], template: Template, environment: Mapping[str, str], client: Client
 ) -> Upstream:
     where = f"upstream {data.get('name', '?')}"
     said = {name: default for name, (_, default) in FIELDS.items() if default is not ...}
@@ -136,9 +134,9 @@ def _upstream(
             raise UserError(f"{where}: the environment has no {said['api_key_env']}")
     patience = Patience(said["connect_s"], said["first_token_s"], said["idle_s"])
     if said["kind"] == "tokens":
-        policy: Any = TokenPolicy(said["url"], key, said["model"] or None, session, patience=patience, await_versions=False)
+        policy: Any = TokenPolicy(said["url"], key, said["model"] or None, client, patience=patience, await_versions=False)
     else:
-        policy = TextPolicy(said["url"], key, said["model"], template, None, session, patience=patience, metered=True,
+        policy = TextPolicy(said["url"], key, said["model"], template, None, client, patience=patience, metered=True,
                             dialect=said["dialect"])  # fmt: skip
     probe = said["probe"] if said["probe"] is not None else "/health" if said["kind"] == "tokens" else "/models"
     return Upstream(said["name"], policy, said["kind"], said["max_in_flight"], said["weight"], probe)
@@ -158,20 +156,3 @@ def _typed(where: str, data: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
             raise UserError(f"{where}: {name} is {WORDS[kind]}, not {value!r}")
         out[name] = value
     return out
-
-
-class _Sessions:
-    """One HTTP session for all upstreams, opened in the event loop that first needs it."""
-
-    def __init__(self) -> None:
-        self._session: aiohttp.ClientSession | None = None
-
-    def __call__(self) -> aiohttp.ClientSession:
-        if self._session is None or self._session.closed:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-        return self._session
-
-    async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()

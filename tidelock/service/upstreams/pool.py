@@ -67,10 +67,10 @@ class _Job:
 class Pool:
     def __init__(self, upstreams: Sequence[Upstream], options: Options = Options(), turn: Sequence[int] = ()) -> None:
         """`turn`: the ids that open an assistant's turn (`Template.generation_prompt`), by which conversations are told
-        apart. The upstreams' sessions are opened on first use and closed by `run` or `aclose`."""
+        apart. The upstreams' connections are closed by `run` or `aclose`."""
         self.upstreams, self.options, self._turn = list(upstreams), options, tuple(turn)
         self.refused: dict[str, int] = {"full": 0, "late": 0, "down": 0}
-        self.closers: list[Any] = []  # awaited by `aclose`
+        self.closers: list[Any] = []  # called by `aclose`
         self.line, self._jobs = Line(options.max_waiting), {}
         self._next = 0  # of round-robin
         self._swapping = asyncio.Lock()
@@ -158,7 +158,7 @@ class Pool:
 
     async def aclose(self) -> None:
         for close in self.closers:
-            await close()
+            close()
 
     def close(self) -> None:
         """For those who close an engine: what has to be let go goes with the event loop."""
