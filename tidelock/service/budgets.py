@@ -46,7 +46,7 @@ class Budgets:
     """For one transaction over some customers, whose rows are locked. Reads nothing until it is asked."""
 
     def __init__(self, tx: Transaction, customers: Sequence[str], now: float) -> None:
-        self._tx, self._names, self._now, self._month = tx, list(customers), now, month_number(now)
+        self._tx, self._names, self._now = tx, list(customers), now
         self._rows: dict[tuple[str, str], Budget] | None = None
 
     def of(self, customer: str, project: str, key: str) -> str:
@@ -77,7 +77,9 @@ class Budgets:
                 self._tell(budget, HARD, "budget.hard")
 
     def write(self) -> None:
-        rows = [(b.customer, b.scope, b.month, b.spent_nano, b.held_nano, b.told) for b in (self._rows or {}).values() if b.changed]
+        if not self._rows:
+            return
+        rows = [(b.customer, b.scope, b.month, b.spent_nano, b.held_nano, b.told) for b in self._rows.values() if b.changed]
         self._tx.update("budgets", ("customer", "scope"), ("month", "spent_nano", "held_nano", "told"), rows)
 
     def _named(self, customer: str, scopes: str) -> list[Budget]:
@@ -91,9 +93,10 @@ class Budgets:
             marks = ", ".join("?" * len(self._names))
             sql = f"SELECT {', '.join(COLUMNS)} FROM budgets WHERE customer IN ({marks})"
             self._rows = {(row[0], row[1]): Budget(*row) for row in self._tx(sql, self._names).fetchall()}
+            month = month_number(self._now) if self._rows else 0
             for budget in self._rows.values():
-                if budget.month < self._month:
-                    budget.month, budget.spent_nano, budget.told, budget.changed = self._month, 0, 0, True
+                if budget.month < month:
+                    budget.month, budget.spent_nano, budget.told, budget.changed = month, 0, 0, True
         return self._rows
 
     def _tell(self, budget: Budget, bit: int, kind: str) -> None:

@@ -108,15 +108,13 @@ class Database:
     def migrate(self) -> None:
         migrations.run(self._backend)
 
-    @contextmanager
-    def transaction(self, durable: bool = True) -> Iterator[Transaction]:
+    def transaction(self, durable: bool = True) -> AbstractContextManager[Transaction]:
         """Yields `execute(sql, args)`. Raises StorageDown or Conflict, and then nothing has happened.
 
         durable: on the disk when it is over. False: at least safe from the end of any process, the database's included;
         from that of the machine with the next durable one.
         """
-        with self._backend.transaction(durable) as tx:
-            yield tx
+        return self._backend.transaction(durable)
 
     def read(self, sql: str, args: Sequence[Any] = ()) -> list[Any]:
         return self._backend.read(sql, args)

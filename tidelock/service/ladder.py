@@ -33,9 +33,12 @@ class Limits:
 
     def over(self, other: Limits) -> Limits:
         """Ours where we say something, else the other's."""
-        if other.none:
+        if other is NONE or other.none:
             return self
         return Limits(**{k: w if (v := self.__dict__[k]) is None else v for k, w in other.__dict__.items()})
+
+
+NONE = Limits()
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Ladder:
     def limits(self, recharged_nano: int, tier: int | None = None) -> Limits:
         """`tier`: the one set by hand, if any."""
         if not self.tiers:
-            return Limits()
+            return NONE
         at = self.tier(recharged_nano) if tier is None else min(tier, len(self.tiers) - 1)
         return self.tiers[at][1]
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
 from msgspec import Struct
 
 from tidelock.service.db import Transaction
-from tidelock.service.ladder import Ladder, Limits
+from tidelock.service.ladder import NONE, Ladder, Limits
 
 PERIOD_MS = {"requests": 60_000, "tokens": 60_000, "day_tokens": 86_400_000}
 SHORT = {"concurrency": "concurrency", "requests": "RPM", "tokens": "TPM", "day_tokens": "TPD"}
@@ -53,11 +54,7 @@ class _Use:
     changed: bool = False
 
 
-@dataclass
-class _Customer:
-    caps: dict[str, tuple[int | None, Limits]] = field(default_factory=dict)
-    use: dict[str, _Use] = field(default_factory=dict)
-    open: Counter[str] = field(default_factory=Counter)  # holds in the database, by scope
+_limits = lru_cache(maxsize=4096)(Limits)  # most customers have the same
 
 
 class Limiter:
@@ -65,8 +62,10 @@ class Limiter:
 
     def __init__(self, tx: Transaction, customers: Sequence[str], now: float) -> None:
         self._tx, self._names, self._now_ms = tx, list(customers), int(now * 1000)
-        self._customers: dict[str, _Customer] | None = None
-        self._counted = False  # the open holds in the database
+        self._use_of: dict[str, dict[str, _Use]] | None = None  # by scope
+        self._caps_of: dict[str, dict[str, tuple[int | None, Limits]]] | None = None
+        self._open_of: dict[str, Counter[str]] | None = None  # holds in the database
+        self._marks = ", ".join("?" * len(self._names))
         self._moved: dict[str, Counter[str]] = {}  # holds opened and closed in this transaction
 
     # ---- a request begins --------------------------------------------------------------------------------------
@@ -129,45 +128,46 @@ class Limiter:
     # ---- in between --------------------------------------------------------------------------------------------
 
     def write(self) -> None:
-        if self._customers is None:
+        if self._use_of is None:
             return
         columns = (*PERIOD_MS, "at_ms")
         rows: dict[bool, list[tuple]] = {False: [], True: []}
-        for name, customer in self._customers.items():
-            for scope, use in customer.use.items():
+        for name, used in self._use_of.items():
+            for scope, use in used.items():
                 if use.changed:
                     rows[use.stored].append((name, scope, *use.levels.values(), use.at_ms))
         self._tx.insert("limit_use", ("customer", "scope", *columns), rows[False])
         self._tx.update("limit_use", ("customer", "scope"), columns, rows[True])
 
-    def _load(self) -> dict[str, _Customer]:
-        if self._customers is None:
-            self._customers = {name: _Customer() for name in self._names}
-            marks = ", ".join("?" * len(self._names))
-            for row in self._tx(
-                "SELECT customer, scope, tier, concurrency, requests, tokens, day_tokens FROM caps "
-                f"WHERE customer IN ({marks})", self._names,
-            ).fetchall():  # fmt: skip
-                self._customers[row[0]].caps[row[1]] = (row[2], Limits(*tuple(row)[3:]))
-            for row in self._tx(
-                f"SELECT customer, scope, requests, tokens, day_tokens, at_ms FROM limit_use WHERE customer IN ({marks})",
-                self._names,
-            ).fetchall():
-                levels = dict(zip(PERIOD_MS, tuple(row)[2:5], strict=True))
-                self._customers[row[0]].use[row[1]] = _Use(levels, row[5], stored=True)
-        return self._customers
+    def _caps(self, customer: str) -> dict[str, tuple[int | None, Limits]]:
+        """(tier set by hand, limits) by scope."""
+        if self._caps_of is None:
+            self._caps_of = {name: {} for name in self._names}
+            sql = f"SELECT customer, scope, tier, concurrency, requests, tokens, day_tokens FROM caps WHERE customer IN ({self._marks})"
+            for name, scope, tier, *limits in self._tx(sql, self._names).fetchall():
+                self._caps_of[name][scope] = (tier, _limits(*limits))
+        return self._caps_of[customer]
+
+    def _uses(self, customer: str) -> dict[str, _Use]:
+        if self._use_of is None:
+            self._use_of = {name: {} for name in self._names}
+            sql = f"SELECT customer, scope, requests, tokens, day_tokens, at_ms FROM limit_use WHERE customer IN ({self._marks})"
+            for name, scope, requests, tokens, day_tokens, at_ms in self._tx(sql, self._names).fetchall():
+                levels = {"requests": requests, "tokens": tokens, "day_tokens": day_tokens}
+                self._use_of[name][scope] = _Use(levels, at_ms, stored=True)
+        return self._use_of[customer]
 
     def _limits(self, customer: str, project: str, key: str, ladder: Ladder, recharged_nano: int) -> dict[str, Limits]:
         """By scope, widest first; only what limits anything."""
-        caps = self._load()[customer].caps
-        tier, own = caps.get("", (None, Limits()))
+        caps = self._caps(customer)
+        tier, own = caps.get("", (None, NONE))
         found = {"": own.over(ladder.limits(recharged_nano, tier))}
         found |= {scope: caps[scope][1] for scope in (project, key) if scope and scope in caps}
         return {scope: limits for scope, limits in found.items() if not limits.none}
 
     def _use(self, customer: str, scope: str, limits: Limits) -> _Use:
         """Drained up to now."""
-        uses = self._load()[customer].use
+        uses = self._uses(customer)
         use = uses.setdefault(scope, _Use(dict.fromkeys(PERIOD_MS, 0), self._now_ms, stored=False))
         elapsed = max(self._now_ms - use.at_ms, 0)
         if elapsed:
@@ -179,21 +179,20 @@ class Limiter:
 
     def _reduce(self, customer: str, scope: str, which: str, back: int) -> None:
         """Taking out before draining comes to the same as after, because both stop at zero."""
-        use = self._load()[customer].use.get(scope)
+        use = self._uses(customer).get(scope)
         if use is not None:
             use.levels[which] = max(use.levels[which] - back, 0)
             use.changed = True
 
     def _running(self, customer: str, scope: str) -> int:
-        if not self._counted:  # for all customers at once: they come in batches
-            self._counted = True
-            marks = ", ".join("?" * len(self._names))
-            sql = (f"SELECT customer, project, key_id, COUNT(*) FROM holds WHERE state = 'open' AND customer IN ({marks}) "
+        if self._open_of is None:  # for all customers at once: they come in batches
+            self._open_of = {name: Counter() for name in self._names}
+            sql = (f"SELECT customer, project, key_id, COUNT(*) FROM holds WHERE state = 'open' AND customer IN ({self._marks}) "
                    "GROUP BY customer, project, key_id")  # fmt: skip
             for name, project, key, count in self._tx(sql, self._names).fetchall():
-                self._load()[name].open.update({place: count for place in {"", project, key}})
+                self._open_of[name].update({place: count for place in {"", project, key}})
         moved = self._moved.get(customer)
-        return self._load()[customer].open[scope] + (moved[scope] if moved else 0)
+        return self._open_of[customer][scope] + (moved[scope] if moved else 0)
 
     def _standing(self, customer: str, limited: dict[str, Limits]) -> Standing:
         gauges: dict[str, Gauge] = {}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 from tidelock.service.db import Conflict, StorageDown
 
@@ -28,12 +28,12 @@ class Sqlite:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._write_lock, self._read_lock = threading.RLock(), threading.RLock()
+        self.write_lock, self._read_lock = threading.RLock(), threading.RLock()
         with _errors():
             self._writer, self._durable = self._connect(), True
             self._reader = self._writer
             if path == ":memory:":
-                self._read_lock = self._write_lock
+                self._read_lock = self.write_lock
             else:
                 self._writer.execute("PRAGMA journal_mode = WAL")
                 self._reader = self._connect()
@@ -50,22 +50,18 @@ class Sqlite:
         connection.execute("PRAGMA foreign_keys = ON")
         return connection
 
-    @contextmanager
-    def transaction(self, durable: bool = True) -> Iterator[_Transaction]:
-        with self._write_lock, _errors():
-            if durable is not self._durable:  # in WAL mode NORMAL leaves out nothing but the flush at the end
-                self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-                self._durable = durable
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield _Transaction(self._writer)
-                self._writer.execute("COMMIT")
-            except BaseException:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                raise
+    def transaction(self, durable: bool = True) -> _Writing:
+        return _Writing(self, durable)
 
     migration = transaction  # BEGIN IMMEDIATE already keeps every other writer out
+
+    def begin(self, durable: bool) -> sqlite3.Connection:
+        """With the write lock held."""
+        if durable is not self._durable:  # in WAL mode NORMAL leaves out nothing but the flush at the end
+            self._writer.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._durable = durable
+        self._writer.execute("BEGIN IMMEDIATE")
+        return self._writer
 
     def read(self, sql: str, args: Sequence[Any]) -> list[sqlite3.Row]:
         with self._read_lock, _errors():
@@ -93,7 +89,7 @@ class Sqlite:
         ]
 
     def close(self) -> None:
-        with self._write_lock, self._read_lock:
+        with self.write_lock, self._read_lock:
             self._reader.close()
             self._writer.close()
 
@@ -104,6 +100,38 @@ def _frozen(connection: sqlite3.Connection) -> Iterator[_Transaction]:
         yield _Transaction(connection)
     finally:
         connection.execute("COMMIT")
+
+
+class _Writing:
+    """A transaction that writes, as a statement: `contextmanager` would be three generators deep, twice a request."""
+
+    def __init__(self, backend: Sqlite, durable: bool) -> None:
+        self._backend, self._durable = backend, durable
+
+    def __enter__(self) -> _Transaction:
+        self._backend.write_lock.acquire()
+        try:
+            self._connection = self._backend.begin(self._durable)
+        except BaseException as error:
+            self._backend.write_lock.release()
+            _raise_ours(error)
+        return _Transaction(self._connection)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            if kind is None:
+                try:
+                    self._connection.execute("COMMIT")
+                    return
+                except BaseException as failed:
+                    error = failed
+            if self._connection.in_transaction:
+                with _errors():
+                    self._connection.execute("ROLLBACK")
+        finally:
+            self._backend.write_lock.release()
+        if kind is None or isinstance(error, sqlite3.Error):
+            _raise_ours(error)
 
 
 class _Transaction:
@@ -119,10 +147,15 @@ class _Transaction:
         return iter(self._execute(sql, args))
 
     def insert(self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        if len(rows) == 1:
+            self._execute(_insert(table, tuple(columns), 1), rows[0])
+            return
         for part in _powers_of_two(rows):
             self._execute(_insert(table, tuple(columns), len(part)), list(chain.from_iterable(part)))
 
     def update(self, table: str, keys: Sequence[str], values: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        if not rows:
+            return
         keys, values, at = tuple(keys), tuple(values), 0
         while len(rows) - at > FEW:
             size = max(SMALLEST, min(64, 1 << (len(rows) - at).bit_length() - 1))
@@ -176,9 +209,14 @@ def _marks(columns: int, rows: int) -> str:
 def _errors() -> Iterator[None]:
     try:
         yield
-    except sqlite3.IntegrityError as error:
+    except sqlite3.Error as error:
+        _raise_ours(error)
+
+
+def _raise_ours(error: BaseException) -> NoReturn:
+    if isinstance(error, sqlite3.IntegrityError):
         raise Conflict(str(error)) from error
-    except sqlite3.DatabaseError as error:
-        if isinstance(error, sqlite3.ProgrammingError) or getattr(error, "sqlite_errorname", "") == "SQLITE_ERROR":
-            raise  # our SQL is wrong; waiting will not help
-        raise StorageDown(str(error)) from error
+    wrong = isinstance(error, sqlite3.ProgrammingError) or getattr(error, "sqlite_errorname", "") == "SQLITE_ERROR"
+    if not isinstance(error, sqlite3.DatabaseError) or wrong:  # if our SQL is wrong, waiting will not help
+        raise error
+    raise StorageDown(str(error)) from error
