@@ -257,6 +257,7 @@ def test_headers_speak_all_three_dialects_and_are_live(service):
     assert (first["x-ratelimit-limit-requests"], first["x-ratelimit-remaining-requests"]) == ("100", "99")
     assert second["x-ratelimit-remaining-requests"] in ("98", "99") and first["x-ratelimit-limit"] == "100"
     assert re.fullmatch(r"\d+ms|[\d.]+s|\d+m[\d.]+s", first["x-ratelimit-reset-tokens"])
+    assert not any(name.startswith("anthropic-") for name in first)  # each in its own words
     usage = answers[0].parse().usage
     kept = 60_000 - int(second["x-ratelimit-remaining-tokens"])
     assert kept <= 2 * usage.prompt_tokens + usage.completion_tokens + 400  # the first gave its unused part back

@@ -20,9 +20,12 @@ from tidelock.service import record, run, wire
 from tidelock.service.answer import Bill, Ended, Event
 from tidelock.service.ask import Ask
 from tidelock.service.auth import authenticate, look_up
+from tidelock.service.deadline import within
 from tidelock.service.errors import ApiError
 from tidelock.service.http import as_api_error, failure, for_client, received
 from tidelock.service.keys import Key
+from tidelock.service.limiter import Standing
+from tidelock.service.limits import limit_headers
 from tidelock.service.replay import Recorder
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
@@ -76,7 +79,7 @@ class Endpoint:
             translation = self._surface(self._state, key, request, body)
             turn = await run.prepare(self._state, key, translation.ask, request_id)
             translation.begin(turn)
-            out.headers = turn.headers
+            out.limits = turn.standing, translation.anthropic
             watch = Watch(receive, self._state, turn)
             try:
                 await self._answer(turn, translation, watch.left, out)
@@ -118,7 +121,7 @@ class Output:
     def __init__(self, send: Send, request_id: str, patience_s: float) -> None:
         self._send, self._request_id, self._patience_s = send, request_id, patience_s
         self.started = False
-        self.headers: dict[str, str] = {}  # read when the answer begins
+        self.limits: tuple[list[Standing], bool] = ([], False)  # as they stand when the answer begins; in Anthropic's words
 
     async def json(self, body: Any) -> None:
         data = wire.encode(body)
@@ -131,7 +134,7 @@ class Output:
             await self._start(b"text/event-stream; charset=utf-8")
         if data or not more:
             try:
-                async with asyncio.timeout(self._patience_s):
+                with within(self._patience_s):
                     await self._send({"type": "http.response.body", "body": data, "more_body": more})
             except TimeoutError:
                 raise Stalled from None
@@ -140,7 +143,9 @@ class Output:
         self.started = True
         name = self._request_id.encode()
         headers = [(b"content-type", content_type), (b"cache-control", b"no-store"), *more]
-        headers += [(key.encode(), value.encode()) for key, value in self.headers.items()]
+        standing, anthropic = self.limits
+        for one in standing:
+            headers += [(k.encode(), v.encode()) for k, v in limit_headers(one, anthropic=anthropic).items()]
         headers += [(b"x-request-id", name), (b"request-id", name), (b"msh-request-id", name)]  # as `http.id_headers`
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 

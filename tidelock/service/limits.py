@@ -10,23 +10,25 @@ from functools import lru_cache
 from tidelock.service.limiter import Gauge, Standing
 
 
-def limit_headers(standing: Standing, now: float | None = None) -> dict[str, str]:
-    """Limit, what remains of it, and when all of it is free again; nothing for what has no limit."""
-    at_ms = math.ceil((time.time() if now is None else now) * 1000)
+def limit_headers(standing: Standing, now: float | None = None, anthropic: bool | None = None) -> dict[str, str]:
+    """Limit, what remains of it, and when all of it is free again; nothing for what has no limit. `anthropic`: in the words of
+    its clients, or of the others'; None: in all of them."""
     headers: dict[str, str] = {}
-    for name, gauge in (("requests", standing.requests), ("tokens", standing.tokens)):
-        if gauge is None:
-            continue
-        headers |= {
-            f"x-ratelimit-limit-{name}": str(gauge.limit),
-            f"x-ratelimit-remaining-{name}": str(gauge.remaining),
-            f"x-ratelimit-reset-{name}": duration(gauge.reset_ms),
-            f"anthropic-ratelimit-{name}-limit": str(gauge.limit),
-            f"anthropic-ratelimit-{name}-remaining": str(gauge.remaining),
-            f"anthropic-ratelimit-{name}-reset": _rfc3339(-(-(at_ms + gauge.reset_ms) // 1000)),
-        }
-    if (kimi := standing.requests or standing.tokens) is not None:
-        headers |= _kimi(kimi)
+    if anthropic is not False:
+        at_ms = math.ceil((time.time() if now is None else now) * 1000)
+        for name, gauge in (("requests", standing.requests), ("tokens", standing.tokens)):
+            if gauge is not None:
+                headers[f"anthropic-ratelimit-{name}-limit"] = str(gauge.limit)
+                headers[f"anthropic-ratelimit-{name}-remaining"] = str(gauge.remaining)
+                headers[f"anthropic-ratelimit-{name}-reset"] = _rfc3339(-(-(at_ms + gauge.reset_ms) // 1000))
+    if not anthropic:
+        for name, gauge in (("requests", standing.requests), ("tokens", standing.tokens)):
+            if gauge is not None:
+                headers[f"x-ratelimit-limit-{name}"] = str(gauge.limit)
+                headers[f"x-ratelimit-remaining-{name}"] = str(gauge.remaining)
+                headers[f"x-ratelimit-reset-{name}"] = duration(gauge.reset_ms)
+        if (kimi := standing.requests or standing.tokens) is not None:
+            headers |= _kimi(kimi)
     return headers
 
 

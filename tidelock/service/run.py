@@ -21,11 +21,11 @@ from tidelock.service import errors
 from tidelock.service.answer import Bill, Choice, Ended, Event, Piece, Usage
 from tidelock.service.ask import Ask
 from tidelock.service.errors import ApiError
+from tidelock.service.deadline import within
 from tidelock.service.forcing import constraint, held
 from tidelock.service.books import Admission, BudgetReached, InsufficientBalance, Latency, Metered
 from tidelock.service.keys import Key
-from tidelock.service.limiter import RateLimited
-from tidelock.service.limits import limit_headers
+from tidelock.service.limiter import RateLimited, Standing
 from tidelock.service.reported import billed, upstream
 from tidelock.service.state import ServiceState
 from tidelock.service.tab import Tab, opened
@@ -56,7 +56,7 @@ class Turn(Struct, frozen=True):
     max_tokens: int  # of each choice
     mode: str  # of the price book
     began: float  # time.monotonic()
-    headers: dict[str, str] = {}  # what the answer's headers say of the limits, once it is admitted
+    standing: list[Standing] = []  # of the limits, once it is admitted: what the answer's headers say
 
     @property
     def choice_ids(self) -> tuple[str, ...]:
@@ -241,7 +241,7 @@ async def metered(state: ServiceState, turn: Turn) -> AsyncIterator[Meter]:
     )
     try:
         async with opened(state.till, admission, turn.ask.stream) as tab:
-            turn.headers.update(limit_headers(tab.hold.standing))
+            turn.standing.append(tab.hold.standing)
             yield Meter(state, turn, tab)
     except BudgetReached:
         raise errors.budget_reached() from None
@@ -260,9 +260,8 @@ async def whole(
     """
     async with metered(state, turn) as meter:
         try:
-            async with asyncio.timeout(state.request_timeout_s):
-                with state.tally.computing(state.model):
-                    await _together([_sampled(state, turn, meter, choice) for choice in meter.choices])
+            with within(state.request_timeout_s), state.tally.computing(state.model):
+                await _together([_sampled(state, turn, meter, choice) for choice in meter.choices])
             if not meter.complete:
                 raise _stopped_early()
         except TimeoutError:

@@ -107,11 +107,11 @@ class Till:
 
     async def _owed(self, operation: _Operation) -> Any:
         """Whoever stops waiting, or is cancelled, leaves the operation in the queue: it is booked all the same."""
+        timer = operation.loop.call_later(self._patience_s, _give_up, operation.future)
         try:
-            async with asyncio.timeout(self._patience_s):
-                return await operation.future
-        except TimeoutError:
-            raise StorageDown("the database is down; the bill will be written when it is back") from None
+            return await operation.future
+        finally:
+            timer.cancel()
 
     def _submit(
         self, customer: str, request_id: str, apply: Callable[[Books], Any], *, new: bool = False, owed: bool = False
@@ -219,6 +219,11 @@ class Till:
             return
         for operation in owed:
             self._queue.put(operation)
+
+
+def _give_up(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(StorageDown("the database is down; the bill will be written when it is back"))
 
 
 def _resolve(results: list[tuple[_Operation, Any]]) -> list[_Operation]:

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from json.encoder import encode_basestring
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,9 @@ class Node(Struct, frozen=True):
     @staticmethod
     def of(parent: str | None, message: Message, ids: Sequence[int], *, scope: str, **rest: Any) -> Node:
         """A node with its id derived from what it is and where it hangs: adding it twice adds it once."""
-        identity = json.dumps([parent, scope, digest(message), list(ids)]).encode()
-        node_id = hashlib.blake2b(identity, digest_size=16).hexdigest()
+        above = "null" if parent is None else f'"{parent}"'
+        identity = f'[{above}, {_quoted(scope)}, "{digest(message)}", {list(ids)}]'  # JSON, as `json.dumps` writes it
+        node_id = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
         return Node(node_id, parent, scope, message, tuple(ids), **{"created": time.time(), **rest})
 
 
@@ -104,6 +106,7 @@ class Served(Struct, frozen=True):
 
 CACHED_CHARS = 2048  # a client sends a conversation again with each turn, and most of its messages are short
 _sorted = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
+_quoted = lru_cache(4096)(json.dumps)  # of a scope
 
 
 def digest(message: Message) -> str:
@@ -118,15 +121,20 @@ def digest(message: Message) -> str:
 
 @lru_cache(16_384)
 def _of_words(role: Any, content: str, reasoning: str, name: str | None) -> str:
-    return _digest(Message(role, content, reasoning, name=name))
+    """As `_digest` would have it."""
+    named = "null" if name is None else encode_basestring(name)
+    words = ", ".join((encode_basestring(role), encode_basestring(content), encode_basestring(reasoning)))
+    return _hash(f"[{words}, [], {named}, []]")
 
 
 def _digest(message: Message) -> str:
     calls = [[c.name, c.arguments] for c in message.tool_calls]
     tools = [[t.name, t.description, t.parameters] for t in message.tools]
-    public = [message.role, message.content, message.reasoning, calls, message.name, tools]
-    encoded = _sorted(public).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(encoded, digest_size=16).hexdigest()
+    return _hash(_sorted([message.role, message.content, message.reasoning, calls, message.name, tools]))
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def message_to_dict(m: Message) -> dict[str, Any]:
