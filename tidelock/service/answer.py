@@ -18,7 +18,7 @@ from tidelock.tokens.template import Template, count_calls
 from tidelock.tokens.turn import call_id
 
 
-class Token(Struct, frozen=True):
+class Token(Struct, frozen=True, gc=False):
     """One sampled token of the visible text, for clients that ask for log-probabilities."""
 
     data: bytes
@@ -26,7 +26,7 @@ class Token(Struct, frozen=True):
     top: tuple[tuple[bytes, float], ...] = ()
 
 
-class Piece(Struct, frozen=True):
+class Piece(Struct, frozen=True, gc=False):
     """kind: "reasoning" | "content" | "call" (text = the tool's name, `id` set) | "arguments" (JSON text)."""
 
     choice: int
@@ -37,7 +37,7 @@ class Piece(Struct, frozen=True):
     tokens: tuple[Token, ...] = ()
 
 
-class Ended(Struct, frozen=True):
+class Ended(Struct, frozen=True, gc=False):
     """`message` as the client sees it: without what it had put into the answer's mouth, cut at the stop string."""
 
     choice: int
@@ -47,7 +47,7 @@ class Ended(Struct, frozen=True):
     tokens: tuple[Token, ...] = ()
 
 
-class Usage(Struct, frozen=True):
+class Usage(Struct, frozen=True, gc=False):
     """What one request used, summed over its choices; the prompt counts once. `nano_usd` is the exact charge."""
 
     prompt_tokens: int
@@ -57,7 +57,7 @@ class Usage(Struct, frozen=True):
     nano_usd: int = 0
 
 
-class Bill(Struct, frozen=True):
+class Bill(Struct, frozen=True, gc=False):
     """The last word: settled and stored."""
 
     usage: Usage

@@ -27,7 +27,7 @@ ANY_TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")  # what other APIs take
 SESSION, SANDBOX, CONSENT = "session_id", "sandbox_level", "training_consent"  # in a request's metadata
 
 
-class Origin(Struct, frozen=True):
+class Origin(Struct, frozen=True, gc=False):
     """Where a request belongs in the trace and what may be done with it; from its metadata, on every surface."""
 
     session: str = "default"

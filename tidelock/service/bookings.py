@@ -21,7 +21,7 @@ class BudgetReached(InsufficientBalance):
     """They do, and a hard budget does not."""
 
 
-class Admission(Struct, frozen=True):
+class Admission(Struct, frozen=True, gc=False):
     """What a request wants admitted: the prompt whole, and of `max_tokens` of answer as many as the pockets cover."""
 
     request_id: str
@@ -43,7 +43,7 @@ class Admission(Struct, frozen=True):
     budgeted: bool = False  # somebody has budgets: look whether they apply
 
 
-class Hold(Struct, frozen=True):
+class Hold(Struct, frozen=True, gc=False):
     """Money set aside for one request. It covers `max_tokens` of answer so far; `extend` covers more."""
 
     request_id: str
@@ -60,7 +60,7 @@ class Hold(Struct, frozen=True):
     standing: Standing = Standing()  # of the limits, right after this was admitted
 
 
-class Upstream(Struct, frozen=True):
+class Upstream(Struct, frozen=True, gc=False):
     """Whose work a request was and what they say it used; stored beside the bill, to be compared with it. None: unsaid."""
 
     prompt_tokens: int | None = None
@@ -69,7 +69,7 @@ class Upstream(Struct, frozen=True):
     name: str | None = None  # None: the engine in this process
 
 
-class Latency(Struct, frozen=True):
+class Latency(Struct, frozen=True, gc=False):
     """Milliseconds from a request's arrival: until the model was asked, until its first token, until the bill."""
 
     wait_ms: int | None = None
@@ -77,7 +77,7 @@ class Latency(Struct, frozen=True):
     total_ms: int | None = None
 
 
-class Metered(Struct, frozen=True):
+class Metered(Struct, frozen=True, gc=False):
     """What a request turned out to use, and why it ended."""
 
     counts: Counts

@@ -33,13 +33,13 @@ class RateLimited(Exception):
         self.which, self.current, self.limit, self.retry_s, self.standing = which, current, limit, retry_s, standing
 
 
-class Gauge(Struct, frozen=True):
+class Gauge(Struct, frozen=True, gc=False):
     limit: int
     remaining: int
     reset_ms: int  # until all of it is free again
 
 
-class Standing(Struct, frozen=True):
+class Standing(Struct, frozen=True, gc=False):
     """The scarcest of each kind that counts for a key, as of now."""
 
     requests: Gauge | None = None

@@ -21,7 +21,7 @@ NANO_PER_USD = 1_000_000_000
 Factor = tuple[int, int]  # numerator, denominator
 
 
-class Counts(Struct, frozen=True):
+class Counts(Struct, frozen=True, gc=False):
     """What one request used. `prompt` counts all prompt tokens; the three after it are parts of it."""
 
     prompt: int

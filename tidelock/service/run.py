@@ -37,7 +37,7 @@ from tidelock.tokens.trace import Node, Served
 Also = Callable[[Any, list[Ended], Bill], None]
 
 
-class Turn(Struct, frozen=True):
+class Turn(Struct, frozen=True, gc=False):
     """An `Ask` in its place in the trace, ready to be sampled. `new` are the messages not stored yet, each with the
     ids it adds."""
 

@@ -234,12 +234,12 @@ class ChatMLParser(TurnParser):
 
     nesting = NESTING
     sinks = {"start": "content", "reasoning": "reasoning", "content": "content", "call": "value", "arguments": "value"}
+    entering = {"call": "_begin_call", "arguments": "_end_id"}
+    leaving = {"arguments": "_end_arguments", "call": "_end_call"}
 
     def __init__(self, template: ChatML, calls_before: int, tools: Sequence[ToolSpec] = ()) -> None:
         super().__init__(template, template.table, template.start, calls_before)
         self.tools = tools
-        self.entering = {"call": self._begin_call, "arguments": self._end_id}
-        self.leaving = {"arguments": self._end_arguments, "call": self._end_call}
         self.identified = self.named = False  # whether the open call's id is complete, whether it said a name
 
     def _read(self, token: int) -> None:

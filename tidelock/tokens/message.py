@@ -14,7 +14,7 @@ Role = Literal["system", "user", "assistant", "tool"]
 DIRECTIVES = ("thinking-effort", "tool-choice", "response-format")
 
 
-class ToolSpec(Struct, frozen=True):
+class ToolSpec(Struct, frozen=True, gc=False):
     """A tool as the model sees it. `parameters` is a JSON Schema object."""
 
     name: str
@@ -26,7 +26,7 @@ class ToolSpec(Struct, frozen=True):
         return {"type": "function", "function": function}
 
 
-class ToolCall(Struct, frozen=True):
+class ToolCall(Struct, frozen=True, gc=False):
     """One call. `arguments` is the parsed JSON object; `id` is `functions.{name}:{n}`, where n counts every
     call of the conversation from 0 (K2 report, App. B), so it can be re-derived from the position alone."""
 

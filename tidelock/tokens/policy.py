@@ -42,14 +42,14 @@ class Prompt(tuple[int, ...]):
         return prompt
 
 
-class Constraint(Struct, frozen=True):
+class Constraint(Struct, frozen=True, gc=False):
     """What the sampled text must match. Compiled and cached by whoever samples."""
 
     kind: str  # "json_schema" | "regex" | "lark" (a grammar in Lark's syntax, special tokens as <name>)
     text: str
 
 
-class SamplingParams(Struct, frozen=True):
+class SamplingParams(Struct, frozen=True, gc=False):
     """How to sample, and with what urgency. `seed` makes the draw reproducible whatever else shares the batch."""
 
     max_tokens: int = 256
@@ -95,14 +95,14 @@ def kept_ids(kept: tuple[int, ...] | bytes) -> np.ndarray:
     return np.asarray(kept, dtype=np.int64)
 
 
-class Source(Struct, frozen=True):
+class Source(Struct, frozen=True, gc=False):
     """Which of several upstreams sampled a chunk, and whether its ids and log-probabilities are the sampler's own."""
 
     name: str
     exact: bool
 
 
-class Reported(Struct, frozen=True):
+class Reported(Struct, frozen=True, gc=False):
     """What an upstream says one answer used, by its own count and its own tokenizer. None: it does not say (0 is a number)."""
 
     prompt_tokens: int | None = None
@@ -120,7 +120,7 @@ class Reported(Struct, frozen=True):
         return Reported(*(n if type(n) is int and 0 <= n < 2**53 else None for n in counts))
 
 
-class Chunk(Struct, frozen=True):
+class Chunk(Struct, frozen=True, gc=False):
     """Some newly sampled tokens. The last chunk of a request, and only it, has a `finish_reason`."""
 
     ids: tuple[int, ...]

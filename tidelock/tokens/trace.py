@@ -28,7 +28,7 @@ from .siblings import Siblings, journals
 from .template import Template
 
 
-class Node(Struct, frozen=True):
+class Node(Struct, frozen=True, gc=False):
     """One message of a conversation and the ids it added. Make one with `Node.of`, which derives the id.
 
     sampled: how many of the trailing ids were sampled (0 for messages that came in); `logprobs` belong to those.
@@ -77,7 +77,7 @@ class Node(Struct, frozen=True):
         return Node(node_id, parent, scope, message, tuple(ids), **{"created": time.time(), **rest})
 
 
-class Outcome(Struct, frozen=True):
+class Outcome(Struct, frozen=True, gc=False):
     """A verdict on the conversation that ends in `node`.
 
     Somebody whose request failed may have got there in smaller steps, each a conversation of its own. Then `request` is
@@ -93,7 +93,7 @@ class Outcome(Struct, frozen=True):
     steps: tuple[str, ...] = ()
 
 
-class Served(Struct, frozen=True):
+class Served(Struct, frozen=True, gc=False):
     """That a request was answered, and with what. Two requests with equal answers share the nodes, not this: it is what
     joins the trace to the bills. `sampled` counts the tokens of all its answers."""
 
@@ -201,7 +201,8 @@ class Trace:
         self.nodes: dict[str, Node] = {}
         self.withdrawn: set[str] = set()  # scopes whose owner took consent back
         self._children: dict[str | None, list[str]] = defaultdict(list)
-        self._by_message: dict[tuple[str, str | None, str], list[str]] = defaultdict(list)
+        # a tuple of strings is nothing to the collector of cycles, a list is for ever
+        self._by_message: dict[tuple[str, str | None, str], tuple[str, ...]] = defaultdict(tuple)
         self._outcomes: dict[str, list[Outcome]] = defaultdict(list)
 
     @staticmethod
@@ -230,7 +231,7 @@ class Trace:
             return
         self.nodes[node.id] = node
         self._children[node.parent].append(node.id)
-        self._by_message[node.scope, node.parent, digest(node.message)].append(node.id)
+        self._by_message[node.scope, node.parent, digest(node.message)] += (node.id,)
 
     def get(self, node_id: str) -> Node | None:
         return self.nodes.get(node_id)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .template import Template
 
 
-class Delta(Struct, frozen=True):
+class Delta(Struct, frozen=True, gc=False):
     """A piece of a message while it is being sampled.
 
     The pieces of one kind join to what the finished message says; those of one call's `tool_arguments` join to its
@@ -41,6 +41,7 @@ def make_calls(raw: Sequence[tuple[str, dict[str, Any]]], calls_before: int) -> 
     return tuple(ToolCall(call_id(name, calls_before + i), name, args) for i, (name, args) in enumerate(raw))
 
 
+_Utf8 = codecs.getincrementaldecoder("utf-8")
 Table = Mapping[str, Mapping[Hashable, str]]
 
 
@@ -48,25 +49,26 @@ class TurnParser:
     """`feed` the ids after the generation prompt, in any chunks, then `finish`.
 
     nesting: for each state, the elements that are open in it, outermost first. sinks: where text goes in a state:
-    "reasoning", "content" or "value" (a call's name or argument being collected); nowhere in any other state.
+    "reasoning", "content" or "value" (a call's name or argument being collected); nowhere in any other state. entering,
+    leaving: the methods to call when an element opens or ends, by name: bound ones would tie every parser into a cycle.
     """
 
     nesting: Mapping[str, tuple[str, ...]]
     sinks: Mapping[str, str]
+    entering: Mapping[str, str] = {}
+    leaving: Mapping[str, str] = {}
 
     def __init__(self, template: Template, table: Table, start: str, calls_before: int) -> None:
         self.template, self.table, self.state, self.calls_before = template, table, start, calls_before
         self.ids: list[int] = []
         self.reasoning_ids = 0  # how many of them lie in the reasoning, its opening marker included
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.entering: dict[str, Callable[[], None]] = {}
-        self.leaving: dict[str, Callable[[], None]] = {}
         self._text: dict[str, list[str]] = {"reasoning": [], "content": [], "value": []}
         self._streams_value = False  # text of a value goes out while it arrives, as the inside of a JSON string
         self._deltas: list[Delta] = []
         self._heard: bytes | None = None  # what the last id added to the content
         # Holds back the bytes of an unfinished character.
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = _Utf8("replace")
 
     def feed(self, ids: Sequence[int], stop: str | None = None) -> list[Delta]:
         """`stop`: the stop string in which these ids end; the content is cut before it, the ids stay what they are."""
@@ -144,10 +146,11 @@ class TurnParser:
         for element in reversed(self.nesting[self.state]):
             if element in kept:
                 break
-            self.leaving.get(element, _nothing)()
+            if name := self.leaving.get(element):
+                getattr(self, name)()
         self.state = target
-        if not closing:
-            self.entering.get(target, _nothing)()
+        if not closing and (name := self.entering.get(target)):
+            getattr(self, name)()
 
     def _hear(self, tokens: Sequence[int]) -> None:
         heard = self.template.tokenizer.decode_bytes(tokens)
@@ -172,7 +175,3 @@ class TurnParser:
         text = "".join(self._text["value"])
         self._text["value"].clear()
         return text
-
-
-def _nothing() -> None:
-    pass

@@ -288,12 +288,12 @@ class XTMLParser(TurnParser):
 
     nesting = NESTING
     sinks = {"think": "reasoning", "response": "content", "argument": "value"}
+    entering = {"call": "_begin_call", "argument": "_begin_argument"}
+    leaving = {"call": "_end_call", "argument": "_end_argument"}
 
     def __init__(self, template: XTML, calls_before: int) -> None:
         super().__init__(template, TABLE, template.start, calls_before)
         self.marks = template
-        self.entering = {"call": self._begin_call, "argument": self._begin_argument}
-        self.leaving = {"call": self._end_call, "argument": self._end_argument}
         self.header: list[int] | None = None  # ids of the header being read
         self.closing = False  # whether that header is a closing one
         self.attributes: dict[str, str] = {}

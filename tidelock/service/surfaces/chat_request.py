@@ -15,11 +15,11 @@ from tidelock.tokens.message import Message, ToolSpec
 from tidelock.tokens.policy import SamplingParams
 
 
-class TextPart(msgspec.Struct, tag_field="type", tag="text"):
+class TextPart(msgspec.Struct, gc=False, tag_field="type", tag="text"):
     text: str
 
 
-class RefusalPart(msgspec.Struct, tag_field="type", tag="refusal"):
+class RefusalPart(msgspec.Struct, gc=False, tag_field="type", tag="refusal"):
     refusal: str
 
     @property
@@ -27,11 +27,11 @@ class RefusalPart(msgspec.Struct, tag_field="type", tag="refusal"):
         return self.refusal
 
 
-class Link(msgspec.Struct):
+class Link(msgspec.Struct, gc=False):
     url: str
 
 
-class ImagePart(msgspec.Struct, tag_field="type", tag="image_url"):
+class ImagePart(msgspec.Struct, gc=False, tag_field="type", tag="image_url"):
     image_url: str | Link
     kind = "image"
     text = "[image]"
@@ -41,7 +41,7 @@ class ImagePart(msgspec.Struct, tag_field="type", tag="image_url"):
         return self.image_url if isinstance(self.image_url, str) else self.image_url.url
 
 
-class VideoPart(msgspec.Struct, tag_field="type", tag="video_url"):
+class VideoPart(msgspec.Struct, gc=False, tag_field="type", tag="video_url"):
     video_url: str | Link
     kind = "video"
     text = "[video]"
@@ -51,30 +51,30 @@ class VideoPart(msgspec.Struct, tag_field="type", tag="video_url"):
         return self.video_url if isinstance(self.video_url, str) else self.video_url.url
 
 
-class FunctionCall(msgspec.Struct):
+class FunctionCall(msgspec.Struct, gc=False):
     name: str
     arguments: str = "{}"
 
 
-class WireToolCall(msgspec.Struct):
+class WireToolCall(msgspec.Struct, gc=False):
     id: str
     function: FunctionCall
     type: Literal["function", "builtin_function"] = "function"
 
 
-class Function(msgspec.Struct):
+class Function(msgspec.Struct, gc=False):
     name: str
     description: str = ""
     parameters: dict[str, Any] = {}
     strict: bool | None = None
 
 
-class Tool(msgspec.Struct):
+class Tool(msgspec.Struct, gc=False):
     type: Literal["function", "builtin_function"]
     function: Function
 
 
-class WireMessage(msgspec.Struct):
+class WireMessage(msgspec.Struct, gc=False):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart | RefusalPart | ImagePart | VideoPart] | None = None
     reasoning_content: str | None = None
@@ -90,28 +90,28 @@ class WireMessage(msgspec.Struct):
         return content if isinstance(content, str) else "".join(part.text for part in content or ())
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptions(msgspec.Struct, gc=False):
     include_usage: bool = False
 
 
-class JsonSchema(msgspec.Struct):
+class JsonSchema(msgspec.Struct, gc=False):
     name: str | None = None
     schema: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class ResponseFormat(msgspec.Struct):
+class ResponseFormat(msgspec.Struct, gc=False):
     type: str
     json_schema: JsonSchema | None = None
 
 
-class Thinking(msgspec.Struct):
+class Thinking(msgspec.Struct, gc=False):
     type: Literal["enabled", "disabled"] | None = None
     keep: str | None = None
     effort: str | None = None
 
 
-class ChatRequest(msgspec.Struct):
+class ChatRequest(msgspec.Struct, gc=False):
     """The body of `POST /v1/chat/completions`."""
 
     model: str

@@ -26,22 +26,22 @@ SAMPLED, FIXED = "2023-06-01", "2026-10-21"  # API versions: with and without sa
 MIN_BUDGET = 1024
 
 
-class Text(msgspec.Struct, tag_field="type", tag="text"):
+class Text(msgspec.Struct, gc=False, tag_field="type", tag="text"):
     text: str
 
 
-class ThinkingBlock(msgspec.Struct, tag_field="type", tag="thinking"):
+class ThinkingBlock(msgspec.Struct, gc=False, tag_field="type", tag="thinking"):
     thinking: str
     signature: str = ""
 
 
-class ToolUse(msgspec.Struct, tag_field="type", tag="tool_use"):
+class ToolUse(msgspec.Struct, gc=False, tag_field="type", tag="tool_use"):
     id: str
     name: str
     input: dict[str, Any]
 
 
-class Source(msgspec.Struct):
+class Source(msgspec.Struct, gc=False):
     type: Literal["base64", "url", "file", "text"]
     media_type: str = ""
     data: str = ""
@@ -49,23 +49,23 @@ class Source(msgspec.Struct):
     file_id: str = ""
 
 
-class Image(msgspec.Struct, tag_field="type", tag="image"):
+class Image(msgspec.Struct, gc=False, tag_field="type", tag="image"):
     source: Source
     kind = "image"
 
 
-class Document(msgspec.Struct, tag_field="type", tag="document"):
+class Document(msgspec.Struct, gc=False, tag_field="type", tag="document"):
     source: Source
     kind = "file"
 
 
-class ToolResult(msgspec.Struct, tag_field="type", tag="tool_result"):
+class ToolResult(msgspec.Struct, gc=False, tag_field="type", tag="tool_result"):
     tool_use_id: str
     content: str | list[Text | Image | Document] | None = None
     is_error: bool | None = None
 
 
-class WireMessage(msgspec.Struct):
+class WireMessage(msgspec.Struct, gc=False):
     role: Literal["user", "assistant", "system"]
     content: str | list[Text | ThinkingBlock | ToolUse | ToolResult | Image | Document]
 
@@ -74,35 +74,35 @@ class WireMessage(msgspec.Struct):
         return [Text(self.content)] if isinstance(self.content, str) else self.content
 
 
-class Tool(msgspec.Struct):
+class Tool(msgspec.Struct, gc=False):
     name: str
     input_schema: dict[str, Any] | None = None
     description: str = ""
     type: str | None = None
 
 
-class ToolChoice(msgspec.Struct):
+class ToolChoice(msgspec.Struct, gc=False):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(msgspec.Struct):
+class Thinking(msgspec.Struct, gc=False):
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
 
 
-class OutputFormat(msgspec.Struct):
+class OutputFormat(msgspec.Struct, gc=False):
     type: Literal["json_schema"]
     schema: dict[str, Any]
 
 
-class OutputConfig(msgspec.Struct):
+class OutputConfig(msgspec.Struct, gc=False):
     effort: str | None = None
     format: OutputFormat | None = None
 
 
-class CountRequest(msgspec.Struct):
+class CountRequest(msgspec.Struct, gc=False):
     """The body of `POST /v1/messages/count_tokens`."""
 
     model: str

@@ -31,7 +31,7 @@ MEDIA = {"input_image": "image", "input_file": "file"}
 EARLIER = "The conversation so far, in short:"
 
 
-class Part(msgspec.Struct):
+class Part(msgspec.Struct, gc=False):
     """Text under one of its names, or an image or file by URL, data or id."""
 
     type: str
@@ -44,7 +44,7 @@ class Part(msgspec.Struct):
     detail: str | None = None
 
 
-class Item(msgspec.Struct):
+class Item(msgspec.Struct, gc=False):
     """Any input item; which fields it must have depends on its type."""
 
     type: str = "message"
@@ -59,7 +59,7 @@ class Item(msgspec.Struct):
     encrypted_content: str | None = None
 
 
-class Tool(msgspec.Struct):
+class Tool(msgspec.Struct, gc=False):
     type: str
     name: str | None = None
     description: str | None = None
@@ -67,12 +67,12 @@ class Tool(msgspec.Struct):
     strict: bool | None = None
 
 
-class Reasoning(msgspec.Struct):
+class Reasoning(msgspec.Struct, gc=False):
     effort: str | None = None
     summary: str | None = None
 
 
-class Format(msgspec.Struct):
+class Format(msgspec.Struct, gc=False):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str | None = None
     schema: dict[str, Any] | None = None
@@ -80,16 +80,16 @@ class Format(msgspec.Struct):
     description: str | None = None
 
 
-class TextConfig(msgspec.Struct):
+class TextConfig(msgspec.Struct, gc=False):
     format: Format | None = None
     verbosity: str | None = None
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptions(msgspec.Struct, gc=False):
     include_obfuscation: bool | None = None
 
 
-class InputTokensRequest(msgspec.Struct):
+class InputTokensRequest(msgspec.Struct, gc=False):
     """The body of `POST /v1/responses/input_tokens`."""
 
     model: str | None = None
@@ -107,7 +107,7 @@ class CompactRequest(InputTokensRequest):
     """The body of `POST /v1/responses/compact`."""
 
 
-class Compacted(msgspec.Struct):
+class Compacted(msgspec.Struct, gc=False):
     """What a compaction item holds: the users' last words and the summary of everything."""
 
     users: list[str]
