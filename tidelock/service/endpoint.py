@@ -157,7 +157,7 @@ class Watch:
     then is seen at once.
     """
 
-    PATIENCE_S = 0.05
+    PATIENCE_S = 0.2
 
     def __init__(self, receive: Receive, state: ServiceState, turn: Turn) -> None:
         self._receive, self._state, self._turn = receive, state, turn

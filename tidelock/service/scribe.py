@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tidelock.service.record import step
@@ -21,40 +21,62 @@ class _Answer:
 
 
 class Scribe:
+    """Its thread starts with the first answer and ends with `close`, after all that was given until then."""
+
     def __init__(self, traces: TraceStore) -> None:
         self._traces = traces
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scribe")
-        self._lock = threading.Lock()
-        self._waiting: list[_Answer] = []
-        self._writing = False
+        self._queue: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
 
     async def add(self, nodes: Sequence[Node], served: Served | None = None) -> None:
         """Returns when the nodes, and the request they answer, are on disk; a caller that is cancelled meanwhile stops waiting, not
         the writing. Raises what `TraceStore.add_many` raises."""
         loop = asyncio.get_running_loop()
         answer = _Answer(nodes, served, loop, loop.create_future())
-        with self._lock:
-            self._waiting.append(answer)
-            begin, self._writing = not self._writing, True
-        if begin:
-            self._thread.submit(self._drain)
+        if self._thread is None:
+            self._start()
+        self._queue.put(answer)
         with step("trace"):
             await answer.written
 
-    def _drain(self) -> None:
-        """In the thread: everything that waits, until nothing does."""
-        while True:
-            with self._lock:
-                batch, self._waiting = self._waiting, []
-                if not batch:
-                    self._writing = False
-                    return
-            told = list(zip(batch, self._write(batch), strict=True))
-            for loop in {answer.loop for answer in batch}:
-                try:
-                    loop.call_soon_threadsafe(_tell, [(a.written, error) for a, error in told if a.loop is loop])
-                except RuntimeError:  # the loop is closed: nobody waits
-                    pass
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="scribe", daemon=True)
+                self._thread.start()
+
+    def close(self) -> None:
+        with self._starting:
+            if self._thread is not None:
+                self._queue.put(None)
+                self._thread.join()
+                self._thread = None
+
+    def _run(self) -> None:
+        """In the thread: everything that waits, as one batch, again and again."""
+        answer = self._queue.get()
+        while answer is not None:
+            batch = []
+            try:
+                while answer is not None:
+                    batch.append(answer)
+                    answer = self._queue.get_nowait()
+            except queue.Empty:
+                pass
+            self._tell(batch, self._write(batch))
+            if answer is not None:
+                answer = self._queue.get()
+
+    def _tell(self, batch: Sequence[_Answer], errors: Sequence[Exception | None]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[None], Exception | None]]] = {}
+        for answer, error in zip(batch, errors, strict=True):
+            by_loop.setdefault(answer.loop, []).append((answer.written, error))
+        for loop, told in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_tell, told)
+            except RuntimeError:  # the loop is closed: nobody waits
+                pass
 
     def _write(self, batch: list[_Answer]) -> list[Exception | None]:
         try:

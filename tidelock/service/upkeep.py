@@ -86,6 +86,7 @@ def sweep(state: ServiceState) -> None:
 def leave(state: ServiceState) -> None:
     """Writes what is still queued; called when no request runs any more."""
     state.till.close()
+    state.scribe.close()
     try:
         flush(state)
         state.worker.leave()
