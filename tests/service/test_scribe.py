@@ -23,7 +23,9 @@ def test_answers_that_end_together_share_writes_and_are_all_on_disk(tmp_path, mo
     async def one(n: int) -> None:
         first = Node.of(None, Message("user", "hi"), [1, 2], scope=f"s{n % 5}")
         parent = "nobody" if n == 7 else first.id
-        await scribe.add([first, Node.of(parent, Message("assistant", str(n)), [n], scope=f"s{n % 5}")])
+        answer = [first, Node.of(parent, Message("assistant", str(n)), [n], scope=f"s{n % 5}")]
+        scribe.put(answer, None, written := asyncio.get_running_loop().create_future(), n)
+        assert await written == n
         assert {node.message.content for node in Trace.read(tmp_path / "trace.jsonl").nodes.values()} >= {"hi", str(n)}
 
     async def main() -> list:
@@ -38,6 +40,12 @@ def test_answers_that_end_together_share_writes_and_are_all_on_disk(tmp_path, mo
     said = [node.message.content for node in Trace.read(tmp_path / "trace.jsonl").nodes.values()]
     assert sorted(said) == sorted(["hi"] * 5 + [str(n) for n in range(40) if n != 7])
     assert len(writes) < 45
+
+    async def lost() -> None:
+        scribe.put([Node.of("nobody", Message("user", "x"), [1], scope="s")], None, written := asyncio.get_running_loop().create_future())
+        await written
+
     with pytest.raises(KeyError):
-        asyncio.run(Scribe(traces).add([Node.of("nobody", Message("user", "x"), [1], scope="s")]))
+        asyncio.run(lost())
+    scribe.close()
     traces.close()

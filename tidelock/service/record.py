@@ -106,6 +106,17 @@ class step:  # noqa: N801  (used as a statement: with step("hold"):)
                 self.span = self.record.tracing.begin(self._name, self.record)
         return self
 
+    def become(self, name: str, at: float) -> None:
+        """Since `at`, of `perf_counter`, it has been another step."""
+        if self.record is None:
+            return
+        spent = self.record.seconds
+        spent[self._name] = spent.get(self._name, 0.0) + at - self._began
+        self._name, self._began = name, at
+        if self.span is not None:
+            self.record.tracing.end(self.span, None, at)
+            self.span = self.record.tracing.begin(name, self.record, at)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self.record is None:
             return

@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 from msgspec import Struct
@@ -29,6 +30,7 @@ from tidelock.service.limiter import RateLimited, Standing
 from tidelock.service.reported import billed, upstream
 from tidelock.service.state import ServiceState
 from tidelock.service.tab import Tab, opened
+from tidelock.service.till import Then
 from tidelock.tokens.message import Message
 from tidelock.tokens.policy import Chunk, Constraint, PolicyError, Prompt, SamplingParams, drawn_from
 from tidelock.tokens.template import Template
@@ -98,8 +100,8 @@ def extended(
 ) -> tuple[str | None, tuple[tuple[Message, tuple[int, ...]], ...], list[int]]:
     """(the deepest stored node of this conversation, the messages after it with their ids, all ids)."""
     parent, known = state.traces.match(scope, ask.messages)
-    ids = list(state.traces.ids(parent.id)) if parent else []
-    seen = [node.message for node in state.traces.path(parent.id)] if parent else []
+    path = state.traces.path(parent.id) if parent else []
+    ids, seen = [token for node in path for token in node.ids], [node.message for node in path]
     new = []
     for message in ask.messages[known:]:
         longer = state.template.extend(ids, seen, [message])
@@ -191,13 +193,13 @@ class Meter:
             ended.append(last)
         new, answers = nodes(self._state, self._turn, self)
         ids = tuple(answer.id for answer in answers)
-        bill = await self._settle(ids, None if also is None else lambda execute, bill: also(execute, ended, bill))
+        joined = None if also is None else lambda execute, bill: also(execute, ended, bill)
         sampled, exact = sum(answer.sampled for answer in answers), all(answer.exact for answer in answers)
         served = Served(self._turn.request_id, ids, sampled, exact, time.time())
-        await self._state.scribe.add([*new, *answers], served)
+        bill = await self._settle(ids, joined, partial(self._state.scribe.put, [*new, *answers], served))
         return pieces, ended, bill
 
-    async def _settle(self, ids: tuple[str, ...], also: Callable[[Any, Bill], None] | None) -> Bill:
+    async def _settle(self, ids: tuple[str, ...], also: Callable[[Any, Bill], None] | None, traced: Then) -> Bill:
         reason = "stop" if self.complete else "abort"
         if self.complete and any(choice.sample.finish_reason == "length" for choice in self.choices):
             reason = "length"
@@ -211,7 +213,8 @@ class Meter:
         joined = None if also is None else lambda execute, nano_usd: also(execute, bill(nano_usd))
         began = self._turn.began
         wait, first, total = (None if at is None else int((at - began) * 1000) for at in (self.asked, self.first, time.monotonic()))
-        return bill(await self.tab.settle(Metered(counts, reason, upstream(samples), Latency(wait, first, total)), joined))
+        metered = Metered(counts, reason, upstream(samples), Latency(wait, first, total))
+        return bill(await self.tab.settle(metered, joined, traced))
 
 
 @asynccontextmanager

@@ -7,8 +7,8 @@ import queue
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from tidelock.service.record import step
 from tidelock.tokens.trace import Node, Served, TraceStore
 
 
@@ -16,8 +16,8 @@ from tidelock.tokens.trace import Node, Served, TraceStore
 class _Answer:
     nodes: Sequence[Node]
     served: Served | None
-    loop: asyncio.AbstractEventLoop
-    written: asyncio.Future[None]
+    written: asyncio.Future[Any]
+    result: Any
 
 
 class Scribe:
@@ -29,16 +29,12 @@ class Scribe:
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
 
-    async def add(self, nodes: Sequence[Node], served: Served | None = None) -> None:
-        """Returns when the nodes, and the request they answer, are on disk; a caller that is cancelled meanwhile stops waiting, not
-        the writing. Raises what `TraceStore.add_many` raises."""
-        loop = asyncio.get_running_loop()
-        answer = _Answer(nodes, served, loop, loop.create_future())
+    def put(self, nodes: Sequence[Node], served: Served | None, written: asyncio.Future[Any], result: Any = None) -> None:
+        """From any thread. When the nodes, and the request they answer, are on disk, `written` gets `result`; otherwise what
+        `TraceStore.add_many` raised. Whoever cancels it stops waiting, not the writing."""
         if self._thread is None:
             self._start()
-        self._queue.put(answer)
-        with step("trace"):
-            await answer.written
+        self._queue.put(_Answer(nodes, served, written, result))
 
     def _start(self) -> None:
         with self._starting:
@@ -69,9 +65,9 @@ class Scribe:
                 answer = self._queue.get()
 
     def _tell(self, batch: Sequence[_Answer], errors: Sequence[Exception | None]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[None], Exception | None]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Answer, Exception | None]]] = {}
         for answer, error in zip(batch, errors, strict=True):
-            by_loop.setdefault(answer.loop, []).append((answer.written, error))
+            by_loop.setdefault(answer.written.get_loop(), []).append((answer, error))
         for loop, told in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_tell, told)
@@ -89,11 +85,11 @@ class Scribe:
             return [self._write([answer])[0] for answer in batch]  # one of them spoils it for all: find out which
 
 
-def _tell(results: list[tuple[asyncio.Future[None], Exception | None]]) -> None:
-    for written, error in results:
-        if written.done():  # cancelled
+def _tell(results: list[tuple[_Answer, Exception | None]]) -> None:
+    for answer, error in results:
+        if answer.written.done():  # cancelled
             continue
         if error is None:
-            written.set_result(None)
+            answer.written.set_result(answer.result)
         else:
-            written.set_exception(error)
+            answer.written.set_exception(error)

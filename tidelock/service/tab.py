@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from time import perf_counter
 
 from msgspec.structs import replace
 
@@ -16,7 +17,7 @@ from tidelock.service.books import Admission, BudgetReached, Hold, Metered
 from tidelock.service.db import StorageDown
 from tidelock.service.prices import Counts
 from tidelock.service.record import current, step
-from tidelock.service.till import Also, Till
+from tidelock.service.till import Also, Then, Till
 
 FIRST_STRETCH, LONGEST_STRETCH = 128, 1024  # tokens of answer per extension
 
@@ -48,14 +49,27 @@ class Tab:
         """Covers calls of paid tools before they are made. Raises InsufficientBalance."""
         await self._till.extend(self.hold, 0, progress=self._progress(), tools=calls)
 
-    async def settle(self, metered: Metered, also: Also | None = None) -> int:
-        """Charges; `also` as for `Till.settle`. Raises StorageDown if the database is down for long; the bill is then written
-        when it is back."""
+    async def settle(self, metered: Metered, also: Also | None = None, traced: Then | None = None) -> int:
+        """Charges, then writes the trace; `also` and `traced` as for `Till.settle`. Raises StorageDown if the database is down
+        for long; the bill is then written when it is back."""
         await self._stop_growing()
         self.charge = 0  # from here on it is the till's
-        with step("settle"):
-            self.charge = await self._till.settle(self.hold, metered, also)
-        self._billed(metered)
+        booked: float | None = None
+
+        def then(future: asyncio.Future[int], charge: int) -> None:
+            nonlocal booked
+            self.charge, booked = charge, perf_counter()
+            traced(future, charge)
+
+        with step("settle") as part:
+            try:
+                self.charge = await self._till.settle(self.hold, metered, also, then if traced else None)
+            finally:
+                if booked is not None:
+                    part.become("trace", booked)
+                    self._billed(metered)
+        if booked is None:
+            self._billed(metered)
         return self.charge
 
     async def close(self) -> None:

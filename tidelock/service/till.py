@@ -24,6 +24,8 @@ from tidelock.tokens.errors import UserError
 log = logging.getLogger(__name__)
 
 Also = Callable[[Any, int], None]  # (execute, charge): rows to be written with a settlement or not at all
+# (future, charge): takes over, in the writer's thread, when the charge is written; it resolves the future in the end
+Then = Callable[[asyncio.Future[Any], int], None]
 MOST_PER_COMMIT = 256
 # A commit costs much and one more operation in it little. Where several came together last time, the next are waited for,
 # unless there are enough already; one request alone never waits.
@@ -42,6 +44,7 @@ class _Operation:
     future: asyncio.Future[Any] = field(init=False)
     attempts: int = 0
     orphaned: Callable[[], Any] | None = None  # what to do with a result that nobody waits for any more
+    then: Then | None = None
 
     def __post_init__(self) -> None:
         self.future = self.loop.create_future()
@@ -84,8 +87,11 @@ class Till:
         apply = lambda books: books.extend(hold, tokens, progress=progress, tools=tools)  # noqa: E731
         return await self._submit(hold.customer, hold.request_id, apply).future
 
-    async def settle(self, hold: Hold, metered: Metered, also: Also | None = None) -> int:
-        """`Books.settle`; returns the charge. `also(execute, charge)` runs in the same transaction.
+    async def settle(
+        self, hold: Hold, metered: Metered, also: Also | None = None, then: Then | None = None
+    ) -> int:
+        """`Books.settle`; returns the charge. `also(execute, charge)` runs in the same transaction, `then` after it: what has
+        to be written next begins without a way through the event loop.
 
         Raises StorageDown if the database was not back within the patience; the settlement is then still pending.
         """
@@ -96,7 +102,7 @@ class Till:
                 also(books.execute, charge)
             return charge
 
-        return await self._owed(self._submit(hold.customer, hold.request_id, apply, owed=True))
+        return await self._owed(self._submit(hold.customer, hold.request_id, apply, owed=True, then=then))
 
     async def release(self, hold: Hold) -> bool:
         return await self._owed(self.give_back(hold.customer, hold.request_id))
@@ -114,9 +120,10 @@ class Till:
             timer.cancel()
 
     def _submit(
-        self, customer: str, request_id: str, apply: Callable[[Books], Any], *, new: bool = False, owed: bool = False
-    ) -> _Operation:
-        operation = _Operation(customer, request_id, not new, apply, owed, asyncio.get_running_loop())
+        self, customer: str, request_id: str, apply: Callable[[Books], Any], *, new: bool = False, owed: bool = False,
+        then: Then | None = None,
+    ) -> _Operation:  # fmt: skip
+        operation = _Operation(customer, request_id, not new, apply, owed, asyncio.get_running_loop(), then=then)
         if not self._threads:
             self._start()
         self._queue.put(operation)
@@ -231,7 +238,10 @@ def _resolve(results: list[tuple[_Operation, Any]]) -> list[_Operation]:
     stranded: list[_Operation] = []
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Operation, Any]]] = {}
     for operation, result in results:
-        by_loop.setdefault(operation.loop, []).append((operation, result))
+        if operation.then is not None and not isinstance(result, BaseException):
+            operation.then(operation.future, result)
+        else:
+            by_loop.setdefault(operation.loop, []).append((operation, result))
     for loop, own in by_loop.items():
         try:
             loop.call_soon_threadsafe(_deliver, own)

@@ -8,6 +8,7 @@ upstream is told the policy span's. An error is recorded by its type; its words 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from time import perf_counter, time_ns
 from typing import Any
 
 from tidelock.service import genai
@@ -72,11 +73,12 @@ class Tracing:
 
     # ---- its parts ---------------------------------------------------------------------------------------------
 
-    def begin(self, name: str, record: Record) -> Span:
-        """A child of the request. The policy's is what an upstream's spans will hang under."""
+    def begin(self, name: str, record: Record, at: float | None = None) -> Span:
+        """A child of the request. The policy's is what an upstream's spans will hang under. `at`: of `perf_counter`, now if
+        unsaid."""
         parent = None if record.span is None else set_span_in_context(record.span)
         if name != POLICY:
-            return self._tracer.start_span(name, context=parent)
+            return self._tracer.start_span(name, context=parent, start_time=_epoch_ns(at))
         span = self._tracer.start_span(f"{genai.CHAT} {record.model}".strip(), context=parent, kind=SpanKind.CLIENT)
         span.set_attributes({genai.OPERATION: genai.CHAT, genai.PROVIDER: "tidelock", genai.MODEL: record.model})
         headers: dict[str, str] = {}
@@ -90,14 +92,18 @@ class Tracing:
     def generated(self, span: Span, prompt_tokens: int, tokens: int, reason: str) -> None:
         span.set_attributes({genai.INPUT_TOKENS: prompt_tokens, genai.OUTPUT_TOKENS: tokens, genai.FINISH_REASONS: [reason]})
 
-    def end(self, span: Span, error: BaseException | None) -> None:
+    def end(self, span: Span, error: BaseException | None, at: float | None = None) -> None:
         if error is not None and not isinstance(error, GeneratorExit):  # left early is no error
             name = getattr(error, "code", None) or getattr(error, "kind", None) or type(error).__name__
             span.set_attribute(genai.ERROR, name)
             span.set_status(Status(StatusCode.ERROR, name))
-        span.end()
+        span.end(_epoch_ns(at))
 
     def close(self) -> None:
         """Sends what is left, waiting a few seconds at most."""
         self._provider.force_flush(5000)
         self._provider.shutdown()
+
+
+def _epoch_ns(at: float | None) -> int | None:
+    return None if at is None else time_ns() - int((perf_counter() - at) * 1e9)
