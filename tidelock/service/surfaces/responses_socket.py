@@ -171,7 +171,10 @@ class _Turn:
         name, _, data = frame.partition(b"\ndata: ")
         if name.startswith(b"event: "):
             self.failed |= name == b"event: response.failed"
-            await self._socket.send_text(data.decode())
+            try:
+                await self._socket.send_text(data.decode())
+            except (WebSocketDisconnect, RuntimeError):  # it has left; as over HTTP, that is for `receive` to tell
+                self._left.set()
             self.over |= name in ENDS
             if self.failed:
                 self._held = b""
