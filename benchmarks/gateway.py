@@ -2,10 +2,12 @@
 
     python -m benchmarks.gateway                                     # SQLite, beside a direct client
     python -m benchmarks.gateway --litellm VENV/bin/python           # with the peer: pip install 'litellm[proxy]==1.108.7'
+    python -m benchmarks.gateway --portkey FOLDER                    # another: npm install @portkey-ai/gateway@1.15.2
     python -m benchmarks.gateway --dir /dev/shm                      # files where a flush costs nothing
 
 Ours has everything on: keys, limits, ledger with hold and settlement, usage rows, trace, metrics. LiteLLM has its master
-key and no database (its keys and budgets want prisma's engine, which is downloaded from elsewhere), so it does less. Every
+key and no database (its keys and budgets want prisma's engine, which is downloaded from elsewhere), so it does less;
+Portkey's open gateway has neither keys nor books, it only passes requests on. Every
 server has one core to itself; load and upstream share the other one. Latency is measured one request at a time, direct and
 through in turn, and the table gives the difference of the quantiles; how long the disk takes to flush stands beside it,
 because a bill is on the disk before its answer ends. "tidelock" asks the upstream through the service's own pool, "hop"
@@ -54,6 +56,7 @@ class Server:
     process: subprocess.Popen
     keys: list[str]
     path: str = "/v1/chat/completions"
+    headers: dict[str, str] = field(default_factory=dict)
     latency: dict[str, list[Measured]] = field(default_factory=dict)
     rate: dict[str, list[tuple[Measured, float]]] = field(default_factory=dict)  # with cpu seconds
 
@@ -187,11 +190,22 @@ def litellm(stack: ExitStack, directory: Path, python: Path, upstream: str) -> S
     return Server("litellm", port, process, ["sk-master"])
 
 
+def portkey(stack: ExitStack, directory: Path, folder: Path, upstream: str) -> Server:
+    log, port = directory / "portkey.log", free_port()
+    script = folder / "node_modules" / "@portkey-ai" / "gateway" / "build" / "start-server.js"
+    if not script.exists():
+        raise SystemExit(f"{folder} has no @portkey-ai/gateway: npm install @portkey-ai/gateway@1.15.2 there")
+    process = start(stack, ["node", str(script), f"--port={port}", "--headless"], 0, log, {"NODE_ENV": "production"})
+    wait_for(port, process, log)
+    where = {"x-portkey-provider": "openai", "x-portkey-custom-host": f"{upstream}/v1"}
+    return Server("portkey", port, process, ["none"], headers=where)
+
+
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 def load(server: Server, body: bytes, connections: int) -> Load:
-    return Load(server.port, server.path, [(key, body) for key in server.keys], connections)
+    return Load(server.port, server.path, [(key, body) for key in server.keys], connections, server.headers)
 
 
 def measure(servers: list[Server], kinds: dict[str, bytes], args: argparse.Namespace) -> None:
@@ -269,6 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--database", choices=["sqlite", "postgres"], default="sqlite")
     parser.add_argument("--litellm", type=Path, metavar="PYTHON", help="of a virtual environment that has litellm[proxy]")
+    parser.add_argument("--portkey", type=Path, metavar="FOLDER", help="with node_modules/@portkey-ai/gateway in it")
     parser.add_argument("--dir", type=Path, help="where databases and journals are made (default: the usual temporary place)")
     parser.add_argument("--customers", type=int, default=50)
     parser.add_argument("--connections", type=int, default=64)
@@ -300,6 +315,8 @@ def main() -> None:
             servers.append(ours(stack, name, directory, shared, database, None if name == "stub" else url, args))
         if args.litellm:
             servers.append(litellm(stack, directory, args.litellm, url))
+        if args.portkey:
+            servers.append(portkey(stack, directory, args.portkey, url))
         measure(servers, kinds, args)
         rows = results(servers, kinds)
         head = (f"{args.database}; {args.connections} connections (streams: a quarter), {args.customers} customers, "

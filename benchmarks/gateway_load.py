@@ -9,6 +9,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 MARK = b"@@@@@@@@"  # replaced by the request's number
@@ -68,8 +69,10 @@ class _Connection:
 class Load:
     """`connections` to one server; `requests` are (key, body) given out in turn, one to a connection."""
 
-    def __init__(self, port: int, path: str, requests: list[tuple[str, bytes]], connections: int) -> None:
-        self._port, self._path = port, path
+    def __init__(
+        self, port: int, path: str, requests: list[tuple[str, bytes]], connections: int, headers: Mapping[str, str] = {}
+    ) -> None:
+        self._port, self._path, self._headers = port, path, "".join(f"{k}: {v}\r\n" for k, v in headers.items())
         self._requests, self._n = requests, connections
         self._sent = 0
         self._open = [self._connect(k) for k in range(connections)]
@@ -78,7 +81,7 @@ class Load:
         key, body = self._requests[k % len(self._requests)]
         head = (
             f"POST {self._path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            f"content-type: application/json\r\n{self._headers}content-length: {len(body)}\r\n\r\n"
         ).encode()
         return _Connection(self._dial(), head, body)
 
