@@ -34,7 +34,7 @@ def usage_rows(service) -> list[dict]:
 
 @pytest.mark.parametrize("path", BODIES)
 def test_a_silent_engine_is_covered_by_keep_alives_before_and_between_tokens(service, path):
-    service.state.keep_alive_s, service.policy.pause_s, service.policy.per_chunk = 0.03, 0.1, 20
+    service.state.keep_alive_s, service.policy.pause_s, service.policy.per_chunk = 0.03, 0.4, 20
     answer = post(service, path, {**BODIES[path], "stream": True})
     sign = "event: ping" if path == "/messages" else ": keep-alive"
     assert answer.text.startswith(sign) and answer.text.count(sign) >= 3
