@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tidelock.tokens.directives import is_of_one_request
 from tidelock.tokens.message import Message, ToolCall, ToolSpec
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 from tidelock.tokens.template import Template, declared_tools
@@ -55,7 +56,8 @@ class AgentScript:
         self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str | None = None, said: Message | None = None
     ) -> AsyncIterator[Chunk]:
         """`said`: this and not what the conversation would be answered with."""
-        messages = await asyncio.to_thread(self._template.parse, prompt_ids)
+        parsed = await asyncio.to_thread(self._template.parse, prompt_ids)
+        messages = [m for m in parsed if not is_of_one_request(m)]  # what it is told of its form, the decoder sees to
         if messages[-1].role == "assistant":  # the turn that is to be sampled, empty as yet
             messages.pop()
         self.tools |= {tool.name for tool in declared_tools(messages)}

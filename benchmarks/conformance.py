@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -89,6 +90,10 @@ def keep(state: ServiceState, response: dict, completion: dict) -> None:
     docs.append((message_batches.KIND, ended))
     stored = {**completion, "id": "completion_id", "metadata": {}}
     docs.append((stored_chat.KIND, {"id": "completion_id", "completion": stored, "messages": []}))
+    with state.ledger.db.transaction() as write:
+        for name in RESPONSES:  # which some of the suites ask for as a stream
+            write("INSERT INTO background (id, customer, request_id, worker, streamed, cancelled, ended) "
+                  "VALUES (?, ?, '', '', 1, 0, ?) ON CONFLICT (id) DO NOTHING", (name, CUSTOMER, time.time()))  # fmt: skip
     there = {row[0] for row in state.ledger.db.read("SELECT id FROM objects WHERE customer = ?", (CUSTOMER,))}
     for kind, doc in docs:
         if doc["id"] not in there:

@@ -40,7 +40,6 @@ ACCEPTED = {
         "its schema of a delta knows no signature_delta, which the API it describes sends after each thought",
     ("llmprobe", "messages-prompt-caching: messages-cache-bound"): _APART,
     ("llmprobe", "messages-prompt-cache-prefix: messages-cache-prefix-bound"): _APART,
-    ("llmprobe", "responses-background: responses-background-queued"): "responses are not run in the background here",
 }  # fmt: skip
 
 

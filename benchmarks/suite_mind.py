@@ -24,6 +24,7 @@ from benchmarks.forced_calls import bias
 from tidelock.engine import Engine
 from tidelock.engine.grammar import Grammars
 from tidelock.tokens import jsontext
+from tidelock.tokens.directives import is_of_one_request
 from tidelock.tokens.message import Message, ToolCall, ToolSpec
 from tidelock.tokens.policy import Chunk, SamplingParams
 from tidelock.tokens.template import Template, declared_tools
@@ -72,7 +73,7 @@ class SuiteMind(AgentScript):
 
     async def _told(self, prompt_ids: Sequence[int], params: SamplingParams) -> Message | None:
         """The answer, if the words say what it is and the grammar lets it be said."""
-        messages = self._template.parse(prompt_ids)
+        messages = [m for m in self._template.parse(prompt_ids) if not is_of_one_request(m)]
         if messages[-1].role == "assistant":  # the turn that is to be sampled, empty as yet
             messages.pop()
         asked = _asked(messages)

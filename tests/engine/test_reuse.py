@@ -13,6 +13,7 @@ from tests.engine.driving import Driver
 from tidelock.engine.limits import Limits
 from tidelock.engine.memory import Memory
 from tidelock.models import ops, preset
+from tidelock.tokens.policy import Constraint
 from tidelock.tokens.errors import UserError
 
 exact = pytest.mark.skipif(not ops.exact(), reason="bitwise only with the compiled kernels")
@@ -70,6 +71,16 @@ def test_a_hybrid_keeps_a_state_where_a_second_child_appears():
     d, trunk = Driver("nano-k3"), list(range(1, 31))
     cached = [d.ask([*trunk, *branch]).cached for branch in ([20, 21], [22, 23], [24, 25])]
     assert cached == [0, 0, 30]  # the second finds the branch and keeps the state there, the third starts from it
+
+
+@each_model
+def test_what_is_said_to_one_held_request_alone_leaves_what_was_before_it_to_go_on_from(name):
+    """The last message tells it what it is held to; the next request has all the others, and the answer."""
+    d, talk, held = Driver(MODELS[name]), [1, 2, 3, END, *range(10, 30), END], Constraint("regex", "x")
+    for n in range(4):
+        got = d.ask([*talk, 6, 7, END, 5], constraint=held)
+        assert got.cached == (0 if n == 0 else before)
+        before, talk = len(talk), [*talk, 5, *got.ids, END, *range(8 + n, 30), END]
 
 
 def test_a_pure_latent_cache_is_matched_at_any_token():

@@ -4,6 +4,7 @@ import pytest
 from msgspec.structs import asdict
 
 from tidelock.loop.dataset import ConsentError, advantages, balanced, build, successes, to_sample
+from tidelock.tokens.directives import tool_choice
 from tidelock.tokens.message import Message, ToolCall
 from tidelock.tokens.policy import SamplingParams
 from tidelock.tokens.template import canonical, get_template
@@ -120,6 +121,17 @@ def test_a_request_solved_in_steps_becomes_the_conversation_it_should_have_been(
     should = ask("look up k and convert it", (first, "7"), (second, "700"), answer="700")
     assert sample.ids == TEMPLATE.render(canonical(should))
     assert not sample.exact and advantages(build(store)) == []  # other contexts: never RL
+
+
+def test_what_a_step_alone_was_held_to_is_not_in_what_should_have_been(store):
+    call = ToolCall("", "get", {"key": "k"})
+    failed = conversation(store, ask("look up k", answer="?"), "a")
+    held = [Message("system", "s"), Message("user", "get k"), tool_choice("get"), Message("assistant", tool_calls=(call,)),
+            Message("tool", "7", name="get"), tool_choice("none"), Message("assistant", "7")]  # fmt: skip
+    step = conversation(store, held, "b")
+    store.add_outcome(Outcome(step, True, 1.0, "v", request=failed, steps=(step,)))
+    (sample,) = build(store).samples
+    assert sample.ids == TEMPLATE.render(canonical(ask("look up k", (call, "7"), answer="7")))
 
 
 def test_steps_need_everybodys_consent(store):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tidelock.remote import TextPolicy
 from tidelock.remote.rendering import Form, Rendering
-from tidelock.tokens.directives import thinking_effort
+from tidelock.tokens.directives import response_format, thinking_effort, tool_choice
 from tidelock.tokens.message import Message, ToolCall, ToolSpec
 from tidelock.tokens.policy import Constraint, PolicyError, Reported, SamplingParams
 from tidelock.tokens.template import canonical, get_template
@@ -212,6 +212,20 @@ def test_what_a_text_endpoint_cannot_be_held_to_is_refused_and_effort_is_passed_
     prompt = TEMPLATE.render([thinking_effort("low"), Message("user", "q")], generation_prompt=True)
     _, sent = generate([delta(content="a"), delta("stop")], SamplingParams(), {}, prompt)
     assert sent["reasoning_effort"] == "low" and [m["role"] for m in sent["messages"]] == ["user"]
+
+
+def test_a_format_and_a_tool_choice_go_as_parameters_and_never_as_our_words():
+    held, events = SamplingParams(constraint=Constraint("lark", "start: x")), [delta(content="a"), delta("stop")]
+    tools = (ToolSpec("f", "", {}), ToolSpec("g", "", {}))
+    talk = [Message("system", tools=tools), Message("user", "q")]
+    for said, options, wanted in (
+        ([tool_choice("required")], {}, {"tool_choice": "required"}),
+        ([tool_choice("none"), response_format()], {}, {"tool_choice": "none", "response_format": {"type": "json_object"}}),
+        ([tool_choice("g")], {}, {"tool_choice": {"type": "function", "function": {"name": "g"}}}),
+        ([tool_choice("g")], {"dialect": "kimi"}, {"tool_choice": "required", "tools": [tools[1].openai()]}),
+    ):
+        _, sent = generate(events, held, options, TEMPLATE.render([*talk, *said], generation_prompt=True))
+        assert wanted.items() <= sent.items() and [m["role"] for m in sent["messages"]] == ["user"]
 
 
 def test_a_connection_lost_after_the_finish_reason_loses_the_usage_and_nothing_else():

@@ -117,6 +117,12 @@ def service(tmp_path, template):
 
 
 @pytest.fixture
+def serving_in():
+    """A server that ends when the test wants it to: `with serving_in(directory, template) as service`."""
+    return _serving
+
+
+@pytest.fixture
 def pair(tmp_path, template, target):
     """Two servers on one database, on SQLite and on PostgreSQL: what one is told the other must find out."""
     for name in ("first", "second"):

@@ -141,7 +141,7 @@ BAD = [
     ("input", [{"type": "function_call", "call_id": "x", "name": "f", "arguments": "{"}]),
     ("temperature", 3), ("top_p", 0), ("top_logprobs", 21), ("max_output_tokens", 0), ("max_output_tokens", 5000),
     ("tools", [{"type": "function"}] * 2), ("tool_choice", "required"), ("tool_choice", "bogus"),
-    ("text", {"format": {"type": "bogus"}}), ("text", {"format": {"type": "json_schema"}}), ("background", True),
+    ("text", {"format": {"type": "bogus"}}), ("text", {"format": {"type": "json_schema"}}),
     ("metadata", {"training_consent": "perhaps"}), ("stream", "yes"), ("model", None),
 ]  # fmt: skip
 

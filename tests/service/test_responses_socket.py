@@ -10,6 +10,7 @@ import threading
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
+import httpx2 as httpx
 import pytest
 from test_responses import TURN, raw
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -94,13 +95,36 @@ def test_only_the_last_responses_are_remembered(service, monkeypatch):
     assert ends == ["error", "response.completed"]
 
 
+def test_what_is_made_ready_ahead_is_gone_on_with_and_costs_nothing(service):
+    with socket(service, secret := service.key()) as connection:
+        tools = [{"type": "function", "name": "lookup", "parameters": {"type": "object"}}]
+        whole = {"instructions": "be brief", "tools": tools, "input": [{"role": "user", "content": "first"}, *SECOND]}
+        ask(connection, **whole)
+        for ahead, rest in ((whole["input"][:1], SECOND), ([], whole["input"]), (None, whole["input"])):
+            told = ask(connection, **{**whole, "input": ahead}, generate=False, store=False)
+            assert [event["type"] for event in told] == ["response.created", "response.in_progress", "response.completed"]
+            made = told[-1]["response"]
+            assert (made["output"], made["usage"]["total_tokens"]) == ([], 0)
+            on = {**whole, "input": rest, "previous_response_id": made["id"]}
+            assert ask(connection, **on)[-1]["response"]["status"] == "completed"
+            assert ask(connection, **on)[-1]["response"]["status"] == "completed"  # a fork of it
+        assert len(service.policy.prompts) == 7 and len(set(service.policy.prompts)) == 1
+    assert service.state.ledger.db.read("SELECT count(*) FROM usage")[0][0] == 7
+    headers = {"authorization": f"Bearer {secret}"}
+    body = {"model": "tide", "input": "hi", "generate": False}  # of connections only
+    assert httpx.post(service.running.base_url + "/responses", json=body, headers=headers).json()["output"]
+
+
+SECOND = [{"role": "user", "content": "second"}]
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
         ("no JSON", None),
         ("[]", None),
         ('{"type": "response.cancel"}', "type"),
-        ('{"type": "response.create", "model": "tide", "input": "hi", "generate": false}', "generate"),
+        ('{"type": "response.create", "model": "tide", "input": 7, "generate": false}', "input"),
         ('{"type": "response.create", "model": "tide", "input": 7}', "input"),
         ('{"type": "response.create", "model": "tide", "input": "hi", "background": true}', "background"),
     ],

@@ -257,7 +257,8 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path, text):
 
 def test_a_file_is_what_it_says(tmp_path):
     file = tmp_path / "upstreams.toml"
-    file.write_text('[pool]\nretries = 0\nmodel = "m"\ncontext_length = 9\nwait_s = 0\n' + ONE + """weight = 2
+    pool = '[pool]\nretries = 0\nmodel = "m"\ncontext_length = 9\nwait_s = 0\ndirectives = false\n'
+    file.write_text(pool + ONE + """weight = 2
         [[upstream]]
         name = "b"
         url = "https://api.example.com/v1"
@@ -268,6 +269,7 @@ def test_a_file_is_what_it_says(tmp_path):
         """)
     front = read_upstreams(file, TEMPLATE, {"KEY": "sk-1"})
     a, b = front.pool.upstreams
+    assert not front.directives
     assert (front.model, front.context_length, front.pool.options.retries, front.pool.options.wait_s) == ("m", 9, 0, 0.0)
     assert (a.weight, a.exact, a.probe, b.exact, b.probe) == (2.0, True, "/health", False, "/models")
     assert b.policy._server.api_key == "sk-1" and b.policy._server.patience.idle_s == 3.0

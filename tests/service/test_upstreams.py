@@ -13,8 +13,9 @@ from tidelock.remote import Patience, TextPolicy, TokenPolicy
 from tidelock.service.upstreams import Pool, Upstream
 from tidelock.service.upstreams.circuit import TRIP
 from tidelock.service.upstreams.pool import Options
+from tidelock.tokens.directives import response_format
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import Constraint, PolicyError, SamplingParams
+from tidelock.tokens.policy import Constraint, PolicyError, Prompt, SamplingParams
 
 PATIENCE = Patience(connect_s=0.5, first_s=1.0, idle_s=1.0)
 
@@ -317,6 +318,11 @@ def test_a_format_goes_to_who_can_hold_to_it_or_is_refused():
             only_text = Pool([upstream(text, "t", "chat")])
             _, error = await ask(only_text, **held)
             assert error.status == 400
+            said = (Message("user", "q"), response_format())
+            prompt = Prompt.of(TEMPLATE.render(said), said, TEMPLATE.generation_prompt())
+            for pool, name in ((mixed, "e"), (only_text, "t")):  # whoever speaks text is asked if it must be
+                chunks = [c async for c in pool.generate(prompt, SamplingParams(max_tokens=25, **held))]
+                assert {c.source.name for c in chunks} == {name}
 
     run(work())
 

@@ -3,10 +3,19 @@
 Texts are compared with the markers spelled out, ids by `test_conversations`.
 """
 
-import pytest
-from conversations import template
+import json
 
-from tidelock.tokens.directives import response_format, thinking_effort, tool_choice
+import pytest
+from conversations import arguments, law, names, template
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tidelock.tokens.directives import (
+    as_parameters,
+    response_format,
+    thinking_effort,
+    tool_choice,
+)
 from tidelock.tokens.errors import NotAnExtension, UserError
 from tidelock.tokens.message import Message, ToolCall, ToolSpec
 
@@ -135,11 +144,30 @@ def test_k3_tools_that_come_later_say_so():
     assert t.parse(t.render(conversation)) == conversation
 
 
-def test_directives_refuse_what_they_do_not_know():
-    for make in (thinking_effort, tool_choice):
-        with pytest.raises(UserError, match="'much'; choose one of"):
-            make("much")
-    assert '{"type":"object"}' in response_format({"type": "object"}).content
+def test_directives_are_named_messages_that_say_what_holds():
+    with pytest.raises(UserError, match="'much'; choose one of"):
+        thinking_effort("much")
+    said = {tool_choice(choice).content for choice in ("required", "none", "look", "looks")}
+    assert len(said) == 4 and all("`look`" in text for text in said if "look" in text and "looks" not in text)
+    assert '{"properties":{},"type":"object"}' in response_format({"type": "object", "properties": {}}).content
+    assert {m.name for m in (tool_choice("none"), response_format())} == {"tool-choice", "response-format"}
+
+
+@law
+@given(st.sampled_from(["required", "none", "a`b", "x` and no other."]) | names.filter(bool), st.none() | arguments)
+def test_a_server_that_speaks_text_gets_the_parameters_back(choice, schema):
+    said = [thinking_effort("low"), Message("user", "q"), tool_choice(choice), response_format(schema)]
+    parameters = as_parameters(said)
+    named = {"type": "function", "function": {"name": choice}}
+    assert parameters["tool_choice"] == (choice if choice in ("required", "none") else named)
+    form = parameters["response_format"]
+    assert form["type"] == ("json_object" if schema is None else "json_schema")
+    assert schema is None or exactly_json(form["json_schema"]["schema"]) == exactly_json(schema)
+    assert as_parameters(said[:2]) == {}
+
+
+def exactly_json(value):
+    return json.dumps(value, sort_keys=True)
 
 
 def test_a_tokenizer_without_the_markers_is_refused():

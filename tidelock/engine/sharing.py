@@ -37,8 +37,10 @@ def stops(seq: Sequence, path: Path, page_size: int, has_twin: bool, boundary: i
         out.add(known)
     if has_twin:  # which needs one token to run, to have something to sample from
         out.add(len(seq.ids) - 1)
-    if seq.computed == 0 and boundary is not None:
+    # a fresh conversation: its system and tools, all that comes before the last message. One that is held to something: it
+    # was told so in the last message, which those that go on with it do not have
+    if boundary is not None and (seq.computed == 0 or seq.params.constraint is not None):
         ends = np.flatnonzero(seq.prompt == boundary)
-        if len(ends) > 1:  # a fresh conversation: its system and tools, all that comes before the last message
+        if len(ends) > 1 and ends[-2] >= seq.computed:
             out.add(int(ends[-2]) + 1)
     return out

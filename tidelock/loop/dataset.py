@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from tidelock.tokens.directives import is_of_one_request
 from tidelock.tokens.policy import Kept, SamplingParams
 from tidelock.tokens.trace import Node, Outcome, Trace
 from tidelock.train.objectives import group_advantages
@@ -42,13 +43,14 @@ def stitched(trace: Trace, outcome: Outcome) -> list[Node]:
     """The request that failed, followed by the work that its smaller steps did and the last step's answer.
 
     What the agent should have done, made of nothing but stored ids: what it really did, in its user's order, without
-    the intermediate questions and answers. Its log-probabilities belong to other contexts, so it is never RL data.
+    the intermediate questions and answers, and without what a step alone was held to. Its log-probabilities belong to other
+    contexts, so it is never RL data.
     """
     request, _, _ = work_of(trace.path(outcome.request))
     done: list[Node] = []
     for step in outcome.steps:
         _, turns, answer = work_of(trace.path(step))
-        done += turns
+        done += [node for node in turns if not is_of_one_request(node.message)]
     return [*request, *done, *answer]
 
 
@@ -78,8 +80,19 @@ def why_not(trace: Trace, path: Sequence[Node], outcome: Outcome | None, require
     return None
 
 
-def to_sample(trace: Trace, path: Sequence[Node], outcome: Outcome) -> TraceSample:
-    """Raises ConsentError: whoever calls this must have asked first."""
+def sampled_elsewhere(trace: Trace, path: Sequence[Node]) -> list[list[Node]]:
+    """The conversations in which the answers that this one repeats were sampled (see `Trace.elsewhere`), in order."""
+    out = []
+    for node in path:
+        if node.parent is not None and node.message.role == "assistant" and not node.sampled:
+            same = [n for n in trace.elsewhere(trace.nodes[node.parent], node.message) if n.ids == node.ids]
+            out += [trace.path(n.id) for n in same[-1:]]
+    return out
+
+
+def to_sample(trace: Trace, path: Sequence[Node], outcome: Outcome, answer_only: bool = False) -> TraceSample:
+    """`answer_only`: of what was sampled, the last node's alone; the rest is another sample's to learn from.
+    Raises ConsentError: whoever calls this must have asked first."""
     if not consents(trace, path):
         raise ConsentError(f"conversation {path[-1].id} may not be used for training")
     ids, sampled, logprobs, kept, masked = [], [], [], [], []
@@ -87,7 +100,7 @@ def to_sample(trace: Trace, path: Sequence[Node], outcome: Outcome) -> TraceSamp
         given = len(node.ids) - node.sampled
         drawn, left = drawn_from(node)
         ids += node.ids
-        sampled += [False] * given + [True] * node.sampled
+        sampled += [False] * given + [node is path[-1] or not answer_only] * node.sampled
         logprobs += [0.0] * given + drawn
         kept += [None] * given + left
         masked += [any(a <= i < b for a, b in node.redactions) for i in range(len(node.ids))]
@@ -107,23 +120,39 @@ def drawn_from(node: Node) -> tuple[list[float], list[Kept]]:
 
 
 def build(trace: Trace, require_sandbox: str = "") -> Dataset:
-    """Every conversation that may be used. `require_sandbox` is a prefix the recorded level must have."""
+    """Every conversation that may be used, and with it, each in its own context, the answers of it that were given to
+    requests with directives: all of them or none. `require_sandbox` is a prefix the recorded level must have."""
     samples, excluded = [], Counter()
     for leaf in trace.leaves():
         path = trace.path(leaf.id)
+        if _goes_on_elsewhere(trace, path):
+            continue
         outcome = next(iter(trace.outcomes(leaf.id)[-1:]), None)
         in_steps = outcome is not None and outcome.request is not None
         reason = why_not(trace, path, outcome, require_sandbox)
         if reason is None and in_steps:
             path = stitched(trace, outcome)
             reason = why_not(trace, path, outcome, require_sandbox)
+        others = sampled_elsewhere(trace, path) if reason is None else []
+        reason = reason or next(filter(None, (why_not(trace, other, outcome, require_sandbox) for other in others)), None)
         if reason is None:
             samples.append(to_sample(trace, path, outcome))
+            samples += [to_sample(trace, other, outcome, answer_only=True) for other in others]
         else:
             excluded[reason] += 1
     # The journal's order is the order of arrival; the same conversations must train the same model.
     samples.sort(key=lambda s: (s.outcome.source, s.ids, s.outcome.reward))
     return Dataset(samples, dict(excluded))
+
+
+def _goes_on_elsewhere(trace: Trace, path: Sequence[Node]) -> bool:
+    """Whether the conversation went on without the directives that its last answer was given to: then it counts there."""
+    at = len(path) - 1
+    while at > 0 and is_of_one_request(path[at - 1].message):
+        at -= 1
+    if at in (0, len(path) - 1):
+        return False
+    return any(n.ids == path[-1].ids and not n.sampled for n in trace.children(path[at - 1].id))
 
 
 def successes(dataset: Dataset) -> dict[str, list[Sample]]:
@@ -139,16 +168,17 @@ def advantages(dataset: Dataset) -> list[Sample]:
     """Attempts at the same task, compared: group-centred rewards with the log-probabilities of the day (RL), and the
     kept sets, so that the ratio is one of the distributions that were drawn from.
 
-    Only exact ids; groups without contrast are dropped.
+    Only exact ids; groups without contrast are dropped. An attempt counts once, in however many samples its turns are.
     """
-    groups: dict[str, list[TraceSample]] = defaultdict(list)
+    groups: dict[str, dict[str, list[TraceSample]]] = defaultdict(lambda: defaultdict(list))
     for s in dataset.samples:
         if s.exact:
-            groups[s.group].append(s)
+            groups[s.group][s.outcome.node].append(s)
     return [
         _rl_sample(s, a)
         for group in groups.values()
-        for s, a in zip(group, group_advantages([s.outcome.reward for s in group]))
+        for attempt, a in zip(group.values(), group_advantages([attempt[0].outcome.reward for attempt in group.values()]))
+        for s in attempt
         if a != 0
     ]
 

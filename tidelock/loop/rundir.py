@@ -72,6 +72,7 @@ class RunDir:
         return open_state(
             self.service, policy=engine, template=template, prices=PRICES, model=MODEL,
             context_length=model.config.max_position_embeddings, weights_version=release.version, member=member,
+            tells=knows_directives(self.path / release.checkpoint),
         )  # fmt: skip
 
     def upstreams(self, given: Path | None = None) -> Path | None:
@@ -89,6 +90,7 @@ class RunDir:
         return open_state(
             self.service, policy=front.pool, template=template, prices=PRICES, model=front.model or MODEL,
             context_length=front.context_length or self._context_length(), weights_version=-1, member=member,
+            tells=front.directives,
         )  # fmt: skip
 
     def _context_length(self) -> int:
@@ -97,3 +99,12 @@ class RunDir:
             return json.loads(file.read_text())["model"]["max_position_embeddings"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read a context length from {file} ({error}); say context_length in [pool]") from None
+
+
+def knows_directives(checkpoint: Path) -> bool:
+    """Whether the model of a checkpoint can be told what its answer is held to. One that was trained here says so itself;
+    one that comes from elsewhere was told in training, or reads English."""
+    from tidelock.models import read_config
+
+    extra = read_config(checkpoint)["extra"]
+    return bool(extra.get("directives", "stage" not in extra))

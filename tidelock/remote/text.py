@@ -2,7 +2,9 @@
 
 Text goes in between, so its ids are our own rendering of what came back, each piece rendered as it came: usable to show
 and to fine-tune on, never for RL (`exact` is False, log-probabilities are 0, the weights version is -1). Thought and
-content stream; calls are handed on when the answer is whole, because only then their arguments are.
+content stream; calls are handed on when the answer is whole, because only then their arguments are. What our prompt tells a
+model of a format or a tool choice goes as the parameter and not as words: the server has words of its own, and does the
+holding.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
+from tidelock.tokens.directives import as_parameters
 from tidelock.tokens.errors import UserError
-from tidelock.tokens.message import Message, ToolCall
+from tidelock.tokens.message import DIRECTIVES, Message, ToolCall
 from tidelock.tokens.policy import Chunk, PolicyError, Prompt, Reported, SamplingParams
 from tidelock.tokens.template import Template, canonical
 
@@ -141,11 +144,13 @@ class TextPolicy:
         return messages, parser.finish(), state
 
     def _body(self, messages: Sequence[Message], begun: Message, state: str, params: SamplingParams) -> dict[str, Any]:
-        if params.constraint is not None:
-            raise PolicyError("an endpoint that speaks text cannot be held to a format or a tool", status=400,
+        directives = [m for m in messages if m.role == "system" and m.name in DIRECTIVES]
+        held_to = as_parameters(directives)
+        if params.constraint is not None and not held_to:
+            raise PolicyError("an endpoint that speaks text cannot be held to a grammar", status=400,
                               kind="invalid_request_error")  # fmt: skip
-        efforts = [m for m in messages if m.name == "thinking-effort"]
-        wire = [to_wire(m) for m in messages if m not in efforts and (m.content or not m.tools)]
+        efforts = [m for m in directives if m.name == "thinking-effort"]
+        wire = [to_wire(m) for m in messages if m not in directives and (m.content or not m.tools)]
         body: dict[str, Any] = {
             "model": self.model,
             "messages": wire,
@@ -170,6 +175,10 @@ class TextPolicy:
                 body[name] = penalty
         if tools := [t.openai() for m in messages for t in m.tools]:
             body["tools"] = tools
+        body |= held_to
+        if self._kimi and isinstance(held_to.get("tool_choice"), dict):  # it takes no name: the tool is the only one then
+            name = held_to["tool_choice"]["function"]["name"]
+            body |= {"tool_choice": "required", "tools": [t for t in tools if t["function"]["name"] == name]}
         if params.seed is not None:
             body["seed"] = params.seed % (1 << 53)
         if self.metadata:

@@ -50,9 +50,11 @@ def watched(app: ASGIApp, state: ServiceState) -> ASGIApp:
 
 
 @contextmanager
-def background(state: ServiceState, kind: str, customer: str, key: str) -> Iterator[Record]:
-    """The same for a request that came another way than by HTTP, `kind` being which."""
-    record = Record(new_id(), state.tracing)
+def background(
+    state: ServiceState, kind: str, customer: str, key: str, request_id: str | None = None
+) -> Iterator[Record]:
+    """The same for a request that came another way than by HTTP, `kind` being which, or goes on after it."""
+    record = Record(request_id or new_id(), state.tracing)
     record.customer, record.key = customer, key
     with recording(record):
         if state.tracing is not None:

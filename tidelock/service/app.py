@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tidelock.service import batch_worker, console, errors, openapi, tokens_api, upkeep, wire
+from tidelock.service import batch_worker, console, detached, errors, openapi, tokens_api, upkeep, wire
 from tidelock.service.access import watched
 from tidelock.service.analytics.endpoint import analytics
 from tidelock.service.auth import authenticate
@@ -163,6 +163,7 @@ def _lifespan(state: ServiceState) -> Callable[[Any], Any]:
             for task in (sweeper, batches, slowly, *watching):
                 task.cancel()
             await asyncio.gather(batches, slowly, *watching, return_exceptions=True)
+            await detached.stop(state)
             await asyncio.to_thread(upkeep.leave, state)
 
     return lifespan

@@ -59,6 +59,7 @@ class Ask(Struct, frozen=True, dict=True):
     to_fit: bool = False  # more than the context has room for is taken as the room there is, and not refused
     n: int = 1
     stream: bool = False
+    apart: bool = False  # not answered here and now: its surface says how (see `endpoint.Translation.detach`)
     logprobs: bool = False
     thinking: bool = True
     effort: str | None = None

@@ -14,7 +14,7 @@ from typing import Any
 
 from tidelock.service import batch_queue, run, wire
 from tidelock.service.access import background
-from tidelock.service.answer import Bill, Ended
+from tidelock.service.answer import Ended, Event
 from tidelock.service.errors import ApiError
 from tidelock.service.http import as_api_error
 from tidelock.service.record import current
@@ -199,8 +199,9 @@ class _Batch:
         try:
             translation, turn = await self._turn(endpoint, wire.encode(line["body"]), request_id)
 
-            def store(execute: Any, ended: list[Ended], bill: Bill) -> None:
-                stored[:] = [result(200, json.loads(wire.encode(translation.whole(ended, bill))))]
+            def store(execute: Any, events: list[Event], failed: ApiError | None) -> None:
+                ended = [event for event in events if isinstance(event, Ended)]
+                stored[:] = [result(200, json.loads(wire.encode(translation.whole(ended, events[-1]))))]
                 self.state.objects.put_in(execute, LINE, self.customer, stored[0])
 
             await run.whole(self.state, turn, asyncio.Event(), store)
@@ -230,8 +231,9 @@ class _Batch:
         translation = SURFACES[endpoint](state, key, None, body)
         if not translation.anthropic:
             translation.request.store = False  # the batch's own file keeps it
-        if translation.ask.stream:
-            raise ApiError(400, "invalid_request_error", "a request in a batch cannot stream", param="stream")
+        for field, asked in (("stream", translation.ask.stream), ("background", translation.ask.apart)):
+            if asked:
+                raise ApiError(400, "invalid_request_error", f"a request in a batch cannot be one with {field}", param=field)
         turn = await run.prepare(state, key, translation.ask, request_id, "batch")
         translation.begin(turn)
         return translation, turn

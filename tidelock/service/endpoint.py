@@ -55,6 +55,9 @@ class Translation(Protocol):
     def fail(self, error: ApiError) -> bytes:
         """The event that tells of a failure mid-stream."""
 
+    async def detach(self, turn: Turn, receive: Receive, out: Output) -> None:
+        """Answers a request whose `ask` is `apart`: nothing of it runs in this call."""
+
 
 class Endpoint:
     def __init__(self, state: ServiceState, surface: type[Translation]) -> None:
@@ -80,6 +83,9 @@ class Endpoint:
             turn = await run.prepare(self._state, key, translation.ask, request_id)
             translation.begin(turn)
             out.limits = turn.standing, translation.anthropic
+            if turn.ask.apart:
+                await translation.detach(turn, receive, out)
+                return
             watch = Watch(receive, self._state, turn)
             try:
                 await self._answer(turn, translation, watch.left, out)

@@ -22,6 +22,8 @@ QUERY = {
     "limit": {"type": "integer", "minimum": 0, "maximum": 1440},
     "order": {"type": "string", "enum": ["asc", "desc"]},
     "purpose": {"type": "string"},
+    "stream": {"type": "boolean"},
+    "starting_after": {"type": "integer", "minimum": 0, "maximum": 1 << 53},
     "start_time": {"type": "integer", "minimum": 0, "maximum": 1 << 40},
     "end_time": {"type": "integer", "minimum": 0, "maximum": 1 << 40},
     "bucket_width": {"type": "string", "enum": ["1m", "1h", "1d"]},
@@ -84,7 +86,7 @@ def _operation(route: Route) -> dict[str, Any]:
         content = {"application/x-jsonl": {"schema": {"type": "string"}}}
     else:
         content = _json(route.result) if route.result else {"application/json": {"schema": {"type": "object"}}}
-    if isinstance(route.answers, type):
+    if isinstance(route.answers, type) or "stream" in route.query:
         content = {**content, "text/event-stream": {"schema": {"type": "string"}}}
     operation: dict[str, Any] = {
         "operationId": f"{route.method} {route.path}",

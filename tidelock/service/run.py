@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from tidelock.service.answer import Bill, Choice, Ended, Event, Piece, Usage
 from tidelock.service.ask import Ask
 from tidelock.service.errors import ApiError
 from tidelock.service.deadline import within
-from tidelock.service.forcing import constraint, held
+from tidelock.service.forcing import constraint, held, told
 from tidelock.service.books import Admission, BudgetReached, InsufficientBalance, Latency, Metered
 from tidelock.service.keys import Key
 from tidelock.service.limiter import RateLimited, Standing
@@ -36,7 +36,9 @@ from tidelock.tokens.policy import Chunk, Constraint, PolicyError, Prompt, Sampl
 from tidelock.tokens.template import Template
 from tidelock.tokens.trace import Node, Served
 
-Also = Callable[[Any, list[Ended], Bill], None]
+# Rows to be written with the charge or not at all: (execute, the answer's last events with the bill, why it was cut short)
+Admitted = Callable[[], Awaitable[None]]
+Also = Callable[[Any, list[Event], ApiError | None], None]
 
 
 class Turn(Struct, frozen=True, gc=False):
@@ -71,9 +73,10 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
     began = time.monotonic()
     _check_allowed(state, key, ask)
     scope = f"{key.id}/{ask.origin.session}"
-    parent, new, ids = extended(state, scope, ask)
+    directives = told(ask) if state.tells else ()
+    parent, new, ids = extended(state, scope, ask, directives)
     opening_ids = opening(state.template, ask)
-    prompt_ids = Prompt.of(ids, ask.messages, (*state.template.generation_prompt(), *opening_ids))
+    prompt_ids = Prompt.of(ids, ask.messages + directives, (*state.template.generation_prompt(), *opening_ids))
     prompt_tokens = await state.policy.count(prompt_ids)
     consent, source = key.consent(ask.origin.consent)
     return Turn(
@@ -96,14 +99,18 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
 
 
 def extended(
-    state: ServiceState, scope: str, ask: Ask
+    state: ServiceState, scope: str, ask: Ask, directives: tuple[Message, ...] = ()
 ) -> tuple[str | None, tuple[tuple[Message, tuple[int, ...]], ...], list[int]]:
-    """(the deepest stored node of this conversation, the messages after it with their ids, all ids)."""
+    """(the deepest stored node of this conversation, the messages after it with their ids, all ids). An answer that was
+    given to a request with directives comes back without them, and with its own ids."""
     parent, known = state.traces.match(scope, ask.messages)
     path = state.traces.path(parent.id) if parent else []
     ids, seen = [token for node in path for token in node.ids], [node.message for node in path]
-    new = []
-    for message in ask.messages[known:]:
+    new: list[tuple[Message, tuple[int, ...]]] = []
+    rest = ask.messages[known:] + directives
+    if parent and known < len(ask.messages) and (said := state.traces.elsewhere(parent, rest[0])):
+        new, ids, seen, rest = [(said[-1].message, said[-1].ids)], [*ids, *said[-1].ids], [*seen, said[-1].message], rest[1:]
+    for message in rest:
         longer = state.template.extend(ids, seen, [message])
         new.append((message, tuple(longer[len(ids) :])))
         ids, seen = longer, [*seen, message]
@@ -113,7 +120,7 @@ def extended(
 async def count_tokens(state: ServiceState, key: Key, ask: Ask) -> int:
     """Tokens the prompt of this request would be billed for."""
     _check_allowed(state, key, ask)
-    _, _, ids = extended(state, f"{key.id}/{ask.origin.session}", ask)
+    _, _, ids = extended(state, f"{key.id}/{ask.origin.session}", ask, told(ask) if state.tells else ())
     return await state.policy.count((*ids, *state.template.generation_prompt(), *opening(state.template, ask)))
 
 
@@ -183,7 +190,9 @@ class Meter:
             c.stopped is not None or (c.sample.ids and c.sample.finish_reason in ("stop", "length")) for c in self.choices
         )
 
-    async def finish(self, also: Also | None = None) -> tuple[list[Piece], list[Ended], Bill]:
+    async def finish(
+        self, also: Also | None = None, failed: ApiError | None = None
+    ) -> tuple[list[Piece], list[Ended], Bill]:
         """Charges for the answers and stores them, then tells how they ended. `also` joins the charge's transaction."""
         pieces: list[Piece] = []
         ended: list[Ended] = []
@@ -193,7 +202,10 @@ class Meter:
             ended.append(last)
         new, answers = nodes(self._state, self._turn, self)
         ids = tuple(answer.id for answer in answers)
-        joined = None if also is None else lambda execute, bill: also(execute, ended, bill)
+        joined = None
+        if also is not None:
+            why = failed or (None if self.complete else _stopped_early())
+            joined = lambda execute, bill: also(execute, [*pieces, *ended, bill], why)
         sampled, exact = sum(answer.sampled for answer in answers), all(answer.exact for answer in answers)
         served = Served(self._turn.request_id, ids, sampled, exact, time.time())
         bill = await self._settle(ids, joined, partial(self._state.scribe.put, [*new, *answers], served))
@@ -255,13 +267,16 @@ async def metered(state: ServiceState, turn: Turn) -> AsyncIterator[Meter]:
 
 
 async def whole(
-    state: ServiceState, turn: Turn, left: asyncio.Event, also: Also | None = None
+    state: ServiceState, turn: Turn, left: asyncio.Event, also: Also | None = None, admitted: Admitted | None = None
 ) -> tuple[list[Ended], Bill]:
     """The finished answers. Raises ApiError; a failure costs nothing, a client that left pays for what was sampled.
 
-    `also(execute, ended, bill)` writes in the same transaction as the charge: both happen, or neither.
+    `also` writes in the same transaction as the charge: both happen, or neither. `admitted` is awaited when the money is
+    held, before anything is sampled.
     """
     async with metered(state, turn) as meter:
+        if admitted is not None:
+            await admitted()
         try:
             with within(state.request_timeout_s), state.tally.computing(state.model):
                 await _together([_sampled(state, turn, meter, choice) for choice in meter.choices])
@@ -276,13 +291,19 @@ async def whole(
     return ended, bill
 
 
-async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncIterator[list[Event]]:
+async def stream(
+    state: ServiceState, turn: Turn, left: asyncio.Event, also: Also | None = None, admitted: Admitted | None = None,
+    merge_s: float | None = None,
+) -> AsyncIterator[list[Event]]:  # fmt: skip
     """Events as they happen, all there are at a time; [] = nothing for `keep_alive_s`. The ends come with the bill.
+    `also` and `admitted` as for `whole`.
 
     Raises ApiError, with the bill of what was sent until then. Closing the iterator is leaving: what was sampled until then is stored and charged.
     """
     async with metered(state, turn) as meter:
-        inbox = Inbox(min(state.keep_alive_s, state.request_timeout_s), state.merge_s)
+        if admitted is not None:
+            await admitted()
+        inbox = Inbox(min(state.keep_alive_s, state.request_timeout_s), state.merge_s if merge_s is None else merge_s)
         deadline = asyncio.get_running_loop().time() + state.request_timeout_s
         tasks = [asyncio.create_task(_pump(state, turn, meter, choice, inbox)) for choice in meter.choices]
         rest: list[Piece] = []
@@ -315,7 +336,7 @@ async def stream(state: ServiceState, turn: Turn, left: asyncio.Event) -> AsyncI
             # cut at the end of the money before there was anything to show, it is whole and yet was not sent
             meter.delivered |= (meter.complete and failure is None) or left.is_set()
             if meter.delivered and any(choice.sample.ids for choice in meter.choices):
-                rest, ended, bill = await meter.finish()
+                rest, ended, bill = await meter.finish(also, failed)
                 if failed is not None:
                     failed.bill = bill
     yield [*rest, *ended, bill]

@@ -36,6 +36,7 @@ from tidelock.tokens.siblings import journal_of
 from tidelock.tokens.trace import TraceStore
 
 if TYPE_CHECKING:
+    from tidelock.service.detached import Running
     from tidelock.service.tracing import Tracing  # needs the `otel` extra
 
 
@@ -76,7 +77,10 @@ class ServiceState:
     batch_lease_s: float = 30.0  # a batch whose worker died goes on after this
     batch_news: asyncio.Event = field(default_factory=asyncio.Event)
     guesses: Guesses = field(default_factory=Guesses)
+    detached: dict[str, Running] = field(default_factory=dict)  # answers that go on without their client, by id
+    stopper: asyncio.Task[None] | None = None  # looks which of them are to be stopped
     member: Member | None = None  # of a server with several workers
+    tells: bool = True  # a model that knows directives is told what it is held to (see `forcing.told`)
     lenient: bool = False  # see `kimi`: False holds clients to Kimi's contract to the letter
     metrics: Metrics = field(default_factory=Metrics)
     access_log: AccessLog | None = None  # None: no access lines

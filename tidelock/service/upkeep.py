@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from tidelock.service import budget_rules, charges, notices
+from tidelock.service import budget_rules, charges, detached, notices
 from tidelock.service.db import StorageDown
 from tidelock.service.state import ServiceState
 
@@ -67,6 +67,7 @@ def recover(state: ServiceState) -> None:
     lost = state.ledger.recover(dead)
     if lost:
         log.warning("settled %d requests of servers that died", lost)
+    detached.recover(state, dead)
     if dead != [""]:
         state.worker.forget(dead)
 
@@ -81,6 +82,7 @@ def sweep(state: ServiceState) -> None:
     state.ledger.prune(state.keep_holds_s)
     notices.sweep(state.ledger.db, state.ledger.clock())
     state.refused.sweep()
+    detached.sweep(state.ledger.db, state.ledger.clock())
 
 
 def leave(state: ServiceState) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import asdict
 
+from .directives import is_of_one_request
 from .journal import Journal, encode_finite, encode_record, read_journal
 from .message import Message, ToolCall, ToolSpec
 from .policy import Kept
@@ -240,17 +241,35 @@ class Trace:
         """The deepest node of `scope` whose conversation is a prefix of `messages`, and how many it covers.
 
         Messages compare by `digest`. The same words may have been sampled more than once, as other ids: every such
-        sibling is followed, and the latest of the deepest is taken.
+        sibling is followed, and the latest of the deepest is taken; one after which the next message was said elsewhere
+        (see `elsewhere`) goes before the others.
         """
         found: list[str] = []
-        level: list[str | None] = [None]
         for n, message in enumerate(messages):
-            key = digest(message)
-            following = [i for parent in level for i in self._by_message.get((scope, parent, key), ()) if self._fits(i)]
+            following = self._following(scope, found or [None], digest(message))
             if not following:
+                if len(found) > 1:
+                    found = [i for i in found if self.elsewhere(self.nodes[i], message)] or found
                 return (self.nodes[found[-1]] if found else None), n
-            level, found = list(following), following
+            found = following
         return (self.nodes[found[-1]] if found else None), len(messages)
+
+    def _following(self, scope: str, parents: Sequence[str | None], key: str) -> list[str]:
+        return [i for parent in parents for i in self._by_message.get((scope, parent, key), ()) if self._fits(i)]
+
+    def elsewhere(self, node: Node, message: Message) -> list[Node]:
+        """The answers that say `message` to a request which followed `node` with directives of its own.
+
+        Later requests do not repeat those, so their conversation hangs on `node` itself: what was said is in it with the
+        ids that were sampled, but as something given. Where it was sampled, it stays.
+        """
+        if message.role != "assistant":
+            return []
+        out: list[str] = []
+        level, key = [node.id], digest(message)
+        while level := [i for at in level for i in self._children.get(at, ()) if is_of_one_request(self.nodes[i].message)]:
+            out += self._following(node.scope, level, key)
+        return [self.nodes[i] for i in out]
 
     def _fits(self, node_id: str) -> bool:
         return self.template_hash is None or self.nodes[node_id].template == self.template_hash
@@ -306,8 +325,11 @@ class TraceStore(Trace):
     def match(self, scope: str, messages: Sequence[Message]) -> tuple[Node | None, int]:
         found, known = super().match(scope, messages)
         # an answer that is not known here may have been given by another worker
-        if any(message.role == "assistant" for message in messages[known:]) and self._take_over(scope):
-            found, known = super().match(scope, messages)
+        if any(message.role == "assistant" for message in messages[known:]):
+            here = found is not None and bool(self.elsewhere(found, messages[known]))
+            unknown = any(message.role == "assistant" for message in messages[known + here :])
+            if unknown and self._take_over(scope):
+                found, known = super().match(scope, messages)
         return found, known
 
     def get(self, node_id: str) -> Node | None:

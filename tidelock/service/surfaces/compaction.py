@@ -46,7 +46,8 @@ class Compact:
         asked: CompactRequest = wire.decode(body, _decoder)
         ask = to_ask(state, key, asked, SamplingParams(), is_lenient(state, request))
         self._users = _latest([m.content for m in ask.messages if m.role == "user" and m.name not in DIRECTIVES])
-        self.ask = replace(ask, messages=(*ask.messages, Message("user", REQUEST)), to_fit=True)
+        words = {"tool_choice": "none" if ask.tools else "auto", "schema": None}  # a note, whatever the rest is held to
+        self.ask = replace(ask, messages=(*ask.messages, Message("user", REQUEST)), to_fit=True, **words)
 
     def begin(self, turn: Turn) -> None:
         self._unique, self._created = turn.request_id.removeprefix("req_"), int(time.time())

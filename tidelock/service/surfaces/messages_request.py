@@ -112,6 +112,8 @@ class CountRequest(msgspec.Struct, gc=False):
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # where the format stood before `output_config` had it
+    metadata: dict[str, Any] | None = None  # `session_id` says which conversation this goes on
 
 
 class MessagesRequest(CountRequest, kw_only=True):
@@ -123,7 +125,6 @@ class MessagesRequest(CountRequest, kw_only=True):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    metadata: dict[str, Any] | None = None
 
 
 def read(state: ServiceState, request: MessagesRequest, version: str, lenient: bool) -> Ask:
@@ -183,6 +184,7 @@ def to_ask(
         given.insert(0, Message("system", system))
     tools = [_tool(tool, n) for n, tool in enumerate(body.tools or ())]
     choice, config = body.tool_choice, body.output_config or OutputConfig()
+    form = config.format or body.output_format
     ask = Ask(
         model=body.model,
         messages=conversation(given, tools, config.effort),
@@ -194,9 +196,9 @@ def to_ask(
         effort=config.effort,
         tool_choice=_tool_choice(choice),
         parallel_tools=not (choice and choice.disable_parallel_tool_use),
-        schema=config.format.schema if config.format else None,
+        schema=form.schema if form else None,
         opening=opening,
-        origin=Origin.of(full.metadata if full else None),
+        origin=Origin.of(body.metadata),
     )
     check_tool_choice(ask.tool_choice, ask.tools)
     return ask

@@ -5,14 +5,16 @@ A thought goes out as a reasoning item whose summary is the thought itself, the 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.requests import Request
+from starlette.types import Receive
 
-from tidelock.service import wire
+from tidelock.service import detached, wire
 from tidelock.service.answer import Bill, Ended, Event, Piece, Usage
 from tidelock.service.errors import ApiError
 from tidelock.service.http import is_lenient
@@ -23,6 +25,9 @@ from tidelock.service.surfaces.responses_request import (
     HERE, KIND, RECALLED, Format, Item, Part, Reasoning, ResponsesRequest, TextConfig, Tool, read,
 )  # fmt: skip
 from tidelock.service.surfaces.responses_stream import Writer
+
+if TYPE_CHECKING:
+    from tidelock.service.endpoint import Output
 
 _decoder = msgspec.json.Decoder(ResponsesRequest)
 
@@ -75,7 +80,8 @@ class Responses:
     def begin(self, turn: Turn) -> None:
         self._id = "resp_" + turn.request_id.removeprefix("req_")
         self._created = int(time.time())
-        self._writer = Writer(turn.request_id.removeprefix("req_"), self.response("in_progress"))
+        queued = self.response("queued") if self.request.background else None
+        self._writer = Writer(turn.request_id.removeprefix("req_"), self.response("in_progress"), queued)
 
     def whole(self, ended: Sequence[Ended], bill: Bill) -> dict[str, Any]:
         self._writer.say([*_pieces(ended[0]), ended[0]])
@@ -94,24 +100,92 @@ class Responses:
         failed = self.response("failed", error={"code": _failure_code(error), "message": error.message}, usage=charged)
         return self._writer.finish(failed, "response.failed") + wire.event(error.body())
 
-    def _finished(self, end: Ended, bill: Bill) -> dict[str, Any]:
+    def _answered(self, end: Ended, bill: Bill, items: list[dict[str, Any]]) -> dict[str, Any]:
         cut = end.finish_reason == "length"
-        response = self.response(
+        return self.response(
             "incomplete" if cut else "completed",
-            output=self._writer.items,
+            output=items,
             usage=usage(bill.usage),
             incomplete_details={"reason": "max_output_tokens"} if cut else None,
             completed_at=None if cut else int(time.time()),
             trace={"node": bill.nodes[0]},
         )
-        if (here := HERE.get()) is not None:
-            here[self._id] = {"node": bill.nodes[0], "response": {"instructions": self.request.instructions}}
-            for old in list(here)[:-RECALLED]:
-                del here[old]
+
+    def _finished(self, end: Ended, bill: Bill) -> dict[str, Any]:
+        response = self._answered(end, bill, self._writer.items)
+        self._recall(node=bill.nodes[0])
         if self.request.store is not False:
             doc = {"id": self._id, "node": bill.nodes[0], "response": response, "input": input_docs(self.request)}
             self._state.objects.put(KIND, self._key.customer, doc)
         return response
+
+    def _recall(self, **what: Any) -> None:
+        """On this connection, if it is one."""
+        if (here := HERE.get()) is not None:
+            here[self._id] = {"response": {"instructions": self.request.instructions}, **what}
+            for old in list(here)[:-RECALLED]:
+                del here[old]
+
+    # ---- in the background: `detached.Answer` --------------------------------------------------------------------
+
+    kind = KIND
+
+    async def detach(self, turn: Turn, receive: Receive, out: Output) -> None:
+        if not self.request.background:  # it is to generate nothing yet; whatever renders its prompt is warm now
+            self._recall(node=None, messages=self.ask.messages)
+            done = self.response("completed", usage=usage(Usage(0, 0)), completed_at=int(time.time()))
+            await out.write(self._writer.finish(done) + wire.DONE, more=False)
+            return
+        running = detached.start(self._state, self._id, self, turn)
+        await asyncio.shield(running.admitted)
+        if not self.ask.stream:
+            await out.json(self.response("queued"))
+            return
+        gone = asyncio.create_task(_disconnect(receive))
+        try:
+            async for events in detached.follow(self._state, self._id):
+                if gone.done():
+                    return
+                await out.write(events, more=events != wire.DONE)
+        finally:
+            gone.cancel()
+
+    def begun(self) -> tuple[dict[str, Any], bytes]:
+        events = self._writer.begin()
+        doc = {"id": self._id, "node": None, "response": self.response("in_progress"), "input": input_docs(self.request)}
+        return doc, events
+
+    def more(self, events: Sequence[Event]) -> tuple[int, bytes]:
+        return self._writer.number, self._writer.say(events)
+
+    def ended(
+        self, events: Sequence[Event], failed: ApiError | None, cancelled: bool
+    ) -> tuple[dict[str, Any], str, int, bytes]:
+        end = next(event for event in events if isinstance(event, Ended))
+        writer, bill = self._writer.copy(), events[-1]
+        first = writer.number
+        out = writer.say([event for event in events if isinstance(event, Piece)] if self.ask.stream else _pieces(end))
+        if failed is None:
+            out += writer.say([end])
+            response = self._answered(end, bill, writer.items)
+        else:
+            out += writer.close("incomplete")
+            so_far = {"output": writer.items, "usage": usage(bill.usage), "trace": {"node": bill.nodes[0]}}
+            response = self._cut(failed, cancelled, **so_far)
+        return response, bill.nodes[0], first, out + self._last(writer, response)
+
+    def failed(self, failed: ApiError, cancelled: bool) -> tuple[dict[str, Any], int, bytes]:
+        writer, response = self._writer.copy(), self._cut(failed, cancelled)
+        return response, writer.number, self._last(writer, response)
+
+    def _cut(self, failed: ApiError, cancelled: bool, **changes: Any) -> dict[str, Any]:
+        if cancelled:
+            return self.response("cancelled", **changes)
+        return self.response("failed", error={"code": _failure_code(failed), "message": failed.message}, **changes)
+
+    def _last(self, writer: Writer, response: dict[str, Any]) -> bytes:
+        """The stream of a response that was cancelled just ends: there is no event for it."""
+        return b"" if response["status"] == "cancelled" else writer.finish(response)
 
     def response(self, status: str, **changes: Any) -> dict[str, Any]:
         request = self.request
@@ -164,6 +238,11 @@ def _failure_code(error: ApiError) -> str:
     if error.kind == "exceeded_current_quota_error":
         return "insufficient_quota"
     return "rate_limit_exceeded" if error.status == 429 else "server_error"
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _tool_doc(tool: Tool) -> dict[str, Any]:

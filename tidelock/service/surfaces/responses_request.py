@@ -101,6 +101,7 @@ class InputTokensRequest(msgspec.Struct, gc=False):
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     text: TextConfig | None = None
+    metadata: dict[str, str] | None = None  # `session_id` says which conversation this goes on
 
 
 class CompactRequest(InputTokensRequest):
@@ -126,7 +127,7 @@ class ResponsesRequest(InputTokensRequest, kw_only=True):
     stream_options: StreamOptions | None = None
     store: bool | None = None
     background: bool | None = None
-    metadata: dict[str, str] | None = None
+    generate: bool | None = None  # false, on a connection: nothing yet
     truncation: str | None = None
     service_tier: str | None = None
     max_tool_calls: int | None = None
@@ -151,8 +152,8 @@ def read(state: ServiceState, key: Key, request: ResponsesRequest, lenient: bool
             raise invalid_request(f"{field} must be between 0 and {high}", field)
     if request.max_output_tokens is not None and request.max_output_tokens < 1:
         raise invalid_request("max_output_tokens must be at least 1", "max_output_tokens")
-    if request.background and not lenient:
-        raise invalid_request("background responses are not run here; leave `background` out", "background")
+    if request.background and request.store is False:
+        raise invalid_request("a background response is stored; leave `store: false` out", "store")
     if request.top_p == 0:
         raise invalid_request("top_p must be above 0", "top_p")
     params = SamplingParams(
@@ -165,9 +166,14 @@ def read(state: ServiceState, key: Key, request: ResponsesRequest, lenient: bool
         max_tokens=request.max_output_tokens,
         to_fit=lenient,
         stream=bool(request.stream),
+        apart=bool(request.background) or warms_up(request),
         logprobs="message.output_text.logprobs" in (request.include or ()),
-        origin=Origin.of(request.metadata),
     )
+
+
+def warms_up(request: ResponsesRequest) -> bool:
+    """Whether it only makes ready what a later one on its connection goes on with."""
+    return request.generate is False and HERE.get() is not None
 
 
 def to_ask(
@@ -178,10 +184,11 @@ def to_ask(
     check_model(state, body.model or state.model, lenient)
     given = _history(state, key, body.previous_response_id)
     items = body.input if isinstance(body.input, list) else [Item(role="user", content=body.input or "")]
-    if body.input is None and not given and not lenient:
+    early = isinstance(body, ResponsesRequest) and warms_up(body)
+    if body.input is None and not given and not lenient and not early:
         raise invalid_request("a request needs input", "input")
-    given += _messages(items, lenient)
-    if not given:
+    given += [] if early and not body.input else _messages(items, lenient)
+    if not given and not early:
         raise invalid_request("input must not be empty", "input")
     if body.instructions:
         given.insert(0, Message("system", body.instructions))
@@ -203,6 +210,7 @@ def to_ask(
         tool_choice=_tool_choice(body.tool_choice),
         parallel_tools=body.parallel_tool_calls is not False,
         schema={"text": None, "json_object": {"type": "object"}, "json_schema": form.schema}[form.type],
+        origin=Origin.of(body.metadata),
     )
     if not (lenient and not ask.tools):
         check_tool_choice(ask.tool_choice, ask.tools)
@@ -218,9 +226,11 @@ def _history(state: ServiceState, key: Key, response_id: str | None) -> list[Mes
     except ApiError:
         raise invalid_request(f"no previous response {response_id!r}", "previous_response_id",
                               "previous_response_not_found") from None  # fmt: skip
-    messages = state.traces.messages(stored["node"])
-    messages = [m for m in messages if m.name not in DIRECTIVES]
-    if messages[0].role == "system":
+    if "messages" not in stored and (stored["node"] is None or state.traces.get(stored["node"]) is None):
+        raise invalid_request(f"previous response {response_id!r} has no answer to go on from", "previous_response_id")
+    messages = stored["messages"] if "messages" in stored else state.traces.messages(stored["node"])
+    messages = [m for m in messages if m.role != "system" or m.name not in DIRECTIVES]
+    if messages and messages[0].role == "system":
         messages[0] = replace(messages[0], tools=())
         if stored["response"]["instructions"] or not messages[0].content:
             del messages[0]

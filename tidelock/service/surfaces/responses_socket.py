@@ -2,9 +2,10 @@
 
 A client's `response.create` is the body of `POST /v1/responses` with a type. It is sent through the whole application as
 such a request, streamed, so that a turn is authenticated, limited, charged, counted and logged like any other; only its
-events come back as messages. A response that is not to be stored can be continued on the connection that made it.
+events come back as messages. A response that is not to be stored can be continued on the connection that made it. One with
+`generate: false` is charged nothing, stores nothing and says nothing; what it was given can be gone on with like the rest.
 
-Format: OpenResponses specification, "WebSocket Transport".
+Format: OpenResponses specification, "WebSocket Transport"; `generate`: OpenAI's guide "WebSocket mode".
 """
 
 from __future__ import annotations
@@ -120,8 +121,8 @@ def _created(text: str) -> dict[str, Any]:
     given = wire.decode(text.encode(), _decoder)
     if given.get("type") != "response.create":
         raise errors.invalid_request("a message is an object whose type is response.create", "type")
-    if given.get("generate") is False:
-        raise errors.invalid_request("nothing is made ready ahead of its turn here; leave `generate` out", "generate")
+    if given.get("background"):
+        raise errors.invalid_request("a response on a connection is not one in the background", "background")
     return {k: v for k, v in given.items() if k not in ("type", "stream", "stream_options")} | {"stream": True}
 
 

@@ -6,6 +6,7 @@ The same writer also makes the items of an answer that is not streamed, so the t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from tidelock.service import wire
@@ -16,34 +17,43 @@ from tidelock.service.surfaces.chat import logprobs
 class Writer:
     """`say` what happens, then `finish`. `items` are the output items so far, complete once the answer has ended."""
 
-    def __init__(self, unique: str, response: dict[str, Any]) -> None:
+    def __init__(self, unique: str, response: dict[str, Any], queued: dict[str, Any] | None = None) -> None:
+        """`queued`: the response as it is told first, where it is told that it waits."""
+        self.number = 0  # of the next event
+        self._queued = queued
         self.items: list[dict[str, Any]] = []
         self._unique, self._response = unique, response
         self._kind: str | None = None  # "reasoning" | "content" | "call": the open item
         self._text: list[str] = []
         self._tokens: list[Token] = []
-        self._number = 0
+
+    def copy(self) -> Writer:
+        twin = copy(self)
+        twin.items, twin._text, twin._tokens = list(self.items), list(self._text), list(self._tokens)
+        return twin
 
     def say(self, events: Sequence[Event]) -> bytes:
-        out = b"" if self._number else self._begin()
+        out = b"" if self.number else self.begin()
         for event in events:
             if isinstance(event, Piece):
                 out += self._piece(event)
             elif isinstance(event, Ended):
-                out += self._close("incomplete" if event.finish_reason == "length" else "completed")
+                out += self.close("incomplete" if event.finish_reason == "length" else "completed")
         return out
 
     def finish(self, response: dict[str, Any], kind: str | None = None) -> bytes:
-        out = b"" if self._number else self._begin()
+        out = b"" if self.number else self.begin()
         return out + self._event(kind or f"response.{response['status']}", response=response)
 
-    def _begin(self) -> bytes:
-        created = self._event("response.created", response=self._response)
+    def begin(self) -> bytes:
+        created = self._event("response.created", response=self._queued or self._response)
+        if self._queued:
+            created += self._event("response.queued", response=self._queued)
         return created + self._event("response.in_progress", response=self._response)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
-        self._number += 1
-        return wire.named_event({"type": kind, "sequence_number": self._number - 1, **fields})
+        self.number += 1
+        return wire.named_event({"type": kind, "sequence_number": self.number - 1, **fields})
 
     def _piece(self, piece: Piece) -> bytes:
         out = b""
@@ -69,7 +79,7 @@ class Writer:
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1}
 
     def _open(self, kind: str, piece: Piece) -> bytes:
-        out = self._close("completed")
+        out = self.close("completed")
         n = len(self.items)
         if kind == "reasoning":
             item: dict[str, Any] = {"type": "reasoning", "id": f"rs_{self._unique}_{n}", "summary": []}
@@ -92,7 +102,8 @@ class Writer:
             out += self._event("response.content_part.added", **self._where(), content_index=0, part=part)
         return out
 
-    def _close(self, status: str) -> bytes:
+    def close(self, status: str) -> bytes:
+        """Ends the open item."""
         if self._kind is None:
             return b""
         kind, text, where = self._kind, "".join(self._text), self._where()

@@ -63,7 +63,7 @@ ROUTES = [
     Route("GET", "/v1/chat/completions/{id}/messages", stored_chat.messages, shapes.Listing),
     Route("POST", "/v1/responses/input_tokens", stored_responses.count, shapes.InputTokens, responses_request.InputTokensRequest),
     Route("POST", "/v1/responses/compact", compaction.Compact, shapes.Compaction, responses_request.CompactRequest),
-    Route("GET", "/v1/responses/{id}", stored_responses.retrieve, shapes.Response),
+    Route("GET", "/v1/responses/{id}", stored_responses.retrieve, shapes.Response, query=("stream", "starting_after")),
     Route("DELETE", "/v1/responses/{id}", stored_responses.delete, shapes.Deleted),
     Route("POST", "/v1/responses/{id}/cancel", stored_responses.cancel, shapes.Response),
     Route("GET", "/v1/responses/{id}/input_items", stored_responses.input_items, shapes.Listing),

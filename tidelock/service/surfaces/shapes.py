@@ -77,7 +77,7 @@ class Response(msgspec.Struct):
     id: str
     object: Literal["response"]
     created_at: int
-    status: Literal["completed", "incomplete", "failed", "in_progress"]
+    status: Literal["completed", "incomplete", "failed", "in_progress", "queued", "cancelled"]
     model: str
     output: list[dict[str, Any]]
     usage: ResponsesUsage | None

@@ -9,6 +9,7 @@
     probe_s = 5
     model = "tide-nano"           # what clients ask for; it has to be in the price book
     context_length = 262144       # if it is not the release's
+    directives = true             # its models can be told in the prompt what an answer is held to; chat: in the parameters
 
     [[upstream]]
     name = "gpu-1"                # as /health, metrics and usage rows call it
@@ -48,9 +49,9 @@ FIELDS: dict[str, tuple[type, Any]] = {  # of an upstream: type, default (... = 
     "idle_s": (float, 30.0), "probe": (str, None), "dialect": (str, "openai"),
 }  # fmt: skip
 POOL = {"choice": str, "retries": int, "max_waiting": int, "wait_s": float, "spread": float, "probe_s": float,
-        "context_length": int, "model": str}  # fmt: skip
+        "context_length": int, "model": str, "directives": bool}  # fmt: skip
 NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
-WORDS = {str: "text", int: "a whole number", float: "a number"}
+WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Front:
     pool: Pool
     model: str | None = None
     context_length: int | None = None
+    directives: bool = True
 
 
 def read_upstreams(
@@ -93,7 +95,7 @@ def _pool(data: dict[str, Any], template: Template, environment: Mapping[str, st
         raise UserError(f"[pool]: choice is one of {', '.join(CHOICES)}, not {options.choice!r}")
     for name in said:
         least = {"retries": 0, "max_waiting": 0, "spread": 1.0, "wait_s": 0.0}.get(name)
-        if name not in ("choice", "model") and (said[name] <= 0 if least is None else said[name] < least):
+        if name not in ("choice", "model", "directives") and (said[name] <= 0 if least is None else said[name] < least):
             raise UserError(f"[pool]: {name} is {said[name]}, which is too small")
     client = Client(KEEP_ALIVE_S)
     upstreams = [_upstream(u, template, environment, client) for u in listed]
@@ -102,7 +104,7 @@ def _pool(data: dict[str, Any], template: Template, environment: Mapping[str, st
         raise UserError(f"two upstreams are called {twice[0]}")
     pool = Pool(upstreams, options, template.generation_prompt())
     pool.closers.append(client.close)
-    return Front(pool, said.get("model"), said.get("context_length"))
+    return Front(pool, said.get("model"), said.get("context_length"), said.get("directives", True))
 
 
 def _upstream(

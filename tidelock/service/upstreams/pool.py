@@ -24,7 +24,8 @@ from tidelock.service.upstreams.metrics import Collector
 from tidelock.service.upstreams.probes import watch
 from tidelock.service.upstreams.swapping import swap_all
 from tidelock.service.upstreams.upstream import Upstream
-from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
+from tidelock.tokens.directives import is_of_one_request
+from tidelock.tokens.policy import Chunk, PolicyError, Prompt, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class _Job:
     key: bytes
     params: SamplingParams
     prompt_tokens: int
+    exact: bool  # only an upstream that samples ids of ours can answer it
     tried: set[Upstream] = field(default_factory=set)  # and failed there
     sent: int = 0
     handed_on: int = 0  # tokens
@@ -57,11 +59,6 @@ class _Job:
     waiter: Waiter | None = None
     place: asyncio.Future[Upstream | None] | None = None  # None: aborted in line
     aborted: bool = False
-
-    @property
-    def exact(self) -> bool:
-        """Whether only an upstream that samples ids of ours can answer it."""
-        return self.params.constraint is not None or self.params.routed_from is not None
 
 
 class Pool:
@@ -98,7 +95,7 @@ class Pool:
     ) -> AsyncIterator[Chunk]:
         by_head = self.options.choice == "affinity" and len(self.upstreams) > 1
         key = affinity.head(prompt_ids, self._turn) if by_head else b""
-        job = _Job(request_id or uuid.uuid4().hex, key, params, len(prompt_ids))
+        job = _Job(request_id or uuid.uuid4().hex, key, params, len(prompt_ids), self._wants_exact(prompt_ids, params))
         self._jobs[job.name] = job
         try:
             while True:
@@ -222,12 +219,20 @@ class Pool:
         upstream.tally.retried += 1
         return True
 
+    def _wants_exact(self, prompt_ids: Sequence[int], params: SamplingParams) -> bool:
+        """Who samples our ids holds an answer to its form; where nobody does, a server that speaks text is asked to, if
+        there are words for what is wanted."""
+        if params.constraint is None:
+            return params.routed_from is not None
+        said = isinstance(prompt_ids, Prompt) and any(map(is_of_one_request, prompt_ids.messages[-2:]))
+        return not said or params.routed_from is not None or any(u.exact for u in self.upstreams)
+
     # ---- placing ------------------------------------------------------------------------------------------------
 
     async def _place(self, job: _Job) -> Upstream | None:
         """An upstream with room, the request counted in; None: it was aborted. Raises PolicyError when there is none."""
         if job.exact and not any(u.exact for u in self.upstreams):
-            reason = "the model's servers speak text, so an answer cannot be held to a format or a tool"
+            reason = "the model's servers speak text, so an answer cannot be held to a grammar"
             raise PolicyError(reason, status=400, kind="invalid_request_error")
         if job.aborted:
             return None
