@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from tidelock.service.db import Database, service_database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import MAX_NANO, Ledger
-from tidelock.service.prices import NANO_PER_USD, format_usd
+from tidelock.service.prices import exact_nano, format_usd
 from tidelock.tokens.errors import UserError
 
 from .main import command
@@ -106,10 +105,7 @@ def _list(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str,
 
 def nano_usd(usd: str) -> int:
     """Raises UserError unless this is a positive amount, not absurdly large, with at most nine decimals."""
-    try:
-        nano = Decimal(usd) * NANO_PER_USD
-        if 0 < nano < MAX_NANO and nano == int(nano):
-            return int(nano)
-    except InvalidOperation:
-        pass
+    nano = exact_nano(usd)
+    if nano is not None and 0 < nano < MAX_NANO:
+        return nano
     raise UserError(f"{usd!r} is not an amount in USD such as 5 or 2.50")

@@ -9,12 +9,12 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tidelock.service import errors, record, wire
 from tidelock.service.accounts import UnknownId
 from tidelock.service.auth import look_up
-from tidelock.service.db import StorageDown
+from tidelock.service.db import StorageDown, Unstorable
 from tidelock.service.errors import ApiError
 from tidelock.service.state import ServiceState
 from tidelock.service.wire import header
@@ -68,6 +68,22 @@ async def received(scope: Scope, receive: Receive, limit: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def bounded(receive: Receive, limit: int) -> Receive:
+    """The same, but it raises ApiError (413) once more than `limit` bytes came: for bodies that are read as a stream, which
+    need not say how long they are."""
+    size = 0
+
+    async def counted() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > limit:
+            raise errors.too_large(limit)
+        return message
+
+    return counted
+
+
 def failure(error: ApiError, request_id: str, anthropic: bool) -> Response:
     headers = {**error.headers(), **id_headers(request_id)}
     status, body = error.anthropic(request_id) if anthropic else (error.status, error.body())
@@ -97,6 +113,8 @@ def _as_api_error(exception: Exception, request_id: str) -> ApiError:
         return errors.policy_failed(str(exception), exception.status, exception.kind)
     if isinstance(exception, UnknownId):
         return errors.not_found(str(exception), "id")
+    if isinstance(exception, Unstorable):
+        return errors.invalid_request(str(exception))
     if isinstance(exception, StorageDown):
         log.warning("%s: %s", request_id, exception)
         return errors.storage_down()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any
 
-from tidelock.service.db import Conflict, StorageDown
+from tidelock.service.db import Conflict, StorageDown, Unstorable
 from tidelock.tokens.errors import UserError
 
 try:
@@ -220,5 +220,9 @@ def _errors() -> Iterator[None]:
         yield
     except psycopg.IntegrityError as error:
         raise Conflict(str(error)) from error
+    except psycopg.DataError as error:
+        if "NUL" not in str(error):
+            raise
+        raise Unstorable("no text here may hold the character U+0000") from None
     except (psycopg.OperationalError, psycopg.InternalError) as error:
         raise StorageDown(str(error).strip()) from error

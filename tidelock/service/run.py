@@ -37,6 +37,8 @@ from tidelock.tokens.template import Template
 from tidelock.tokens.trace import Node, Served
 
 Also = Callable[[Any, list[Ended], Bill], None]
+LONG_TEXT = 1 << 18  # characters whose tokenizing would be noticed by other requests
+NO_LIMIT = 1 << 62
 
 
 class Turn(Struct, frozen=True, gc=False):
@@ -71,7 +73,7 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
     began = time.monotonic()
     _check_allowed(state, key, ask)
     scope = f"{key.id}/{ask.origin.session}"
-    parent, new, ids = extended(state, scope, ask)
+    parent, new, ids = await laid_out(state, key, ask, state.context_length)
     opening_ids = opening(state.template, ask)
     prompt_ids = Prompt.of(ids, ask.messages, (*state.template.generation_prompt(), *opening_ids))
     prompt_tokens = await state.policy.count(prompt_ids)
@@ -95,25 +97,42 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
     )
 
 
-def extended(
-    state: ServiceState, scope: str, ask: Ask
+async def laid_out(
+    state: ServiceState, key: Key, ask: Ask, most: int = NO_LIMIT
 ) -> tuple[str | None, tuple[tuple[Message, tuple[int, ...]], ...], list[int]]:
-    """(the deepest stored node of this conversation, the messages after it with their ids, all ids)."""
+    """`extended`; a long text in a thread, where it keeps nobody waiting but its sender, and one that cannot fit not at all."""
+    scope = f"{key.id}/{ask.origin.session}"
+    characters = sum([len(m.content) + len(m.reasoning) for m in ask.messages])
+    if characters > most * state.template.tokenizer.longest:
+        raise _too_long(most)
+    if characters > LONG_TEXT:
+        return await asyncio.to_thread(extended, state, scope, ask, most)
+    return extended(state, scope, ask, most)
+
+
+def extended(
+    state: ServiceState, scope: str, ask: Ask, most: int = NO_LIMIT
+) -> tuple[str | None, tuple[tuple[Message, tuple[int, ...]], ...], list[int]]:
+    """(the deepest stored node of this conversation, the messages after it with their ids, all ids). Raises a 400 as soon
+    as there are more ids than `most`."""
     parent, known = state.traces.match(scope, ask.messages)
     path = state.traces.path(parent.id) if parent else []
     ids, seen = [token for node in path for token in node.ids], [node.message for node in path]
     new = []
     for message in ask.messages[known:]:
-        longer = state.template.extend(ids, seen, [message])
-        new.append((message, tuple(longer[len(ids) :])))
-        ids, seen = longer, [*seen, message]
+        added = state.template.added(message, seen)
+        new.append((message, tuple(added)))
+        ids += added
+        if len(ids) > most:
+            raise _too_long(most)
+        seen.append(message)
     return (parent.id if parent else None), tuple(new), ids
 
 
 async def count_tokens(state: ServiceState, key: Key, ask: Ask) -> int:
     """Tokens the prompt of this request would be billed for."""
     _check_allowed(state, key, ask)
-    _, _, ids = extended(state, f"{key.id}/{ask.origin.session}", ask)
+    _, _, ids = await laid_out(state, key, ask)
     return await state.policy.count((*ids, *state.template.generation_prompt(), *opening(state.template, ask)))
 
 
@@ -135,6 +154,11 @@ def opening(template: Template, ask: Ask) -> tuple[int, ...]:
         tail += 1
     said = template.sampled(ask.opening or Message("assistant"))
     return tuple(said[: len(said) - tail])
+
+
+def _too_long(most: int) -> ApiError:
+    reason = f"the prompt has more than {most} tokens and leaves no room in a context of as many"
+    return errors.invalid_request(reason, "messages", "context_length_exceeded")
 
 
 def _max_tokens(state: ServiceState, ask: Ask, prompt_tokens: int) -> int:

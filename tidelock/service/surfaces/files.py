@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, Response
 
 from tidelock.service.auth import authenticate
 from tidelock.service.errors import invalid_request, too_large
-from tidelock.service.http import is_lenient, speaks_anthropic
+from tidelock.service.http import bounded, is_lenient, speaks_anthropic
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.anthropic_pages import cursors, page, rfc3339
 
@@ -35,7 +35,8 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
     if declared.isdigit() and int(declared) > MAX_BYTES + 65536:
         raise too_large(MAX_BYTES)
     try:
-        async with request.form(max_files=1, max_fields=20) as form:
+        streamed = Request(request.scope, bounded(request.receive, MAX_BYTES + 65536))
+        async with streamed.form(max_files=1, max_fields=20) as form:
             upload, purpose = form.get("file"), form.get("purpose", "user_data" if speaks_anthropic(request) else None)
             allowed = PURPOSES + (OPENAI_PURPOSES if is_lenient(state, request) or speaks_anthropic(request) else ())
             if purpose not in allowed:
