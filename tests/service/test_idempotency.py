@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import threading
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import pytest
@@ -13,6 +16,7 @@ from tidelock.service.idempotency import AnswerLost, Idempotency, InFlight, KeyR
 from tidelock.service.ledger import Ledger
 from tidelock.service.prices import Counts, Price, PriceBook
 from tidelock.service.workers import Worker
+from tidelock.tokens.message import Message
 
 ASK = {"model": "tide", "messages": [{"role": "user", "content": "hi"}]}
 PRICE = Price(300, 30, 1500)
@@ -97,3 +101,29 @@ def test_the_key_of_a_dead_server_runs_again_only_if_nothing_was_charged(db):
 
     asyncio.run(main())
     assert ledger.audit().sound
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_left_in_the_middle_and_asks_again_is_told_that_it_was_charged(service, stream):
+    """Not that the first request still runs, for a day; nor the half of a stream that was recorded, as if it were all."""
+    service.policy.pause_s, service.policy.turns = 0.05, [Message("assistant", "a long answer " * 20)]
+    secret = service.key()
+    body = json.dumps({**ASK, "stream": stream}).encode()
+    head = (f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {secret}\r\nidempotency-key: a\r\n"
+            f"content-length: {len(body)}\r\n\r\n")  # fmt: skip
+    url = urlsplit(service.running.base_url)
+    with socket.create_connection((url.hostname, url.port), timeout=10) as line:
+        line.sendall(head.encode() + body)
+        service.wait(lambda: service.policy.sampled and len(service.policy.sampled[0]) > 20)
+        if stream:
+            assert line.recv(100).startswith(b"HTTP/1.1 200 ")
+    service.wait(lambda: service.state.ledger.db.read("SELECT COUNT(*) FROM usage WHERE nano_usd > 0")[0][0] == 1)
+    again = {"authorization": f"Bearer {secret}", "idempotency-key": "a"}
+    ask = lambda: httpx.post(service.running.base_url + "/chat/completions", content=body, headers=again)  # noqa: E731
+    service.wait(lambda: ask().status_code == 200 or ask().json()["error"]["code"] != "idempotency_key_in_use")
+    answer = ask()
+    if stream:  # all that was recorded, and how it ended
+        assert '"error"' in answer.text and "[DONE]" not in answer.text
+    else:
+        assert answer.json()["error"]["code"] == "answer_lost" and answer.headers["x-should-retry"] == "false"
+    assert len(service.policy.prompts) == 1
