@@ -138,10 +138,14 @@ async def opened(till: Till, ask: Admission, streaming: bool) -> AsyncIterator[T
     first = min(ask.max_tokens, max(FIRST_STRETCH, ask.least_tokens))
     if (record := current()) is not None:
         record.model = ask.model
-    with step("hold"):
-        hold = await till.hold(replace(ask, max_tokens=first))
-    tab = Tab(till, hold, ask.max_tokens, streaming)
+    till.running.add(ask.request_id)
     try:
-        yield tab
+        with step("hold"):
+            hold = await till.hold(replace(ask, max_tokens=first))
+        tab = Tab(till, hold, ask.max_tokens, streaming)
+        try:
+            yield tab
+        finally:
+            await tab.close()
     finally:
-        await tab.close()
+        till.running.discard(ask.request_id)

@@ -62,6 +62,7 @@ class Till:
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()
         self._closing = threading.Event()
+        self.running: set[str] = set()  # requests that have a tab here: their holds are not swept
         self._crowded = False  # many requests run: then a commit waits a moment for more of them
         self.commits = 0  # and how many operations they carried: the benchmark's group size
         self.operations = 0
