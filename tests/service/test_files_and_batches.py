@@ -13,8 +13,10 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from tidelock.service import batch_queue
 from tidelock.service.db import Database
 from tidelock.service.ledger import Ledger
+from tidelock.service.surfaces import batches
 
 
 def lines(*bodies: dict, url: str = "/v1/chat/completions") -> bytes:
@@ -181,3 +183,30 @@ def test_kill_9_again_and_again_loses_no_line_and_bills_each_once(tmp_path):
     told = {r["response"]["request_id"]: r["response"]["body"]["usage"]["cost_nano_usd"] for r in results}
     assert told == billed
     ledger.db.close()
+
+
+@pytest.mark.parametrize("line", [
+    b'{"custom_id": "\\ud800", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "tide"}}',
+    b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "tide", "temperature": NaN}}',
+    b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": ' + b'{"a":' * 900 + b"1" + b"}" * 901,
+])  # fmt: skip
+def test_a_line_that_could_not_be_written_again_is_no_line(service, line):
+    """Half a character in a custom_id was answered, could not be written, and stopped everybody's batches for ever."""
+    batch = run(service, service.client(), lines(ask("a")) + line)
+    assert (batch.status, batch.errors.data[0].code, batch.errors.data[0].line) == ("failed", "invalid_json_line", 2)
+
+
+def test_a_batch_that_makes_the_server_fail_holds_up_nobody_and_ends_with_its_time(service):
+    state = service.state
+    state.accounts.ensure("mallory")
+    broken = batches.fresh("batch_broken", "/v1/chat/completions", "x", "24h", 24, None)
+    del broken["input_file_id"]  # no batch is like this
+    late = {**broken, "id": "batch_late", "expires_at": int(time.time()) - 1}
+    for doc in (broken, late):
+        state.objects.put(batches.KIND, "mallory", doc)
+        batch_queue.add(state.ledger.db, doc["id"], "mallory", "key_x")
+    batch = run(service, service.client(), lines(ask("a"), ask("b")))
+    assert batch.status == "completed" and batch.request_counts.completed == 2
+    service.wait(lambda: state.objects.get(batches.KIND, "mallory", "batch_late")["status"] == "failed")
+    waiting = state.ledger.db.read("SELECT id, lease_us FROM batch_queue")
+    assert [row[0] for row in waiting] == ["batch_broken"] and waiting[0][1] > time.time_ns() // 1000

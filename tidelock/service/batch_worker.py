@@ -15,6 +15,7 @@ from typing import Any
 from tidelock.service import batch_queue, run, wire
 from tidelock.service.access import background
 from tidelock.service.answer import Bill, Ended
+from tidelock.service.db import StorageDown
 from tidelock.service.errors import ApiError
 from tidelock.service.http import as_api_error
 from tidelock.service.record import current
@@ -24,6 +25,7 @@ from tidelock.service.surfaces import batches, files, message_batches
 from tidelock.service.surfaces.chat import Chat
 from tidelock.service.surfaces.messages import Messages
 from tidelock.service.surfaces.responses import Responses
+from tidelock.tokens import jsontext
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ MAX_LINES = 50_000
 MAX_ERRORS = 50  # listed of a file that does not validate
 AT_A_TIME = 8
 POLL_S = 5.0
+PENANCE_S = 60.0  # a batch that fails, which none should, waits so long and holds up nobody
 RETRY_S = (0.1, 0.5, 2, 10, 30, 60)  # before a line is asked again of an engine that was busy
 
 
@@ -61,16 +64,22 @@ async def _news(state: ServiceState) -> None:
 
 async def _one(state: ServiceState, batch_id: str, customer: str, key_id: str) -> None:
     keeper = asyncio.create_task(_keep(state, batch_id))
+    batch = _Batch(state, batch_id, customer, key_id)
     try:
-        batch = _Batch(state, batch_id, customer, key_id)
         await batch.run()
         batch_queue.remove(state.ledger.db, batch_id)
     except Paused:
         log.info("%s waits: its organisation is suspended", batch_id)
         batch_queue.renew(state.ledger.db, batch_id, 0)
-    except BaseException:
+    except (StorageDown, asyncio.CancelledError):
         batch_queue.renew(state.ledger.db, batch_id, 0)
         raise
+    except Exception:
+        log.exception("%s failed; to be tried again after others have had their turn", batch_id)
+        if not batch.given_up():
+            batch_queue.renew(state.ledger.db, batch_id, PENANCE_S)
+        else:
+            batch_queue.remove(state.ledger.db, batch_id)
     finally:
         keeper.cancel()
 
@@ -109,6 +118,14 @@ class _Batch:
         await self._answer(doc, lines, done)
         self._finish(len(lines), done)
 
+    def given_up(self) -> bool:
+        """Whether its time is over, and it is failed for good."""
+        if time.time() < self._doc()["expires_at"]:
+            return False
+        error = _fault(None, "internal_error", "the server failed on this batch")
+        self._change(status="failed", failed_at=int(time.time()), errors={"object": "list", "data": [error]})
+        return True
+
     def _doc(self) -> dict[str, Any]:
         return self.state.objects.get(self.kind, self.customer, self.id)
 
@@ -128,9 +145,9 @@ class _Batch:
             if not line.strip():
                 continue
             try:
-                request = json.loads(line)
+                request = jsontext.load(line)  # its halves of characters could not be written into the results
                 fault = _line_fault(request, doc["endpoint"], seen)
-            except (ValueError, RecursionError):
+            except ValueError:
                 request, fault = None, ("invalid_json_line", "the line is not JSON")
             if fault is None:
                 lines.append(request)
