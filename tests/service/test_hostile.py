@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import threading
@@ -182,3 +183,24 @@ def test_who_does_not_come_to_the_point_is_hung_up_on(service, monkeypatch):
         head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {service.key()}\r\ncontent-length: {len(body)}\r\n\r\n"
         patient.sendall(head.encode() + body)
         assert patient.recv(100).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_full_disk_is_an_outage_of_the_books_or_a_missing_trace_but_no_lost_answer(service, monkeypatch, caplog):
+    """Its trace could not be written, so an answer that was charged was a 500, and so was each of its retries."""
+    real, secret = service.state.traces.add_many, service.key()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(service.state.traces, "add_many", full)
+    for stream in (False, True):
+        answer = post(service, secret, CHAT, json={**ASK, "stream": stream})
+        assert answer.status_code == 200 and "hello" in answer.text and "error" not in answer.text
+    assert caplog.text.count("its trace could not be written: No space left on device") == 2
+    assert service.state.ledger.db.read("SELECT COUNT(*) FROM usage WHERE nano_usd > 0")[0][0] == 2
+    monkeypatch.setattr(service.state.traces, "add_many", real)
+    assert post(service, secret, CHAT, json=ASK).status_code == 200 and len(service.state.traces.nodes) == 2
+    monkeypatch.setattr(files.os, "fsync", full)
+    answer = post(service, secret, "/v1/files", files={"file": b"x"}, data={"purpose": "batch"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_down")
+    assert not list(service.state.files.iterdir())

@@ -270,3 +270,38 @@ def test_many_expired_holds_beside_many_that_run_are_all_swept(db, ledger):
     running = set(names[::2]) | set(names[:500])
     assert own.sweep(running) == 200 and open_holds(db) == 700
     assert own.sweep() == 700 and open_holds(db) == 0
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_after_a_long_outage_what_was_streamed_is_charged_and_what_nobody_saw_is_free(till, ledger, monkeypatch, streaming):
+    """A client that was told 503 tries again: it paid for the answer that it never got, and then for the next."""
+    ledger.topup("ann", 10**9)
+    works, down = ledger.db.transaction, False
+
+    @contextmanager
+    def flaky(durable=True):
+        if down:
+            raise StorageDown("pulled the plug")
+        with works(durable) as tx:
+            yield tx
+
+    async def main() -> None:
+        nonlocal down
+        async with opened(till, ask("r1"), streaming) as tab:
+            await tab.take(7)
+            down, till._patience_s = True, 0.3
+            with pytest.raises(StorageDown):
+                await tab.settle(Metered(tab.counts(), "stop"), lambda execute, charge: stored.append(charge))
+        await asyncio.sleep(0.3)
+        down = False
+        async with asyncio.timeout(10):
+            while open_holds(ledger.db):
+                await asyncio.sleep(0.05)
+
+    stored: list[int] = []
+    monkeypatch.setattr(ledger.db, "transaction", flaky)
+    asyncio.run(main())
+    till.close()
+    cost = 10 * 300 + 7 * 1500
+    assert open_holds(ledger.db) == 0 and ledger.balance("ann") == 10**9 - (cost if streaming else 0)
+    assert stored == ([cost] if streaming else []) and len(ledger.db.read("SELECT * FROM usage")) == streaming

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -117,6 +118,9 @@ def _as_api_error(exception: Exception, request_id: str) -> ApiError:
         return errors.invalid_request(str(exception))
     if isinstance(exception, StorageDown):
         log.warning("%s: %s", request_id, exception)
+        return errors.storage_down()
+    if isinstance(exception, OSError) and exception.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.error("%s: %s", request_id, exception.strerror)
         return errors.storage_down()
     log.error("%s failed", request_id, exc_info=exception)
     return errors.internal()

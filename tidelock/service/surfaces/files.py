@@ -108,11 +108,15 @@ def store(
     state.files.mkdir(exist_ok=True)
     path = path_of(state, file_id)
     scratch = path.with_name(path.name + ".tmp")
-    with open(scratch, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        with open(scratch, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
     doc = {
         "id": file_id, "object": "file", "bytes": len(data), "created_at": int(time.time()), "filename": name,
         "purpose": purpose, "status": "processed", "status_details": None,
