@@ -9,6 +9,7 @@ import threading
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
+import openai
 import pytest
 
 from tidelock.service.books import Admission, Metered
@@ -127,3 +128,26 @@ def test_who_left_in_the_middle_and_asks_again_is_told_that_it_was_charged(servi
     else:
         assert answer.json()["error"]["code"] == "answer_lost" and answer.headers["x-should-retry"] == "false"
     assert len(service.policy.prompts) == 1
+
+
+def test_a_batch_that_is_sent_twice_under_one_key_is_one_batch(service):
+    """Each line of it costs money: a retry after a lost answer made, and charged, a second one."""
+    client = service.client()
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": ASK}
+    file = client.files.create(file=("in.jsonl", json.dumps(line).encode()), purpose="batch")
+    ask = {"input_file_id": file.id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    named = {"idempotency-key": "once"}
+    first, again = (client.batches.create(**ask, extra_headers=named) for _ in range(2))
+    assert first.id == again.id != client.batches.create(**ask).id
+    with pytest.raises(openai.ConflictError):
+        client.batches.create(**{**ask, "completion_window": "48h"}, extra_headers=named)
+    with pytest.raises(openai.NotFoundError):  # a refusal is not remembered
+        client.batches.create(**{**ask, "input_file_id": "none"}, extra_headers={"idempotency-key": "other"})
+    assert client.batches.create(**ask, extra_headers={"idempotency-key": "other"}).id
+    assert service.client(service.key("bob")).batches.list().data == []
+    with pytest.raises(openai.AuthenticationError):
+        service.client("sk-none").batches.create(**ask, extra_headers=named)
+    message = {"requests": [{"custom_id": "a", "params": {"model": "tide", "max_tokens": 9, "messages": ASK["messages"]}}]}
+    headers = {"authorization": f"Bearer {client.api_key}", "idempotency-key": "once more"}
+    made = [httpx.post(f"{service.running.base_url}/messages/batches", json=message, headers=headers).json()["id"] for _ in range(2)]
+    assert made[0] == made[1]

@@ -14,9 +14,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tidelock.service import errors, record, wire
 from tidelock.service.accounts import UnknownId
-from tidelock.service.auth import look_up
+from tidelock.service.auth import authenticate, look_up
 from tidelock.service.db import StorageDown, Unstorable
 from tidelock.service.errors import ApiError
+from tidelock.service.replay import Recorder
 from tidelock.service.state import ServiceState
 from tidelock.service.wire import header
 from tidelock.tokens.policy import PolicyError
@@ -127,12 +128,38 @@ def _as_api_error(exception: Exception, request_id: str) -> ApiError:
 
 
 class Json:
-    """An ASGI endpoint over a handler that returns what is to be encoded, or a Response of its own."""
+    """An ASGI endpoint over a handler that returns what is to be encoded, or a Response of its own. `once`: what it does costs
+    money, so an `Idempotency-Key` counts."""
 
-    def __init__(self, state: ServiceState, handler: Handler) -> None:
-        self._state, self._handler = state, handler
+    def __init__(self, state: ServiceState, handler: Handler, once: bool = False) -> None:
+        self._state, self._handler, self._once = state, handler, once
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = header(scope, b"idempotency-key") if self._once else ""
+        if not name:
+            await self._answer(scope, receive, send, send)
+            return
+        request_id = record.request_id()
+        request = Request(scope, receive)
+        recorder: Recorder | None = None
+        try:
+            await look_up(self._state, scope)
+            key = authenticate(self._state, request, "")
+            body = await received(scope, receive, self._state.max_body_bytes)
+            recorder = Recorder(self._state.idempotency, key.customer, name, request_id, send)
+            if not await recorder.replay(scope["path"].encode() + b"\n" + body):
+                await self._answer(scope, _again(body, receive), recorder, send)
+        except ClientDisconnect:
+            return
+        except Exception as exception:
+            failed = failure(as_api_error(exception, request_id), request_id, speaks_anthropic(request))
+            await failed(scope, receive, send)
+        finally:
+            if recorder is not None:
+                await recorder.end()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, refuse: Send) -> None:
+        """`refuse`: where a failure goes; none is remembered."""
         request_id = record.request_id()
         request = Request(scope, receive)
         try:
@@ -146,8 +173,18 @@ class Json:
         except ClientDisconnect:
             return
         except Exception as exception:
-            response = failure(as_api_error(exception, request_id), request_id, speaks_anthropic(request))
+            response, send = failure(as_api_error(exception, request_id), request_id, speaks_anthropic(request)), refuse
         await response(scope, receive, send)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A body that was read already, and then what comes after it."""
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def told() -> Message:
+        return left.pop() if left else await receive()
+
+    return told
 
 
 async def unknown_route(request: Request, exception: HTTPException) -> Response:
