@@ -327,3 +327,11 @@ def test_closed_holds_go_after_a_while_and_nothing_that_counts_with_them(db, mon
     assert ledger.balances("ann") == before and ledger.audit().sound
     assert rerate(ledger, 0, 2000, "v2").changed == 466 and ledger.audit().sound
     assert ledger.settle(hold("new"), cached_tokens=0, completion_tokens=4, finish_reason="stop") > 0
+
+
+def test_an_account_never_holds_more_than_a_column_can(ledger):
+    for n in range(2):
+        assert ledger.topup("ann", 2**62 - 1, f"pay_{n}")
+    with pytest.raises(UserError, match="more than the books can hold in (outside|cash)"):
+        ledger.topup("ann", 2**62 - 1, "pay_2")
+    assert ledger.balance("ann") == 2**63 - 2 and ledger.audit().sound
