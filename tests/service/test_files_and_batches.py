@@ -210,3 +210,13 @@ def test_a_batch_that_makes_the_server_fail_holds_up_nobody_and_ends_with_its_ti
     service.wait(lambda: state.objects.get(batches.KIND, "mallory", "batch_late")["status"] == "failed")
     waiting = state.ledger.db.read("SELECT id, lease_us FROM batch_queue")
     assert [row[0] for row in waiting] == ["batch_broken"] and waiting[0][1] > time.time_ns() // 1000
+
+
+def test_a_file_whose_bytes_are_gone_is_404_and_can_be_deleted(service):
+    """After a restore: backups hold the books, and of files only what they are called. It was a failure without an id."""
+    client = service.client()
+    file = client.files.create(file=("a.jsonl", b"{}"), purpose="batch")
+    (service.state.files / file.id).unlink()
+    with pytest.raises(openai.NotFoundError, match="not here"):
+        client.files.content(file.id)
+    assert client.files.retrieve(file.id).id == file.id and client.files.delete(file.id).deleted

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from tidelock.service.auth import authenticate
-from tidelock.service.errors import invalid_request, too_large
+from tidelock.service.errors import invalid_request, not_found, too_large
 from tidelock.service.http import bounded, is_lenient, speaks_anthropic
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.anthropic_pages import cursors, page, rfc3339
@@ -78,7 +78,10 @@ async def retrieve(state: ServiceState, request: Request) -> dict[str, Any]:
 async def content(state: ServiceState, request: Request) -> Response:
     key = authenticate(state, request, "files")
     doc = state.objects.get(KIND, key.customer, request.path_params["id"])
-    return FileResponse(path_of(state, doc["id"]), media_type="application/octet-stream")
+    path = path_of(state, doc["id"])
+    if not path.is_file():  # restored from a backup, which has no bytes, or uploaded to another machine
+        raise not_found(f"the bytes of {doc['id']!r} are not here", "id", "file_lost")
+    return FileResponse(path, media_type="application/octet-stream")
 
 
 async def delete(state: ServiceState, request: Request) -> dict[str, Any]:

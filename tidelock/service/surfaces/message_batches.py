@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from tidelock.service import batch_queue, wire
 from tidelock.service.auth import authenticate
-from tidelock.service.errors import invalid_request
+from tidelock.service.errors import invalid_request, not_found
 from tidelock.service.http import read_body
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import batches, files
@@ -118,7 +118,11 @@ def _results(state: ServiceState, doc: dict[str, Any]) -> Iterator[dict[str, Any
 
 
 def _lines(state: ServiceState, file_id: str) -> Iterator[dict[str, Any]]:
-    return map(json.loads, files.path_of(state, file_id).read_bytes().splitlines())  # as bytes: at no U+2028
+    try:
+        data = files.path_of(state, file_id).read_bytes()
+    except FileNotFoundError:
+        raise not_found("the requests or results of this batch are not here", "id", "file_lost") from None
+    return map(json.loads, data.splitlines())  # as bytes: at no U+2028
 
 
 def _shown(request: Request, doc: dict[str, Any]) -> dict[str, Any]:
