@@ -204,7 +204,8 @@ def test_a_batch_that_makes_the_server_fail_holds_up_nobody_and_ends_with_its_ti
     late = {**broken, "id": "batch_late", "expires_at": int(time.time()) - 1}
     for doc in (broken, late):
         state.objects.put(batches.KIND, "mallory", doc)
-        batch_queue.add(state.ledger.db, doc["id"], "mallory", "key_x")
+        with state.ledger.db.transaction() as tx:
+            batch_queue.add(tx, doc["id"], "mallory", "key_x")
     batch = run(service, service.client(), lines(ask("a"), ask("b")))
     assert batch.status == "completed" and batch.request_counts.completed == 2
     service.wait(lambda: state.objects.get(batches.KIND, "mallory", "batch_late")["status"] == "failed")

@@ -15,7 +15,7 @@ from conftest import _serving
 
 from tidelock.service import wary
 from tidelock.service.accounts import SCOPES
-from tidelock.service.db import Database, Unstorable
+from tidelock.service.db import Database, StorageDown, Unstorable
 from tidelock.service.surfaces import files
 from tidelock.service.surfaces.routes import ROUTES
 
@@ -206,3 +206,18 @@ def test_a_full_disk_is_an_outage_of_the_books_or_a_missing_trace_but_no_lost_an
     answer = post(service, secret, "/v1/files", files={"file": b"x"}, data={"purpose": "batch"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_down")
     assert not list(service.state.files.iterdir())
+
+
+def test_an_answer_that_is_charged_is_given_though_it_cannot_be_stored(service, monkeypatch, caplog):
+    secret = service.key()
+
+    def down(*_):
+        raise StorageDown("pulled the plug")
+
+    monkeypatch.setattr(service.state.objects, "put", down)
+    for path, body in ((CHAT, {**ASK, "store": True}), ("/v1/responses", {"model": "tide", "input": "x"})):
+        for stream in (False, True):
+            answer = post(service, secret, path, json={**body, "stream": stream})
+            assert answer.status_code == 200 and "hello" in answer.text and "storage_down" not in answer.text
+    assert caplog.text.count("could not be stored: pulled the plug") == 3  # a streamed completion is not stored
+    assert service.state.ledger.db.read("SELECT COUNT(*) FROM usage WHERE nano_usd > 0")[0][0] == 4

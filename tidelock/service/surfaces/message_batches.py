@@ -53,8 +53,9 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
     file = await asyncio.to_thread(files.store, state, key.customer, "requests.jsonl", "batch", data, kind=INPUT)
     doc = batches.fresh(state.objects.new_id(PREFIX), ENDPOINT, file["id"], f"{HOURS}h", HOURS, None)
     doc["request_counts"]["total"] = len(lines)
-    state.objects.put(KIND, key.customer, doc)
-    batch_queue.add(state.ledger.db, doc["id"], key.customer, key.id)
+    with state.ledger.db.transaction() as tx:
+        state.objects.put_in(tx, KIND, key.customer, doc)
+        batch_queue.add(tx, doc["id"], key.customer, key.id)
     state.batch_news.set()
     return _shown(request, doc)
 

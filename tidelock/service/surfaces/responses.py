@@ -110,7 +110,7 @@ class Responses:
                 del here[old]
         if self.request.store is not False:
             doc = {"id": self._id, "node": bill.nodes[0], "response": response, "input": input_docs(self.request)}
-            self._state.objects.put(KIND, self._key.customer, doc)
+            self._state.objects.keep(KIND, self._key.customer, doc)
         return response
 
     def response(self, status: str, **changes: Any) -> dict[str, Any]:
