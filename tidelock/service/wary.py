@@ -20,7 +20,7 @@ WORDS = (b'{"error":{"type":"invalid_request_error","message":"the request\'s he
 
 class WaryProtocol(HttpToolsProtocol):
     _late: asyncio.TimerHandle | None = None
-    _unfinished = 0  # bytes of a head whose end has not come
+    _head, _unfinished = True, 0  # whether what comes now is a head, and the bytes of one whose end has not come
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -41,15 +41,13 @@ class WaryProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._head:
+        if self._head and not self.transport.is_closing():
             self._unfinished += len(data)
             if self._late is None:
                 self._late = self.loop.call_later(HEAD_S, self.transport.close)
             if self._unfinished > MOST_HEAD:
                 self.transport.write(REFUSAL % (len(WORDS), WORDS))
                 self.transport.close()
-
-    _head = True  # whether what comes now is one
 
     def _in_time(self) -> None:
         if self._late is not None:
