@@ -221,3 +221,17 @@ def test_a_file_whose_bytes_are_gone_is_404_and_can_be_deleted(service):
     with pytest.raises(openai.NotFoundError, match="not here"):
         client.files.content(file.id)
     assert client.files.retrieve(file.id).id == file.id and client.files.delete(file.id).deleted
+
+
+def test_a_batch_that_was_over_when_its_worker_died_is_not_answered_again(service):
+    """It had left its lines and not yet the queue: all of them were asked, and charged, a second time."""
+    batch = run(service, service.client(), lines(ask("a"), ask("b")))
+    state, asked = service.state, len(service.policy.prompts)
+    service.wait(lambda: not state.ledger.db.read("SELECT 1 FROM batch_queue"))
+    assert batch.status == "completed" and asked == 2
+    with state.ledger.db.transaction() as tx:
+        batch_queue.add(tx, batch.id, "ann", state.keys.list("ann")[0].id)
+    service.client().batches.create(input_file_id=batch.input_file_id, endpoint=batch.endpoint, completion_window="24h")  # news
+    service.wait(lambda: not state.ledger.db.read("SELECT 1 FROM batch_queue"))
+    assert len(service.policy.prompts) == asked + 2  # the new one's
+    assert state.ledger.db.read("SELECT COUNT(*) FROM objects WHERE kind = 'batch_line'")[0][0] == 0

@@ -35,6 +35,7 @@ MAX_LINES = 50_000
 MAX_ERRORS = 50  # listed of a file that does not validate
 AT_A_TIME = 8
 POLL_S = 5.0
+TELL_S = 0.2  # between two tellings of how far a batch is
 PENANCE_S = 60.0  # a batch that fails, which none should, waits so long and holds up nobody
 RETRY_S = (0.1, 0.5, 2, 10, 30, 60)  # before a line is asked again of an engine that was busy
 
@@ -98,11 +99,14 @@ class _Batch:
     def __init__(self, state: ServiceState, batch_id: str, customer: str, key_id: str) -> None:
         self.state, self.id, self.customer = state, batch_id, customer
         self.key_id = key_id
+        self._telling, self._tell_again = asyncio.Lock(), 0.0
         ours = not batch_id.startswith(message_batches.PREFIX)
         self.kind, self.file_kind = (batches.KIND, files.KIND) if ours else (message_batches.KIND, message_batches.INPUT)
 
     async def run(self) -> None:
         doc = self._doc()
+        if doc["status"] in batches.OVER:  # its worker died before it left the queue, and its lines are gone from the table:
+            return  # they would be asked, and charged, again
         lines, faults = await asyncio.to_thread(self._lines, doc)
         if faults:
             self._change(status="failed", failed_at=int(time.time()), errors={"object": "list", "data": faults})
@@ -116,7 +120,7 @@ class _Batch:
 
         self.state.objects.change(self.kind, self.customer, self.id, begin)
         await self._answer(doc, lines, done)
-        self._finish(len(lines), done)
+        await asyncio.to_thread(self._finish, len(lines), done)
 
     def given_up(self) -> bool:
         """Whether its time is over, and it is failed for good."""
@@ -166,14 +170,16 @@ class _Batch:
 
         async def some() -> None:
             nonlocal paused
-            while waiting and not paused and not self._over():
+            while not paused and not await asyncio.to_thread(self._over):
+                if not waiting:  # others may have taken the last one meanwhile
+                    return
                 n = waiting.pop()
                 try:
                     done[n] = await self._line(doc["endpoint"], lines[n], n)
                 except Paused:
                     paused = True
                     return
-                self._change(request_counts=_counts(len(lines), done.values()))
+                await self._progress(len(lines), done)
 
         tasks = [asyncio.create_task(some()) for _ in range(AT_A_TIME)]
         try:
@@ -182,8 +188,15 @@ class _Batch:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if paused and not self._over():
+        if paused and not await asyncio.to_thread(self._over):
             raise Paused
+
+    async def _progress(self, total: int, done: dict[int, Any]) -> None:
+        """Tells of it now and then: to count fifty thousand lines after each of them would keep everybody waiting."""
+        if time.monotonic() >= self._tell_again:
+            self._tell_again = time.monotonic() + TELL_S
+            async with self._telling:  # in order
+                await asyncio.to_thread(self._change, request_counts=_counts(total, done.values()))
 
     def _over(self) -> bool:
         doc = self._doc()
@@ -267,8 +280,7 @@ class _Batch:
             status=status, output_file_id=output, error_file_id=error, request_counts=_counts(total, done.values()),
             **{f"{status}_at": now},
         )  # fmt: skip
-        for n in done:
-            self.state.objects.delete(LINE, self.customer, f"{self.id}/{n}")
+        self.state.objects.delete_under(LINE, self.customer, self.id)
 
     def _file(self, which: str, results: list[dict[str, Any]]) -> str | None:
         """The same file however often the end of a batch is begun."""

@@ -80,6 +80,12 @@ class Objects:
             if gone.rowcount == 0:
                 raise errors.not_found(f"no {kind} {object_id!r}", "id")
 
+    def delete_under(self, kind: str, customer: str, parent: str) -> None:
+        """Removes what `under` finds."""
+        with self._db.transaction() as write:
+            write("DELETE FROM objects WHERE kind = ? AND customer = ? AND id >= ? AND id < ?",
+                  (kind, customer, f"{parent}/", f"{parent}0"))  # fmt: skip
+
     def page(
         self, kind: str, customer: str, *, after: str | None = None, limit: int = 20, newest_first: bool = True
     ) -> tuple[list[dict[str, Any]], bool]:
