@@ -141,7 +141,10 @@ def test_one_flag_trains_the_experts_in_four_bits_from_sft_on():
     assert settings_from(parser.parse_args(["run"])).sft.expert_format is None
 
 
-def leaves(at: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
+Found = tuple[tuple[str, ...], argparse.ArgumentParser]
+
+
+def leaves(at: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[Found]:
     below = [action for action in at._actions if isinstance(action, argparse._SubParsersAction)]
     if not below:
         yield path, at

@@ -231,7 +231,8 @@ def test_a_batch_that_was_over_when_its_worker_died_is_not_answered_again(servic
     assert batch.status == "completed" and asked == 2
     with state.ledger.db.transaction() as tx:
         batch_queue.add(tx, batch.id, "ann", state.keys.list("ann")[0].id)
-    service.client().batches.create(input_file_id=batch.input_file_id, endpoint=batch.endpoint, completion_window="24h")  # news
+    news = {"input_file_id": batch.input_file_id, "endpoint": batch.endpoint, "completion_window": "24h"}
+    service.client().batches.create(**news)
     service.wait(lambda: not state.ledger.db.read("SELECT 1 FROM batch_queue"))
     assert len(service.policy.prompts) == asked + 2  # the new one's
     assert state.ledger.db.read("SELECT COUNT(*) FROM objects WHERE kind = 'batch_line'")[0][0] == 0

@@ -26,10 +26,10 @@ EXAMPLES = {
     "verify": "tidelock admin verify --dir demo-run/service",
     "backup": "tidelock admin backup books.gz --dir demo-run/service",
     "restore": "tidelock admin restore books.gz --dir restored",
-    "grant": "tidelock admin grant --customer ann --usd 5 --voucher welcome-2026 --expires 2026-12-31 --dir demo-run/service",
+    "grant": "tidelock admin grant --customer ann --usd 5 --voucher welcome --expires 2026-12-31 --dir demo-run/service",
     "refund": "tidelock admin refund --customer ann --usd 2.50 --reference refund-17 --dir demo-run/service",
     "prices": "tidelock admin prices tidelock/service/pricebooks/kimi.toml --dir demo-run/service",
-    "rerate": "tidelock admin rerate --from 2026-11-01 --to 2026-11-08 --price-version kimi-2026-10 --dir demo-run/service --dry-run",
+    "rerate": "tidelock admin rerate --from 2026-11-01 --price-version kimi-2026-10 --dir demo-run/service --dry-run",
 }
 MORE = """tidelock admin reconcile demo-run/service --since 2026-11-01
   tidelock admin limits ladder kimi --dir demo-run/service
@@ -48,23 +48,26 @@ def add(subparsers: Any) -> None:
     where.add_argument("--json", metavar="PATH", default=argparse.SUPPRESS, help="write the result as JSON to PATH")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    explained(actions, "verify", "recompute every sum, balance and hash chain", EXAMPLES["verify"], parents=[where])
-    saved = explained(actions, "backup", "write all of it, as of one moment, to a file", EXAMPLES["backup"], parents=[where])
+    def one(name: str, text: str) -> argparse.ArgumentParser:
+        return explained(actions, name, text, EXAMPLES[name], parents=[where])
+
+    one("verify", "recompute every sum, balance and hash chain")
+    saved = one("backup", "write all of it, as of one moment, to a file")
     saved.add_argument("file", type=Path)
-    back = explained(actions, "restore", "fill a new, empty database from a backup and verify it", EXAMPLES["restore"], parents=[where])
+    back = one("restore", "fill a new, empty database from a backup and verify it")
     back.add_argument("file", type=Path)
-    grant = explained(actions, "grant", "give a customer a voucher; it is spent before cash", EXAMPLES["grant"], parents=[where])
+    grant = one("grant", "give a customer a voucher; it is spent before cash")
     grant.add_argument("--customer", required=True)
     grant.add_argument("--usd", required=True)
     grant.add_argument("--voucher", required=True, metavar="NAME", help="the same one is never given twice")
     grant.add_argument("--expires", metavar="TIME", help="2026-12-31 (UTC); default: never")
-    refund = explained(actions, "refund", "book money paid back to a customer", EXAMPLES["refund"], parents=[where])
+    refund = one("refund", "book money paid back to a customer")
     refund.add_argument("--customer", required=True)
     refund.add_argument("--usd", required=True)
     refund.add_argument("--reference", required=True, help="the payment's id; the same one is never booked twice")
-    prices = explained(actions, "prices", "check a price book and register its versions", EXAMPLES["prices"], parents=[where])
+    prices = one("prices", "check a price book and register its versions")
     prices.add_argument("file", type=Path)
-    again = explained(actions, "rerate", "bring settled requests to another price version", EXAMPLES["rerate"], parents=[where])
+    again = one("rerate", "bring settled requests to another price version")
     again.add_argument("--from", dest="since", required=True, metavar="TIME", help="2026-11-01 or 2026-11-01T12:00 (UTC)")
     again.add_argument("--to", dest="until", metavar="TIME", help="up to, not including (default: now)")
     again.add_argument("--price-version", required=True, metavar="NAME")

@@ -128,8 +128,8 @@ def _as_api_error(exception: Exception, request_id: str) -> ApiError:
 
 
 class Json:
-    """An ASGI endpoint over a handler that returns what is to be encoded, or a Response of its own. `once`: what it does costs
-    money, so an `Idempotency-Key` counts."""
+    """An ASGI endpoint over a handler that returns what is to be encoded, or a Response of its own. `once`: what it does
+    costs money, so an `Idempotency-Key` counts."""
 
     def __init__(self, state: ServiceState, handler: Handler, once: bool = False) -> None:
         self._state, self._handler, self._once = state, handler, once

@@ -81,8 +81,8 @@ class Idempotency:
         await self._db.run(lambda tx: tx(sql, (answer.status, response, customer, key, answer.request_id)) and None)
 
     async def abandon(self, customer: str, key: str, request_id: str) -> None:
-        """For a request without a whole answer. Where it cost nothing the key is free again, so that a retry can succeed; else
-        it stays taken, and who tries again is told."""
+        """For a request without a whole answer. Where it cost nothing the key is free again, so that a retry can succeed;
+        else it stays taken, and who tries again is told."""
         sql = ("DELETE FROM idempotency WHERE customer = ? AND key = ? AND request_id = ? AND status IS NULL AND NOT EXISTS "
                "(SELECT 1 FROM usage WHERE usage.request_id = idempotency.request_id AND nano_usd > 0)")  # fmt: skip
         nobody_s = "UPDATE idempotency SET worker = '' WHERE customer = ? AND key = ? AND request_id = ? AND status IS NULL"

@@ -162,9 +162,9 @@ class Ledger:
     # ---- requests whose server died ----------------------------------------------------------------------------
 
     def sweep(self, running: Container[str] = ()) -> int:
-        """Settles the expired holds of this worker, and those that no worker has, for what is known to have been sent; returns
-        how many. Not those of `running` requests: after a machine has slept, or its clock was put forward, the holds of
-        requests that live have expired too. What another worker has is its own to sweep, and `recover`'s when it is dead."""
+        """Settles the expired holds of this worker, and those that no worker has, for what is known to have been sent;
+        returns how many. Not those of `running` requests: after a machine has slept, or its clock was put forward, the holds
+        of requests that live have expired too. What another worker has is its own to sweep, and `recover`'s when it is dead."""
         mine = "expires <= ? AND (worker = ? OR worker NOT IN (SELECT id FROM workers))"
         return self._lose(mine, (self.clock(), self.worker), running)
 

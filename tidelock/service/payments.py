@@ -70,7 +70,8 @@ class Payments:
         self.payment(payment)
         if nano_usd <= 0:
             raise UserError(TOO_MUCH)
-        return self._hear(f"refund/{reference}", "manual", Said(payment, more_nano=nano_usd), json.dumps([payment, nano_usd]), actor)
+        said = Said(payment, more_nano=nano_usd)
+        return self._hear(f"refund/{reference}", "manual", said, json.dumps([payment, nano_usd]), actor)
 
     def event(self, body: bytes) -> bool:
         """Books a provider's event, whose signature was checked; False if it was heard before or means nothing to us.

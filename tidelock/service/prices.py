@@ -202,8 +202,8 @@ AMOUNT = re.compile(r"[0-9]{1,12}(\.[0-9]{1,30})?|\.[0-9]{1,30}")
 
 
 def exact_nano(usd: Any, per: int = 1) -> int | None:
-    """Nano-USD of decimal text such as "2.50", shared by `per` of something; None if that is no whole number, or no such text.
-    `Decimal` would take "1_000", "1e3" and other scripts' digits too, and round away what comes after 28 digits."""
+    """Nano-USD of decimal text such as "2.50", shared by `per` of something; None if that is no whole number, or no such
+    text. `Decimal` would take "1_000", "1e3" and other scripts' digits too, and round away what comes after 28 digits."""
     if not isinstance(usd, str) or AMOUNT.fullmatch(usd) is None:
         return None
     nano = Fraction(usd) * NANO_PER_USD / per

@@ -100,7 +100,7 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
 async def laid_out(
     state: ServiceState, key: Key, ask: Ask, most: int = NO_LIMIT
 ) -> tuple[str | None, tuple[tuple[Message, tuple[int, ...]], ...], list[int]]:
-    """`extended`; a long text in a thread, where it keeps nobody waiting but its sender, and one that cannot fit not at all."""
+    """`extended`; a long text in a thread, where it keeps nobody waiting but its sender; one that cannot fit not at all."""
     scope = f"{key.id}/{ask.origin.session}"
     characters = sum([len(m.content) + len(m.reasoning) for m in ask.messages])
     if characters > most * state.template.tokenizer.longest:

@@ -14,8 +14,8 @@ MOST_HEAD = 64 << 10  # bytes of request line and headers, give or take what the
 HEAD_S = 30.0  # for a connection to say its first request, or a later one that it has begun
 REFUSAL = (b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
            b"content-length: %d\r\n\r\n%s")  # fmt: skip
-WORDS = (b'{"error":{"type":"invalid_request_error","message":"the request\'s headers are too large","code":"headers_too_large",'
-         b'"param":null}}')  # fmt: skip
+WORDS = (b'{"error":{"type":"invalid_request_error","message":"the request\'s headers are too large",'
+         b'"code":"headers_too_large","param":null}}')  # fmt: skip
 
 
 class WaryProtocol(HttpToolsProtocol):
