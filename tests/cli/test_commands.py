@@ -1,13 +1,16 @@
 """The command line: every command explains itself, bad input is one clear line, never a traceback."""
 
+import argparse
 import json
+import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
-from tidelock.cli.main import COMMANDS, main
+from tidelock.cli.main import COMMANDS, main, parser
 from tidelock.models import TransformerLM, preset, save_checkpoint
 
 
@@ -136,3 +139,26 @@ def test_one_flag_trains_the_experts_in_four_bits_from_sft_on():
     formats = [getattr(settings, stage).expert_format for stage in ("pretrain", "sft", "rl", "candidate")]
     assert formats == [None, "mxfp4", "mxfp4", "mxfp4"]
     assert settings_from(parser.parse_args(["run"])).sft.expert_format is None
+
+
+Found = tuple[tuple[str, ...], argparse.ArgumentParser]
+
+
+def leaves(at: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[Found]:
+    below = [action for action in at._actions if isinstance(action, argparse._SubParsersAction)]
+    if not below:
+        yield path, at
+    for action in below:
+        for name, inner in action.choices.items():
+            yield from leaves(inner, (*path, name))
+
+
+LEAVES = dict(leaves(parser()))
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_the_help_of_every_command_ends_with_an_example_of_it_that_can_be_read(path):
+    examples = [shlex.split(line) for line in LEAVES[path].epilog.splitlines()[1:]]
+    assert examples and all(words[: len(path) + 1] == ["tidelock", *path] for words in examples)
+    for words in examples:
+        parser().parse_args(words[1:])

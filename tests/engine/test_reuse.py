@@ -76,10 +76,10 @@ def test_a_hybrid_keeps_a_state_where_a_second_child_appears():
 @each_model
 def test_what_is_said_to_one_held_request_alone_leaves_what_was_before_it_to_go_on_from(name):
     """The last message tells it what it is held to; the next request has all the others, and the answer."""
-    d, talk, held = Driver(MODELS[name]), [1, 2, 3, END, *range(10, 30), END], Constraint("regex", "x")
+    d, talk, held, before = Driver(MODELS[name]), [1, 2, 3, END, *range(10, 30), END], Constraint("regex", "x"), 0
     for n in range(4):
         got = d.ask([*talk, 6, 7, END, 5], constraint=held)
-        assert got.cached == (0 if n == 0 else before)
+        assert got.cached == before
         before, talk = len(talk), [*talk, 5, *got.ids, END, *range(8 + n, 30), END]
 
 

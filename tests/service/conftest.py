@@ -77,6 +77,22 @@ def template(request):
     return get_template(getattr(request, "param", "xtml"), ByteTokenizer())
 
 
+APPEND_ONLY = ("transactions", "entries", "invoices", "adjustments", "usage")
+
+
+def forced(db: Database, *statements: str) -> None:
+    """What no code of ours would do: the triggers that forbid it are taken away first."""
+    with db.transaction() as tx:
+        for table in APPEND_ONLY:
+            if db.name == "sqlite":
+                for verb in ("update", "delete"):
+                    tx(f"DROP TRIGGER IF EXISTS {table}_{verb}_never")
+            else:
+                tx(f"ALTER TABLE {table} DISABLE TRIGGER USER")
+        for sql in statements:
+            tx(sql)
+
+
 @contextmanager
 def _serving(directory, template, database=None):
     policy = ScriptedPolicy(template)

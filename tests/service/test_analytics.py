@@ -306,6 +306,7 @@ def test_the_terminal_shows_explains_and_verifies_every_metric(made_up, tmp_path
 def test_verify_tells_of_a_usage_row_that_says_other_than_the_entries(made_up, tmp_path):
     shutil.copytree(made_up[0], tmp_path / "copy")
     connection = sqlite3.connect(tmp_path / "copy" / "service.sqlite")
+    connection.execute("DROP TRIGGER usage_update_never")
     connection.execute("UPDATE usage SET credit_nano = nano_usd WHERE request_id = (SELECT MIN(request_id) FROM usage WHERE credit_nano = 0)")
     connection.commit()
     connection.close()

@@ -13,8 +13,10 @@ import httpx2 as httpx
 import openai
 import pytest
 
+from tidelock.service import batch_queue
 from tidelock.service.db import Database
 from tidelock.service.ledger import Ledger
+from tidelock.service.surfaces import batches
 
 
 def lines(*bodies: dict, url: str = "/v1/chat/completions") -> bytes:
@@ -181,3 +183,56 @@ def test_kill_9_again_and_again_loses_no_line_and_bills_each_once(tmp_path):
     told = {r["response"]["request_id"]: r["response"]["body"]["usage"]["cost_nano_usd"] for r in results}
     assert told == billed
     ledger.db.close()
+
+
+@pytest.mark.parametrize("line", [
+    b'{"custom_id": "\\ud800", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "tide"}}',
+    b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "tide", "temperature": NaN}}',
+    b'{"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": ' + b'{"a":' * 900 + b"1" + b"}" * 901,
+])  # fmt: skip
+def test_a_line_that_could_not_be_written_again_is_no_line(service, line):
+    """Half a character in a custom_id was answered, could not be written, and stopped everybody's batches for ever."""
+    batch = run(service, service.client(), lines(ask("a")) + line)
+    assert (batch.status, batch.errors.data[0].code, batch.errors.data[0].line) == ("failed", "invalid_json_line", 2)
+
+
+def test_a_batch_that_makes_the_server_fail_holds_up_nobody_and_ends_with_its_time(service):
+    state = service.state
+    state.accounts.ensure("mallory")
+    broken = batches.fresh("batch_broken", "/v1/chat/completions", "x", "24h", 24, None)
+    del broken["input_file_id"]  # no batch is like this
+    late = {**broken, "id": "batch_late", "expires_at": int(time.time()) - 1}
+    for doc in (broken, late):
+        state.objects.put(batches.KIND, "mallory", doc)
+        with state.ledger.db.transaction() as tx:
+            batch_queue.add(tx, doc["id"], "mallory", "key_x")
+    batch = run(service, service.client(), lines(ask("a"), ask("b")))
+    assert batch.status == "completed" and batch.request_counts.completed == 2
+    service.wait(lambda: state.objects.get(batches.KIND, "mallory", "batch_late")["status"] == "failed")
+    waiting = state.ledger.db.read("SELECT id, lease_us FROM batch_queue")
+    assert [row[0] for row in waiting] == ["batch_broken"] and waiting[0][1] > time.time_ns() // 1000
+
+
+def test_a_file_whose_bytes_are_gone_is_404_and_can_be_deleted(service):
+    """After a restore: backups hold the books, and of files only what they are called. It was a failure without an id."""
+    client = service.client()
+    file = client.files.create(file=("a.jsonl", b"{}"), purpose="batch")
+    (service.state.files / file.id).unlink()
+    with pytest.raises(openai.NotFoundError, match="not here"):
+        client.files.content(file.id)
+    assert client.files.retrieve(file.id).id == file.id and client.files.delete(file.id).deleted
+
+
+def test_a_batch_that_was_over_when_its_worker_died_is_not_answered_again(service):
+    """It had left its lines and not yet the queue: all of them were asked, and charged, a second time."""
+    batch = run(service, service.client(), lines(ask("a"), ask("b")))
+    state, asked = service.state, len(service.policy.prompts)
+    service.wait(lambda: not state.ledger.db.read("SELECT 1 FROM batch_queue"))
+    assert batch.status == "completed" and asked == 2
+    with state.ledger.db.transaction() as tx:
+        batch_queue.add(tx, batch.id, "ann", state.keys.list("ann")[0].id)
+    news = {"input_file_id": batch.input_file_id, "endpoint": batch.endpoint, "completion_window": "24h"}
+    service.client().batches.create(**news)
+    service.wait(lambda: not state.ledger.db.read("SELECT 1 FROM batch_queue"))
+    assert len(service.policy.prompts) == asked + 2  # the new one's
+    assert state.ledger.db.read("SELECT COUNT(*) FROM objects WHERE kind = 'batch_line'")[0][0] == 0

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 import threading
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
+import openai
 import pytest
 
 from tidelock.service.books import Admission, Metered
@@ -13,6 +17,7 @@ from tidelock.service.idempotency import AnswerLost, Idempotency, InFlight, KeyR
 from tidelock.service.ledger import Ledger
 from tidelock.service.prices import Counts, Price, PriceBook
 from tidelock.service.workers import Worker
+from tidelock.tokens.message import Message
 
 ASK = {"model": "tide", "messages": [{"role": "user", "content": "hi"}]}
 PRICE = Price(300, 30, 1500)
@@ -97,3 +102,52 @@ def test_the_key_of_a_dead_server_runs_again_only_if_nothing_was_charged(db):
 
     asyncio.run(main())
     assert ledger.audit().sound
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_left_in_the_middle_and_asks_again_is_told_that_it_was_charged(service, stream):
+    """Not that the first request still runs, for a day; nor the half of a stream that was recorded, as if it were all."""
+    service.policy.pause_s, service.policy.turns = 0.05, [Message("assistant", "a long answer " * 20)]
+    secret = service.key()
+    body = json.dumps({**ASK, "stream": stream}).encode()
+    head = (f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {secret}\r\nidempotency-key: a\r\n"
+            f"content-length: {len(body)}\r\n\r\n")  # fmt: skip
+    url = urlsplit(service.running.base_url)
+    with socket.create_connection((url.hostname, url.port), timeout=10) as line:
+        line.sendall(head.encode() + body)
+        service.wait(lambda: service.policy.sampled and len(service.policy.sampled[0]) > 20)
+        if stream:
+            assert line.recv(100).startswith(b"HTTP/1.1 200 ")
+    service.wait(lambda: service.state.ledger.db.read("SELECT COUNT(*) FROM usage WHERE nano_usd > 0")[0][0] == 1)
+    again = {"authorization": f"Bearer {secret}", "idempotency-key": "a"}
+    ask = lambda: httpx.post(service.running.base_url + "/chat/completions", content=body, headers=again)  # noqa: E731
+    service.wait(lambda: ask().status_code == 200 or ask().json()["error"]["code"] != "idempotency_key_in_use")
+    answer = ask()
+    if stream:  # all that was recorded, and how it ended
+        assert '"error"' in answer.text and "[DONE]" not in answer.text
+    else:
+        assert answer.json()["error"]["code"] == "answer_lost" and answer.headers["x-should-retry"] == "false"
+    assert len(service.policy.prompts) == 1
+
+
+def test_a_batch_that_is_sent_twice_under_one_key_is_one_batch(service):
+    """Each line of it costs money: a retry after a lost answer made, and charged, a second one."""
+    client = service.client()
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": ASK}
+    file = client.files.create(file=("in.jsonl", json.dumps(line).encode()), purpose="batch")
+    ask = {"input_file_id": file.id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    named = {"idempotency-key": "once"}
+    first, again = (client.batches.create(**ask, extra_headers=named) for _ in range(2))
+    assert first.id == again.id != client.batches.create(**ask).id
+    with pytest.raises(openai.ConflictError):
+        client.batches.create(**{**ask, "completion_window": "48h"}, extra_headers=named)
+    with pytest.raises(openai.NotFoundError):  # a refusal is not remembered
+        client.batches.create(**{**ask, "input_file_id": "none"}, extra_headers={"idempotency-key": "other"})
+    assert client.batches.create(**ask, extra_headers={"idempotency-key": "other"}).id
+    assert service.client(service.key("bob")).batches.list().data == []
+    with pytest.raises(openai.AuthenticationError):
+        service.client("sk-none").batches.create(**ask, extra_headers=named)
+    message = {"requests": [{"custom_id": "a", "params": {"model": "tide", "max_tokens": 9, "messages": ASK["messages"]}}]}
+    headers = {"authorization": f"Bearer {client.api_key}", "idempotency-key": "once more"}
+    made = [httpx.post(f"{service.running.base_url}/messages/batches", json=message, headers=headers).json()["id"] for _ in range(2)]
+    assert made[0] == made[1]

@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from conftest import forced
 
 from tidelock.service.books import Metered
 from tidelock.service.db import Conflict, Database
@@ -141,8 +142,10 @@ def test_concurrent_holds_from_several_processes_worth_of_connections_never_exce
 
 
 def test_entries_and_transactions_cannot_be_changed_or_removed(ledger):
-    ledger.topup("ann", 5)
-    for statement in ("UPDATE entries SET nano_usd = 7", "DELETE FROM entries", "UPDATE transactions SET kind = 'x'"):
+    ledger.topup("ann", 5_000)
+    use(ledger, place(ledger, "r1", prompt=0, most=1), tokens=0)
+    for statement in ("UPDATE entries SET nano_usd = 7", "DELETE FROM entries", "UPDATE transactions SET kind = 'x'",
+                      "UPDATE usage SET key_id = 'x'", "DELETE FROM usage"):  # fmt: skip
         with pytest.raises(Conflict, match="append-only"), ledger.db.transaction() as tx:
             tx(statement)
 
@@ -175,9 +178,13 @@ def test_audit_sees_an_edited_or_lost_usage_row_and_a_cut_chain(ledger):
     ledger.topup("ann", 10_000_000)
     use(ledger, place(ledger, "r1", prompt=5, most=5), tokens=2)
     assert ledger.audit().sound
-    with ledger.db.transaction() as tx:
-        tx("UPDATE usage SET completion_tokens = 1")
-    assert ledger.audit().unmetered == 1
+    for column, forged in (("completion_tokens", 1), ("created", 1e9), ("nano_usd", 7), ("model", "'x'"), ("mode", "'x'")):
+        (before,) = ledger.db.read(f"SELECT {column} FROM usage")[0]
+        forced(ledger.db, f"UPDATE usage SET {column} = {forged}")
+        assert ledger.audit().unmetered >= 1, column
+        with ledger.db.transaction() as tx:
+            tx(f"UPDATE usage SET {column} = ?", (before,))
+    assert ledger.audit().sound
     with ledger.db.transaction() as tx:
         tx("DELETE FROM usage")
     assert ledger.audit().unmetered == 2  # a settlement without its row, and revenue without its usage
@@ -320,3 +327,11 @@ def test_closed_holds_go_after_a_while_and_nothing_that_counts_with_them(db, mon
     assert ledger.balances("ann") == before and ledger.audit().sound
     assert rerate(ledger, 0, 2000, "v2").changed == 466 and ledger.audit().sound
     assert ledger.settle(hold("new"), cached_tokens=0, completion_tokens=4, finish_reason="stop") > 0
+
+
+def test_an_account_never_holds_more_than_a_column_can(ledger):
+    for n in range(2):
+        assert ledger.topup("ann", 2**62 - 1, f"pay_{n}")
+    with pytest.raises(UserError, match="more than the books can hold in (outside|cash)"):
+        ledger.topup("ann", 2**62 - 1, "pay_2")
+    assert ledger.balance("ann") == 2**63 - 2 and ledger.audit().sound

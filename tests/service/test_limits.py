@@ -321,3 +321,25 @@ def test_no_limits_no_headers():
     assert limit_headers(Standing()) == {}
     kimi = limit_headers(Standing(tokens=Gauge(9, 3, 1001)), now=0.5)
     assert kimi["x-ratelimit-reset"] == "2" and kimi["anthropic-ratelimit-tokens-reset"] == "1970-01-01T00:00:02Z"
+
+
+def test_a_clock_that_is_put_back_stops_nobody_and_one_that_is_a_little_slow_gives_nothing_away(shop):
+    """It was an hour fast: put right, it let nobody use a limit again for an hour."""
+    def retry_s() -> int:
+        """As the till does it: what is refused is written down with the rest."""
+        shop.n += 1
+        with shop.ledger.books(["ann"]) as books, pytest.raises(RateLimited) as reached:
+            books.hold(Admission(f"r{shop.n}", "ann", "k", "m", PRICE, "v", 1, 1, 60.0, project="p", ladder=OPEN, reserve=2))
+        return reached.value.retry_s
+
+    shop.tiers.set_caps("ann", Limits(requests=3))
+    for _ in range(3):
+        shop.ask(1, 1)
+    shop.now -= 3600
+    shop.now += retry_s()
+    shop.ask(1, 1)
+    for skew in (-30, 30, -30, 30):  # two workers, whose clocks differ
+        shop.now += skew
+        assert retry_s() > 0
+    shop.now += 20
+    shop.ask(1, 1)

@@ -158,12 +158,31 @@ def test_half_a_character_and_odd_values_still_make_a_line(as_json):
     assert "half" in line and "1970-01-01T00:00:01.250Z" in line
 
 
-def test_levels_and_off(capsys):
+def test_levels():
     stream = io.StringIO()
     log = logs.AccessLog(logs.Lines(False), stream, logging.WARNING)
     log.say({"status": 200})
     assert stream.getvalue() == ""
     log.say({"status": 200}, "error")
     assert stream.getvalue().endswith("request status=200\n") and " error " in stream.getvalue()
-    before = logging.getLogger().handlers[:]
-    assert logs.configure("off") is None and logging.getLogger().handlers == before
+
+
+def test_without_a_log_there_are_warnings_that_quote_nobody(service, log):
+    """The default: it left exceptions to Python, which prints what they say, and they may say what a client sent."""
+    stream = io.StringIO()
+    assert logs.configure("off", stream=stream) is None
+    service.policy.template.sampled = None  # an unexpected failure, with the prompt in its hands
+    try:
+        asked = {**ASK, "thinking": {"type": "disabled"}}
+        headers = {"authorization": f"Bearer {service.key()}"}
+        assert httpx.post(service.running.base_url + "/chat/completions", headers=headers, json=asked).status_code == 500
+        try:
+            raise KeyError(WORD)
+        except KeyError:
+            logging.getLogger("tidelock.x").exception("it failed")
+    finally:
+        del service.policy.template.sampled
+    logging.getLogger("tidelock.x").info("not told")
+    said = stream.getvalue()
+    assert "it failed" in said and "KeyError at test_logs.py" in said and "not told" not in said
+    assert WORD not in said and "Traceback" not in said

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,3 +113,28 @@ def test_bottomless_nesting_is_a_fault_and_no_crash():
     for _ in range(5000):
         schema = {"type": "array", "items": schema}
     assert fault(schema)
+
+
+@pytest.mark.parametrize("wide", [2, 10])
+def test_definitions_that_name_the_next_one_twice_do_not_take_for_ever(wide):
+    """A schema of 3 kB took 2^60 steps, on the event loop of everybody's requests."""
+    last = 60
+    options = {f"d{n}": {"anyOf": [{"$ref": f"#/$defs/d{n + 1}"}] * wide} for n in range(last)}
+    pairs = {
+        f"d{n}": {"type": "object", "required": ["a"], "properties": {"a": {"$ref": f"#/$defs/d{n + 1}"}}} for n in range(last)
+    }
+    for definitions in (options, pairs):
+        for end, expected in ((TEXT, None), ({"$ref": "#/$defs/d0"}, "/: infinite recursion")):
+            schema = {**obj(a={"$ref": "#/$defs/d0"}), "required": ["a"], "$defs": {**definitions, f"d{last}": end}}
+            began = time.monotonic()
+            assert fault(schema) == expected
+            assert time.monotonic() - began < 1
+
+
+def test_definitions_that_all_name_each_other_are_looked_at_a_bounded_number_of_times():
+    many = 200
+    each = {"anyOf": [{"$ref": f"#/$defs/d{(n * 7) % many}"} for n in range(10)]}
+    schema = {**obj(a={"$ref": "#/$defs/d0"}), "required": ["a"], "$defs": {f"d{n}": each for n in range(many)}}
+    began = time.monotonic()
+    assert fault(schema) == "/: infinite recursion"
+    assert time.monotonic() - began < 1

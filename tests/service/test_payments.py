@@ -266,3 +266,48 @@ def test_the_invoice_on_a_month_s_use_is_the_sum_of_its_usage_and_written_once(s
 @given(net=st.integers(-(10**15), 10**15), bps=st.integers(0, 10_000))
 def test_tax_is_the_nearest_nano(net, bps):
     assert abs(10_000 * invoices.tax(net, bps) - net * bps) <= 5000 and invoices.tax(-net, bps) == -invoices.tax(net, bps)
+
+
+def test_an_inquiry_takes_no_money_until_it_becomes_a_dispute(shop):
+    """The provider withdraws nothing while a bank only asks; customers were short of what nobody had taken."""
+    shop.payments.event(paid(1000))
+    shop.payments.event(disputed("created", "warning_needs_response"))
+    shop.payments.event(disputed("updated", "warning_under_review"))
+    assert shop.cash() == 1000 * CENT and len(invoices.listed(shop.db, "ann")) == 1
+    shop.payments.event(disputed("updated", "needs_response", name="evt_more"))
+    assert shop.cash() == 600 * CENT
+    shop.payments.event(disputed("updated", "warning_under_review", name="evt_late"))  # told late
+    assert shop.cash() == 600 * CENT
+    shop.payments.event(disputed("closed", "lost"))
+    assert shop.cash() == 600 * CENT
+    shop.payments.event(disputed("closed", "warning_closed", dispute="dp_2"))
+    assert shop.cash() == 600 * CENT
+
+
+def test_two_refunds_by_hand_at_the_same_moment_are_two_refunds(shop):
+    """Both read what was refunded before, and one of them was lost."""
+    shop.payments.manual("ann", 1000 * CENT, "wire")
+    refused: list[UserError] = []
+
+    def refund(n: int) -> None:
+        try:
+            shop.payments.refund("wire", 150 * CENT, f"back_{n}")
+        except UserError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=refund, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 2 and shop.cash() == 100 * CENT
+    assert shop.payments.payment("wire")["refunded_nano"] == 900 * CENT
+    with pytest.raises(UserError):
+        shop.payments.refund("wire", 101 * CENT, "too much")
+
+
+def test_money_for_a_pocket_that_is_none_is_refused(shop):
+    about = {"organization": "ann", "pocket": "trousers"}
+    with pytest.raises(UserError):
+        shop.payments.event(event("e", "payment_intent.succeeded", id="p", amount_received=5, metadata=about))
+    assert shop.db.read("SELECT COUNT(*) FROM payments")[0][0] == 0

@@ -8,10 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tidelock.cli.keys import nano_usd
 from tidelock.service import pricefile
 from tidelock.service.books import Admission, Metered
 from tidelock.service.ledger import Ledger
-from tidelock.service.prices import Counts, Price, PriceBook, Schedule, from_json, to_json
+from tidelock.service.prices import (
+    Counts,
+    Price,
+    PriceBook,
+    Schedule,
+    exact_nano,
+    from_json,
+    to_json,
+)
 from tidelock.service.rating import rerate
 from tidelock.tokens.errors import UserError
 
@@ -151,3 +160,28 @@ def test_a_schedule_prices_each_request_by_its_hour():
     first, second = PriceBook("a", {"m": Price(1, 1, 1)}, effective=10), PriceBook("b", {"m": Price(2, 2, 2)}, effective=20)
     schedule = Schedule((second, first))
     assert [schedule.at(t).version for t in (10, 19.9, 20, 99)] == ["a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize(
+    ("usd", "nano"),
+    [("0.1", 10**8), ("0.000000001", 1), (".5", 5 * 10**8), ("12", 12 * 10**9), ("0.30000000000000000", 3 * 10**8), ("0", 0)],
+)
+def test_amounts_are_exact_decimal_text(usd, nano):
+    assert exact_nano(usd) == nano
+
+
+@pytest.mark.parametrize(
+    "usd",
+    ["1.0000000000000000000000000000001", "0.0000000001", "1_000", "1e3", "1E999999", "1e-400", "NaN", "sNaN", "Infinity", "-1", "+1",
+     " 1", "1 ", "1,5", "0x10", "\u0661", "1.", ".", "", "9" * 13, 0.1, 1, None],
+)  # fmt: skip
+def test_what_is_no_amount_is_none(usd):
+    """A voucher of 1_000 gave a thousand dollars, one of 1E999999 was a failure of the server, the first was rounded."""
+    assert exact_nano(usd) is None
+    if isinstance(usd, str):
+        with pytest.raises(UserError):
+            nano_usd(usd)
+
+
+def test_a_price_of_a_million_tokens_is_shared_exactly():
+    assert exact_nano("0.15", 1_000_000) == 150 and exact_nano("0.0001", 1_000_000) is None

@@ -9,6 +9,7 @@ import time
 
 import httpx2 as httpx
 import pytest
+from conftest import forced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -323,9 +324,7 @@ def test_rare_outcomes_are_found_by_their_own_index_and_are_the_same(db):
     reasons = ("stop", "length", "abort", "lost")
     for n in range(12):
         settle(ledger, "ann", f"r{n:02d}")
-    with db.transaction() as tx:
-        for n in range(12):
-            tx("UPDATE usage SET finish_reason = ? WHERE request_id = ?", (reasons[n % 4], f"r{n:02d}"))
+    forced(db, *(f"UPDATE usage SET finish_reason = '{reasons[n % 4]}' WHERE request_id = 'r{n:02d}'" for n in range(12)))
     for k, reason in enumerate(reasons):
         found, _ = receipts.page(db, "ann", {"outcome": reason})
         assert [r["id"] for r in found] == [f"r{n:02d}" for n in range(8 + k, -1, -4)], reason

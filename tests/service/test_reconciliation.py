@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2 as httpx
 import pytest
+from conftest import forced
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -84,19 +85,6 @@ def world(db, tmp_path):
 
 def compared(db, tmp_path, **options):
     return reconcile(db, *options.pop("window", ALL), tmp_path / "trace.jsonl", **options)[0]
-
-
-def forced(db, *statements):
-    """What no code of ours would do: the triggers that forbid it are taken away first."""
-    with db.transaction() as tx:
-        for table in ("transactions", "entries", "invoices", "adjustments"):
-            if db.name == "sqlite":
-                for verb in ("update", "delete"):
-                    tx(f"DROP TRIGGER IF EXISTS {table}_{verb}_never")
-            else:
-                tx(f"ALTER TABLE {table} DISABLE TRIGGER USER")
-        for sql in statements:
-            tx(sql)
 
 
 def revenue_of(request_id):
@@ -303,12 +291,10 @@ def test_a_running_server_tells_it_to_the_admin_only(service, capsys, tmp_path):
     (record,) = [record["served"] for record, _ in read_kind(tmp_path / "trace.jsonl", "served")]
     (row,) = service.state.ledger.db.read("SELECT request_id, completion_tokens FROM usage")
     assert (record["request"], record["sampled"]) == tuple(row)
-    with service.state.ledger.db.transaction() as tx:
-        tx("UPDATE usage SET completion_tokens = completion_tokens + 1")
+    forced(service.state.ledger.db, "UPDATE usage SET completion_tokens = completion_tokens + 1")
     assert ask(admin).json()["by_kind"] == {"debit_wrong": 1, "trace_tokens": 1}
     assert main(["admin", "reconcile", str(tmp_path)]) == 1 and "debit_wrong" in capsys.readouterr().out
-    with service.state.ledger.db.transaction() as tx:
-        tx("UPDATE usage SET completion_tokens = completion_tokens - 1, upstream = 'talk', upstream_completion = 99")
+    forced(service.state.ledger.db, "UPDATE usage SET completion_tokens = completion_tokens - 1, upstream = 'talk', upstream_completion = 99")
     (tmp_path / "upstreams.toml").write_text('[[upstream]]\nname = "talk"\nurl = "http://x"\nkind = "chat"\n')
     assert main(["admin", "reconcile", str(tmp_path)]) == 0 and "99 reported_completion" in capsys.readouterr().out
     (tmp_path / "upstreams.toml").write_text('[[upstream]]\nname = "talk"\nurl = "http://x"\nkind = "tokens"\n')
@@ -337,8 +323,7 @@ def test_the_server_s_own_upkeep_reconciles_and_delivers(service, receiver):
     notices.set_webhook(service.state.ledger.db, notices.OPERATOR, f"http://127.0.0.1:{receiver.server_port}/alarm")
     service.client(service.key("bob")).chat.completions.create(model="tide", messages=[{"role": "user", "content": "hi"}])
     service.wait(lambda: service.state.ledger.db.read("SELECT 1 FROM usage"))
-    with service.state.ledger.db.transaction() as tx:
-        tx("UPDATE usage SET nano_usd = nano_usd + 5")
+    forced(service.state.ledger.db, "UPDATE usage SET nano_usd = nano_usd + 5")
     service.state.sweep_interval_s = 0.02
 
     async def for_a_while() -> None:
@@ -353,5 +338,4 @@ def test_the_server_s_own_upkeep_reconciles_and_delivers(service, receiver):
     assert json.loads(receiver.got[0][1])["data"]["by_kind"] == {"charge_wrong": 1}
     scraped = httpx.get(service.running.base_url.removesuffix("/v1") + "/metrics").text
     assert "tidelock_reconciliation_drift_nano_usd 5.0" in scraped and "tidelock_reconciliation_age_seconds nan" not in scraped
-    with service.state.ledger.db.transaction() as tx:
-        tx("UPDATE usage SET nano_usd = nano_usd - 5")
+    forced(service.state.ledger.db, "UPDATE usage SET nano_usd = nano_usd - 5")

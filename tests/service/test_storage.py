@@ -164,3 +164,12 @@ def test_many_rows_are_updated_as_one_by_one_would_be(target):
             assert {(k, l): (v, w) for k, l, v, w in map(tuple, tx("SELECT k, l, v, w FROM many").fetchall())} == expected, n
         tx("DROP TABLE many")
     db.close()
+
+
+def test_a_network_that_swallows_packets_is_an_outage_within_seconds(postgres):
+    """By itself TCP waits a quarter of an hour for an acknowledgement, and a thread of ours with it."""
+    db = Database(postgres.database())
+    with db._backend._connection() as connection:
+        said = connection.info.get_parameters()
+    assert said["tcp_user_timeout"] == "10000" and int(said["keepalives_idle"]) <= 10 and said["connect_timeout"] == "5"
+    db.close()

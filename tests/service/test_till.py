@@ -14,6 +14,7 @@ from tidelock.service.ledger import Ledger
 from tidelock.service.tab import opened
 from tidelock.service.prices import Counts, Price, PriceBook
 from tidelock.service.till import Till
+from tidelock.service.workers import Worker
 
 PRICE = Price(input_nano=300, cached_input_nano=30, output_nano=1500)
 
@@ -232,3 +233,75 @@ def test_a_hold_waits_for_no_flush_and_a_settlement_does(till, ledger, monkeypat
     with works() as tx:  # and the database's own setting is the durable one again
         shown = tx("PRAGMA synchronous" if ledger.db.name == "sqlite" else "SHOW synchronous_commit").fetchone()[0]
     assert shown in (2, "on")
+
+
+def test_a_machine_that_slept_does_not_sweep_its_own_streams_nor_those_of_a_worker_that_lives(db, ledger):
+    """An hour of sleep, or a clock put forward, makes every hold look expired: whose request runs is charged what it gets."""
+    now = [1_000.0]
+    ours, sibling = Worker(db), Worker(db)
+    till = Till(db, worker=ours.id, clock=lambda: now[0])
+    own, other = (Ledger(db, clock=lambda: now[0], worker=worker.id) for worker in (ours, sibling))
+    ledger.topup("ann", 10**9)
+
+    async def main() -> int:
+        async with opened(till, ask("r1", most=2000), True) as tab:
+            await tab.take(60)
+            await till.hold(ask("leaked"))  # whose request has gone without a word
+            now[0] += 3600
+            assert other.sweep() == 0  # of another worker, who lives
+            assert own.sweep(till.running) == 1 and open_holds(db) == 1
+            await tab.take(900)
+            return await tab.settle(Metered(tab.counts(), "stop"))
+
+    assert asyncio.run(main()) == 10 * 300 + 960 * 1500
+    till.close()
+    assert not till.running and own.sweep(till.running) == 0
+
+
+def test_many_expired_holds_beside_many_that_run_are_all_swept(db, ledger):
+    ledger.topup("bob", 10**12)
+    now = [1_000.0]
+    own = Ledger(db, clock=lambda: now[0])
+    names = [f"r{n:04d}" for n in range(900)]
+    with own.books(["bob"]) as books:
+        for name in names:
+            books.hold(ask(name, customer="bob"))
+    now[0] += 100
+    running = set(names[::2]) | set(names[:500])
+    assert own.sweep(running) == 200 and open_holds(db) == 700
+    assert own.sweep() == 700 and open_holds(db) == 0
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_after_a_long_outage_what_was_streamed_is_charged_and_what_nobody_saw_is_free(till, ledger, monkeypatch, streaming):
+    """A client that was told 503 tries again: it paid for the answer that it never got, and then for the next."""
+    ledger.topup("ann", 10**9)
+    works, down = ledger.db.transaction, False
+
+    @contextmanager
+    def flaky(durable=True):
+        if down:
+            raise StorageDown("pulled the plug")
+        with works(durable) as tx:
+            yield tx
+
+    async def main() -> None:
+        nonlocal down
+        async with opened(till, ask("r1"), streaming) as tab:
+            await tab.take(7)
+            down, till._patience_s = True, 0.3
+            with pytest.raises(StorageDown):
+                await tab.settle(Metered(tab.counts(), "stop"), lambda execute, charge: stored.append(charge))
+        await asyncio.sleep(0.3)
+        down = False
+        async with asyncio.timeout(10):
+            while open_holds(ledger.db):
+                await asyncio.sleep(0.05)
+
+    stored: list[int] = []
+    monkeypatch.setattr(ledger.db, "transaction", flaky)
+    asyncio.run(main())
+    till.close()
+    cost = 10 * 300 + 7 * 1500
+    assert open_holds(ledger.db) == 0 and ledger.balance("ann") == 10**9 - (cost if streaming else 0)
+    assert stored == ([cost] if streaming else []) and len(ledger.db.read("SELECT * FROM usage")) == streaming

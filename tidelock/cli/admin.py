@@ -20,16 +20,18 @@ from tidelock.tokens.errors import UserError
 
 from . import admin_accounts, admin_receipts, admin_reconcile, analytics
 from .keys import nano_usd
-from .main import command
+from .main import command, explained
 
-EXAMPLE = """tidelock admin verify --dir demo-run/service
-  tidelock admin reconcile demo-run/service --since 2026-11-01
-  tidelock admin backup books.gz --dir demo-run/service
-  tidelock admin restore books.gz --database postgresql://tidelock@/tidelock
-  tidelock admin grant --customer ann --usd 5 --voucher welcome-2026 --expires 2026-12-31 --dir demo-run/service
-  tidelock admin refund --customer ann --usd 2.50 --reference refund-17 --dir demo-run/service
-  tidelock admin prices prices.toml --dir demo-run/service
-  tidelock admin rerate --from 2026-11-01 --to 2026-11-08 --price-version 2026-11b --dir demo-run/service --dry-run
+EXAMPLES = {
+    "verify": "tidelock admin verify --dir demo-run/service",
+    "backup": "tidelock admin backup books.gz --dir demo-run/service",
+    "restore": "tidelock admin restore books.gz --dir restored",
+    "grant": "tidelock admin grant --customer ann --usd 5 --voucher welcome --expires 2026-12-31 --dir demo-run/service",
+    "refund": "tidelock admin refund --customer ann --usd 2.50 --reference refund-17 --dir demo-run/service",
+    "prices": "tidelock admin prices tidelock/service/pricebooks/kimi.toml --dir demo-run/service",
+    "rerate": "tidelock admin rerate --from 2026-11-01 --price-version kimi-2026-10 --dir demo-run/service --dry-run",
+}
+MORE = """tidelock admin reconcile demo-run/service --since 2026-11-01
   tidelock admin limits ladder kimi --dir demo-run/service
   tidelock admin payments book ann --usd 100 --reference wire-7 --dir demo-run/service
   tidelock admin receipts ann --dir demo-run/service
@@ -39,30 +41,33 @@ EXAMPLE = """tidelock admin verify --dir demo-run/service
 
 def add(subparsers: Any) -> None:
     summary = "a service's books, customers and numbers: verify, back up, prices, accounts, limits, plans, payments, analytics"
-    parser = command(subparsers, "admin", run, summary, EXAMPLE)
+    parser = command(subparsers, "admin", run, summary, "\n  ".join([*EXAMPLES.values(), MORE]))
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--dir", type=Path, default=Path("service"), help="service directory, DIR/service of a run (default: service)")
     where.add_argument("--database", metavar="URL", help="a postgresql:// database, instead of the directory's")
     where.add_argument("--json", metavar="PATH", default=argparse.SUPPRESS, help="write the result as JSON to PATH")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    actions.add_parser("verify", parents=[where], help="recompute every sum, balance and hash chain")
-    saved = actions.add_parser("backup", parents=[where], help="write all of it, as of one moment, to a file")
+    def one(name: str, text: str) -> argparse.ArgumentParser:
+        return explained(actions, name, text, EXAMPLES[name], parents=[where])
+
+    one("verify", "recompute every sum, balance and hash chain")
+    saved = one("backup", "write all of it, as of one moment, to a file")
     saved.add_argument("file", type=Path)
-    back = actions.add_parser("restore", parents=[where], help="fill a new, empty database from a backup and verify it")
+    back = one("restore", "fill a new, empty database from a backup and verify it")
     back.add_argument("file", type=Path)
-    grant = actions.add_parser("grant", parents=[where], help="give a customer a voucher; it is spent before cash")
+    grant = one("grant", "give a customer a voucher; it is spent before cash")
     grant.add_argument("--customer", required=True)
     grant.add_argument("--usd", required=True)
     grant.add_argument("--voucher", required=True, metavar="NAME", help="the same one is never given twice")
     grant.add_argument("--expires", metavar="TIME", help="2026-12-31 (UTC); default: never")
-    refund = actions.add_parser("refund", parents=[where], help="book money paid back to a customer")
+    refund = one("refund", "book money paid back to a customer")
     refund.add_argument("--customer", required=True)
     refund.add_argument("--usd", required=True)
     refund.add_argument("--reference", required=True, help="the payment's id; the same one is never booked twice")
-    prices = actions.add_parser("prices", parents=[where], help="check a price book and register its versions")
+    prices = one("prices", "check a price book and register its versions")
     prices.add_argument("file", type=Path)
-    again = actions.add_parser("rerate", parents=[where], help="bring settled requests to another price version")
+    again = one("rerate", "bring settled requests to another price version")
     again.add_argument("--from", dest="since", required=True, metavar="TIME", help="2026-11-01 or 2026-11-01T12:00 (UTC)")
     again.add_argument("--to", dest="until", metavar="TIME", help="up to, not including (default: now)")
     again.add_argument("--price-version", required=True, metavar="NAME")

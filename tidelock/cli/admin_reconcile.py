@@ -16,11 +16,16 @@ from tidelock.service.reconciliation.kinds import KINDS
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.siblings import journals
 
+from .main import explained
+
 SHOWN = 50
 
 
 def add(actions: Any, where: argparse.ArgumentParser) -> None:
-    compare = actions.add_parser("reconcile", parents=[where], help="compare what upstreams, ledger, invoices and payments say")
+    compare = explained(
+        actions, "reconcile", "compare what upstreams, ledger, invoices and payments say",
+        "tidelock admin reconcile demo-run/service --since 2026-11-01", parents=[where],
+    )  # fmt: skip
     compare.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="the same as --dir")
     compare.add_argument("--since", metavar="TIME", help="2026-11-01 or 2026-11-01T12:00 (UTC); default: everything")
     compare.add_argument("--until", metavar="TIME", help="up to, not including (default: now)")
@@ -28,7 +33,10 @@ def add(actions: Any, where: argparse.ArgumentParser) -> None:
                          help="this one counts tokens of another tokenizer, so only its sums are shown (as those of kind chat "
                               "in DIR/upstreams.toml)")  # fmt: skip
     compare.set_defaults(act=run)
-    hook = actions.add_parser("webhook", parents=[where], help="where notices are sent, signed: the operator's, or an organisation's")
+    hook = explained(
+        actions, "webhook", "where notices are sent, signed: the operator's, or an organisation's",
+        "tidelock admin webhook https://example.com/alarms --dir demo-run/service", parents=[where],
+    )  # fmt: skip
     hook.add_argument("url")
     hook.add_argument("--org", default=notices.OPERATOR, help="whose (default: the operator's)")
     hook.set_defaults(act=webhook)

@@ -20,17 +20,28 @@ from tidelock.service.audit import audit
 from tidelock.service.db import Database, service_database
 from tidelock.tokens.errors import UserError
 
+from .main import explained
+
 
 def add(actions: Any, where: argparse.ArgumentParser) -> None:
-    numbers = actions.add_parser("analytics", parents=[where], help="payers, revenue, cohorts, margin: a month and how it came about")
+    numbers = explained(
+        actions, "analytics", "payers, revenue, cohorts, margin: a month and how it came about",
+        "tidelock admin analytics --month 2026-11 --dir demo-run/service", parents=[where],
+    )  # fmt: skip
     numbers.add_argument("--month", metavar="MONTH", help="like 2026-03 (default: this one, so far)")
     numbers.add_argument("--base", metavar="MONTH", help="growth and exchange rates are counted from here (default: three months before)")
     numbers.add_argument("--explain", metavar="METRIC", help="print one metric's definition and the SQL that gives it")
     numbers.add_argument("--verify", action="store_true", help="compute everything again from the raw entries and compare")
     numbers.add_argument("--plots", type=Path, metavar="DIR", help="write the charts as SVG files")
-    known = actions.add_parser("facts", parents=[where], help="register billing entities, exchange rates and prices of compute")
+    known = explained(
+        actions, "facts", "register billing entities, exchange rates and prices of compute",
+        "tidelock admin facts facts.toml --dir demo-run/service", parents=[where],
+    )  # fmt: skip
     known.add_argument("file", type=Path, help="TOML; tidelock/service/analytics/facts.py shows one")
-    year = actions.add_parser("synthetic-year", parents=[where], help="make up a year of business in new books and find its growth again")
+    year = explained(
+        actions, "synthetic-year", "make up a year of business in new books and find its growth again",
+        "tidelock admin synthetic-year --seed 0 --dir year", parents=[where],
+    )  # fmt: skip
     year.add_argument("--seed", type=int, default=0)
     year.add_argument("--payers", type=int, default=100, metavar="N", help="paying users before the growth, even (default: 100)")
 

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from tidelock.service.db import Database, service_database
 from tidelock.service.keys import KeyStore
 from tidelock.service.ledger import MAX_NANO, Ledger
-from tidelock.service.prices import NANO_PER_USD, format_usd
+from tidelock.service.prices import exact_nano, format_usd
 from tidelock.tokens.errors import UserError
 
-from .main import command
+from .main import command, explained
 
-EXAMPLE = """tidelock keys create --dir service --customer ann --usd 5 --consent
-  tidelock keys topup --dir service --customer ann --usd 2.50 --reference invoice-17
-  tidelock keys list --dir service
-  tidelock keys revoke key_0123456789abcdef --dir service"""
+EXAMPLES = {
+    "create": "tidelock keys create --dir demo-run/service --customer ann --usd 5 --consent",
+    "topup": "tidelock keys topup --dir demo-run/service --customer ann --usd 2.50 --reference invoice-17",
+    "list": "tidelock keys list --dir demo-run/service",
+    "revoke": "tidelock keys revoke key_0123456789abcdef --dir demo-run/service",
+}
 
 
 def add(subparsers: Any) -> None:
-    parser = command(subparsers, "keys", run, "create, list, revoke and top up API keys", EXAMPLE)
+    parser = command(subparsers, "keys", run, "create, list, revoke and top up API keys", "\n  ".join(EXAMPLES.values()))
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--dir", type=Path, default=Path("service"), help="service directory, DIR/service of a run (default: service)")
     common.add_argument("--json", metavar="PATH", default=argparse.SUPPRESS, help="write the result as JSON to PATH")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
-    create = actions.add_parser("create", parents=[common], help="create a key and show its secret once")
+    create = explained(actions, "create", "create a key and show its secret once", EXAMPLES["create"], parents=[common])
     create.add_argument("--customer", required=True, help="whose balance pays")
     create.add_argument("--name", default="", help="a label for lists")
     create.add_argument("--admin", action="store_true", help="may also swap weights")
@@ -37,15 +38,15 @@ def add(subparsers: Any) -> None:
     create.add_argument("--consent", action="store_true", help="traffic may be trained on unless a request says no")
     create.add_argument("--may-grant", action="store_true", help="a single request may consent to training")
 
-    topup = actions.add_parser("topup", parents=[common], help="book money paid in")
+    topup = explained(actions, "topup", "book money paid in", EXAMPLES["topup"], parents=[common])
     topup.add_argument("--customer", required=True)
     topup.add_argument("--usd", required=True)
     topup.add_argument("--reference", help="the payment's id; the same one is never booked twice")
 
-    revoke = actions.add_parser("revoke", parents=[common], help="end a key at once")
+    revoke = explained(actions, "revoke", "end a key at once", EXAMPLES["revoke"], parents=[common])
     revoke.add_argument("key_id")
 
-    actions.add_parser("list", parents=[common], help="show keys and balances")
+    explained(actions, "list", "show keys and balances", EXAMPLES["list"], parents=[common])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -106,10 +107,7 @@ def _list(args: argparse.Namespace, keys: KeyStore, ledger: Ledger) -> dict[str,
 
 def nano_usd(usd: str) -> int:
     """Raises UserError unless this is a positive amount, not absurdly large, with at most nine decimals."""
-    try:
-        nano = Decimal(usd) * NANO_PER_USD
-        if 0 < nano < MAX_NANO and nano == int(nano):
-            return int(nano)
-    except InvalidOperation:
-        pass
+    nano = exact_nano(usd)
+    if nano is not None and 0 < nano < MAX_NANO:
+        return nano
     raise UserError(f"{usd!r} is not an amount in USD such as 5 or 2.50")

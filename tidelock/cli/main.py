@@ -100,13 +100,18 @@ def write_json(path: str, result: dict[str, Any]) -> None:
 
 def command(subparsers: Any, name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:
     """A command's parser with what all of them share: an example and `--json`."""
-    p = subparsers.add_parser(
-        name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    p = explained(subparsers, name, help, example)
     p.add_argument("--json", metavar="PATH", help="write the result as JSON to PATH (- for standard output)")
     p.set_defaults(run=run)
     return p
+
+
+def explained(subparsers: Any, name: str, help: str, example: str, **options: Any) -> argparse.ArgumentParser:
+    """A parser whose help says what it does and ends with an example that works as it is printed."""
+    return subparsers.add_parser(
+        name, help=help, description=help[0].upper() + help[1:] + ".", epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter, **options,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

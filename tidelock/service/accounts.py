@@ -26,8 +26,8 @@ ROLES = {
     "billing": ("usage", "billing"),
     "viewer": ("usage",),
 }
-NAME = re.compile(r"[^\s/][^\n\r/]{0,127}")
-EMAIL = re.compile(r"[^@\s]{1,64}@[^@\s]{1,190}")
+NAME = re.compile(r"[^\s/\x00-\x1f\x7f][^/\x00-\x1f\x7f]{0,127}")
+EMAIL = re.compile(r"[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,190}")
 OPERATOR = "operator"
 
 

@@ -21,7 +21,7 @@ from tidelock.service import batch_worker, console, detached, errors, openapi, t
 from tidelock.service.access import watched
 from tidelock.service.analytics.endpoint import analytics
 from tidelock.service.auth import authenticate
-from tidelock.service.http import Handler, Json, unknown_route
+from tidelock.service.http import Handler, Json, read_body, unknown_route
 from tidelock.service.metrics import CONTENT_TYPE
 from tidelock.service.reconciliation.endpoint import reconciliation
 from tidelock.service.scrape import scrape
@@ -105,7 +105,7 @@ def _hot(app: ASGIApp, state: ServiceState) -> ASGIApp:
 async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:
     """Appends an outcome to an answer of the same key. The same feedback again changes nothing."""
     key = authenticate(state, request)
-    given = wire.decode(await request.body(), _feedback)
+    given = wire.decode(await read_body(request, state.max_body_bytes), _feedback)
     for named in (given.node, *([given.request] if given.request else []), *given.steps):
         node = state.traces.get(named)
         if node is None or not node.scope.startswith(f"{key.id}/"):
@@ -120,7 +120,7 @@ async def feedback(state: ServiceState, request: Request) -> dict[str, Any]:
 async def swap_weights(state: ServiceState, request: Request) -> dict[str, Any]:
     """Loads other weights under live traffic; on failure the old ones keep serving."""
     authenticate(state, request, role="admin")
-    weights = wire.decode(await request.body(), _weights)
+    weights = wire.decode(await read_body(request, state.max_body_bytes), _weights)
     if state.member is not None and state.member.size > 1:
         raise errors.invalid_request("this server has several workers, each with weights of its own: restart it instead")
     try:

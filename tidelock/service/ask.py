@@ -20,6 +20,7 @@ from tidelock.tokens.policy import SamplingParams
 from tidelock.tokens.template import canonical
 
 MAX_TOOLS = 128
+MAX_MESSAGES, MAX_CALLS = 10_000, 1000  # of a request; calls of one message
 MAX_CHOICES = 5
 MAX_STOPS, MAX_STOP_BYTES = 5, 32
 TOOL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_-]{2,63}")  # Kimi's rule
@@ -122,6 +123,8 @@ def stop_strings(given: str | Sequence[str] | None, field: str = "stop") -> tupl
 def _check_order(messages: Sequence[Message], where: str) -> None:
     """Every tool result answers a call of the assistant message before it, once."""
     open_calls: set[str] = set()
+    if len(messages) > MAX_MESSAGES:
+        raise invalid_request(f"at most {MAX_MESSAGES} messages, got {len(messages)}", where)
     for n, message in enumerate(messages):
         if message.role == "tool":
             if not message.tool_call_id:
@@ -135,6 +138,8 @@ def _check_order(messages: Sequence[Message], where: str) -> None:
             reason = f"tool calls {sorted(open_calls)} have no result before this message"
             raise invalid_request(reason, f"{where}[{n}]")
         ids = [call.id for call in message.tool_calls]
+        if len(ids) > MAX_CALLS:
+            raise invalid_request(f"at most {MAX_CALLS} tool calls in a message, got {len(ids)}", f"{where}[{n}].tool_calls")
         if len(set(ids)) != len(ids):
             raise invalid_request("tool call ids repeat", f"{where}[{n}].tool_calls")
         open_calls = set(ids)

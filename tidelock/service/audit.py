@@ -74,8 +74,13 @@ def _unmetered(read: Reading) -> int:
     whose revenue is not the sum of their usage and its adjustments."""
     columns = ", ".join(f"u.{name}" for name in USAGE_COLUMNS)
     settled = "transactions t ON t.kind = 'settle' AND t.reference = u.request_id"
-    rows = read.stream(f"SELECT {columns}, t.detail AS detail FROM usage u LEFT JOIN {settled}")
-    wrong = sum(row["detail"] != usage_detail(row) for row in rows)
+    said = "t.detail AS detail, t.customer AS whose, t.created AS at"
+    rows = read.stream(f"SELECT {columns}, {said} FROM usage u LEFT JOIN {settled}")
+    wrong = sum(
+        (row["detail"], row["whose"]) != (usage_detail(row), row["customer"])
+        or abs(row["at"] - row["created"]) >= 1  # the first release looked at the clock twice
+        for row in rows
+    )
     without = read(
         "SELECT COUNT(*) FROM transactions t LEFT JOIN usage u ON u.request_id = t.reference "
         "WHERE t.kind = 'settle' AND u.request_id IS NULL"

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import time
 
-from tidelock.service.db import Database
+from tidelock.service.db import Database, Transaction
 from tidelock.service.ledger import ACTIVE
 
 
-def add(db: Database, batch_id: str, customer: str, key_id: str) -> None:
-    with db.transaction() as write:
-        write(
-            "INSERT INTO batch_queue (id, customer, key_id, created_us, lease_us) VALUES (?, ?, ?, ?, 0)",
-            (batch_id, customer, key_id, _now_us()),
-        )
+def add(tx: Transaction, batch_id: str, customer: str, key_id: str) -> None:
+    """In the transaction that makes the batch: one that is not in the queue would be looked at by nobody."""
+    tx("INSERT INTO batch_queue (id, customer, key_id, created_us, lease_us) VALUES (?, ?, ?, ?, 0)",
+       (batch_id, customer, key_id, _now_us()))  # fmt: skip
 
 
 def claim(db: Database, lease_s: float) -> tuple[str, str, str] | None:

@@ -15,6 +15,7 @@ from typing import Any
 from tidelock.service import batch_queue, run, wire
 from tidelock.service.access import background
 from tidelock.service.answer import Ended, Event
+from tidelock.service.db import StorageDown
 from tidelock.service.errors import ApiError
 from tidelock.service.http import as_api_error
 from tidelock.service.record import current
@@ -24,6 +25,7 @@ from tidelock.service.surfaces import batches, files, message_batches
 from tidelock.service.surfaces.chat import Chat
 from tidelock.service.surfaces.messages import Messages
 from tidelock.service.surfaces.responses import Responses
+from tidelock.tokens import jsontext
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ MAX_LINES = 50_000
 MAX_ERRORS = 50  # listed of a file that does not validate
 AT_A_TIME = 8
 POLL_S = 5.0
+TELL_S = 0.2  # between two tellings of how far a batch is
+PENANCE_S = 60.0  # a batch that fails, which none should, waits so long and holds up nobody
 RETRY_S = (0.1, 0.5, 2, 10, 30, 60)  # before a line is asked again of an engine that was busy
 
 
@@ -61,16 +65,22 @@ async def _news(state: ServiceState) -> None:
 
 async def _one(state: ServiceState, batch_id: str, customer: str, key_id: str) -> None:
     keeper = asyncio.create_task(_keep(state, batch_id))
+    batch = _Batch(state, batch_id, customer, key_id)
     try:
-        batch = _Batch(state, batch_id, customer, key_id)
         await batch.run()
         batch_queue.remove(state.ledger.db, batch_id)
     except Paused:
         log.info("%s waits: its organisation is suspended", batch_id)
         batch_queue.renew(state.ledger.db, batch_id, 0)
-    except BaseException:
+    except (StorageDown, asyncio.CancelledError):
         batch_queue.renew(state.ledger.db, batch_id, 0)
         raise
+    except Exception:
+        log.exception("%s failed; to be tried again after others have had their turn", batch_id)
+        if not batch.given_up():
+            batch_queue.renew(state.ledger.db, batch_id, PENANCE_S)
+        else:
+            batch_queue.remove(state.ledger.db, batch_id)
     finally:
         keeper.cancel()
 
@@ -89,11 +99,14 @@ class _Batch:
     def __init__(self, state: ServiceState, batch_id: str, customer: str, key_id: str) -> None:
         self.state, self.id, self.customer = state, batch_id, customer
         self.key_id = key_id
+        self._telling, self._tell_again = asyncio.Lock(), 0.0
         ours = not batch_id.startswith(message_batches.PREFIX)
         self.kind, self.file_kind = (batches.KIND, files.KIND) if ours else (message_batches.KIND, message_batches.INPUT)
 
     async def run(self) -> None:
         doc = self._doc()
+        if doc["status"] in batches.OVER:  # its worker died before it left the queue, and its lines are gone from the table:
+            return  # they would be asked, and charged, again
         lines, faults = await asyncio.to_thread(self._lines, doc)
         if faults:
             self._change(status="failed", failed_at=int(time.time()), errors={"object": "list", "data": faults})
@@ -107,7 +120,15 @@ class _Batch:
 
         self.state.objects.change(self.kind, self.customer, self.id, begin)
         await self._answer(doc, lines, done)
-        self._finish(len(lines), done)
+        await asyncio.to_thread(self._finish, len(lines), done)
+
+    def given_up(self) -> bool:
+        """Whether its time is over, and it is failed for good."""
+        if time.time() < self._doc()["expires_at"]:
+            return False
+        error = _fault(None, "internal_error", "the server failed on this batch")
+        self._change(status="failed", failed_at=int(time.time()), errors={"object": "list", "data": [error]})
+        return True
 
     def _doc(self) -> dict[str, Any]:
         return self.state.objects.get(self.kind, self.customer, self.id)
@@ -128,9 +149,9 @@ class _Batch:
             if not line.strip():
                 continue
             try:
-                request = json.loads(line)
+                request = jsontext.load(line)  # its halves of characters could not be written into the results
                 fault = _line_fault(request, doc["endpoint"], seen)
-            except (ValueError, RecursionError):
+            except ValueError:
                 request, fault = None, ("invalid_json_line", "the line is not JSON")
             if fault is None:
                 lines.append(request)
@@ -149,14 +170,16 @@ class _Batch:
 
         async def some() -> None:
             nonlocal paused
-            while waiting and not paused and not self._over():
+            while not paused and not await asyncio.to_thread(self._over):
+                if not waiting:  # others may have taken the last one meanwhile
+                    return
                 n = waiting.pop()
                 try:
                     done[n] = await self._line(doc["endpoint"], lines[n], n)
                 except Paused:
                     paused = True
                     return
-                self._change(request_counts=_counts(len(lines), done.values()))
+                await self._progress(len(lines), done)
 
         tasks = [asyncio.create_task(some()) for _ in range(AT_A_TIME)]
         try:
@@ -165,8 +188,15 @@ class _Batch:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if paused and not self._over():
+        if paused and not await asyncio.to_thread(self._over):
             raise Paused
+
+    async def _progress(self, total: int, done: dict[int, Any]) -> None:
+        """Tells of it now and then: to count fifty thousand lines after each of them would keep everybody waiting."""
+        if time.monotonic() >= self._tell_again:
+            self._tell_again = time.monotonic() + TELL_S
+            async with self._telling:  # in order
+                await asyncio.to_thread(self._change, request_counts=_counts(total, done.values()))
 
     def _over(self) -> bool:
         doc = self._doc()
@@ -252,8 +282,7 @@ class _Batch:
             status=status, output_file_id=output, error_file_id=error, request_counts=_counts(total, done.values()),
             **{f"{status}_at": now},
         )  # fmt: skip
-        for n in done:
-            self.state.objects.delete(LINE, self.customer, f"{self.id}/{n}")
+        self.state.objects.delete_under(LINE, self.customer, self.id)
 
     def _file(self, which: str, results: list[dict[str, Any]]) -> str | None:
         """The same file however often the end of a batch is begun."""

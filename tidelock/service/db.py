@@ -28,6 +28,10 @@ class Conflict(Exception):
     """A row breaks a constraint of the schema. Nothing of the transaction was kept."""
 
 
+class Unstorable(Exception):
+    """A text that this kind of database cannot hold or look for. Nothing of the transaction was kept."""
+
+
 class Transaction(Protocol):
     """Everything done through it commits together or not at all."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -9,13 +10,14 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tidelock.service import errors, record, wire
 from tidelock.service.accounts import UnknownId
-from tidelock.service.auth import look_up
-from tidelock.service.db import StorageDown
+from tidelock.service.auth import authenticate, look_up
+from tidelock.service.db import StorageDown, Unstorable
 from tidelock.service.errors import ApiError
+from tidelock.service.replay import Recorder
 from tidelock.service.state import ServiceState
 from tidelock.service.wire import header
 from tidelock.tokens.policy import PolicyError
@@ -68,6 +70,22 @@ async def received(scope: Scope, receive: Receive, limit: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def bounded(receive: Receive, limit: int) -> Receive:
+    """The same, but it raises ApiError (413) once more than `limit` bytes came: for bodies that are read as a stream, which
+    need not say how long they are."""
+    size = 0
+
+    async def counted() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > limit:
+            raise errors.too_large(limit)
+        return message
+
+    return counted
+
+
 def failure(error: ApiError, request_id: str, anthropic: bool) -> Response:
     headers = {**error.headers(), **id_headers(request_id)}
     status, body = error.anthropic(request_id) if anthropic else (error.status, error.body())
@@ -97,20 +115,51 @@ def _as_api_error(exception: Exception, request_id: str) -> ApiError:
         return errors.policy_failed(str(exception), exception.status, exception.kind)
     if isinstance(exception, UnknownId):
         return errors.not_found(str(exception), "id")
+    if isinstance(exception, Unstorable):
+        return errors.invalid_request(str(exception))
     if isinstance(exception, StorageDown):
         log.warning("%s: %s", request_id, exception)
+        return errors.storage_down()
+    if isinstance(exception, OSError) and exception.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.error("%s: %s", request_id, exception.strerror)
         return errors.storage_down()
     log.error("%s failed", request_id, exc_info=exception)
     return errors.internal()
 
 
 class Json:
-    """An ASGI endpoint over a handler that returns what is to be encoded, or a Response of its own."""
+    """An ASGI endpoint over a handler that returns what is to be encoded, or a Response of its own. `once`: what it does
+    costs money, so an `Idempotency-Key` counts."""
 
-    def __init__(self, state: ServiceState, handler: Handler) -> None:
-        self._state, self._handler = state, handler
+    def __init__(self, state: ServiceState, handler: Handler, once: bool = False) -> None:
+        self._state, self._handler, self._once = state, handler, once
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = header(scope, b"idempotency-key") if self._once else ""
+        if not name:
+            await self._answer(scope, receive, send, send)
+            return
+        request_id = record.request_id()
+        request = Request(scope, receive)
+        recorder: Recorder | None = None
+        try:
+            await look_up(self._state, scope)
+            key = authenticate(self._state, request, "")
+            body = await received(scope, receive, self._state.max_body_bytes)
+            recorder = Recorder(self._state.idempotency, key.customer, name, request_id, send)
+            if not await recorder.replay(scope["path"].encode() + b"\n" + body):
+                await self._answer(scope, _again(body, receive), recorder, send)
+        except ClientDisconnect:
+            return
+        except Exception as exception:
+            failed = failure(as_api_error(exception, request_id), request_id, speaks_anthropic(request))
+            await failed(scope, receive, send)
+        finally:
+            if recorder is not None:
+                await recorder.end()
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, refuse: Send) -> None:
+        """`refuse`: where a failure goes; none is remembered."""
         request_id = record.request_id()
         request = Request(scope, receive)
         try:
@@ -124,8 +173,18 @@ class Json:
         except ClientDisconnect:
             return
         except Exception as exception:
-            response = failure(as_api_error(exception, request_id), request_id, speaks_anthropic(request))
+            response, send = failure(as_api_error(exception, request_id), request_id, speaks_anthropic(request)), refuse
         await response(scope, receive, send)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A body that was read already, and then what comes after it."""
+    left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def told() -> Message:
+        return left.pop() if left else await receive()
+
+    return told
 
 
 async def unknown_route(request: Request, exception: HTTPException) -> Response:

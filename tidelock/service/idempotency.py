@@ -28,7 +28,8 @@ class InFlight(Exception):
 
 
 class AnswerLost(Exception):
-    """The first request was charged, but its server died before the answer was stored. Names its request id."""
+    """The first request was charged, and its answer was never whole: its client left, or its server died. Names its request
+    id."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,17 @@ class Idempotency:
         await self._db.run(lambda tx: tx(sql, (answer.status, response, customer, key, answer.request_id)) and None)
 
     async def abandon(self, customer: str, key: str, request_id: str) -> None:
-        """For a request that failed without a charge: the key is free again, so that a retry can succeed."""
+        """For a request without a whole answer. Where it cost nothing the key is free again, so that a retry can succeed;
+        else it stays taken, and who tries again is told."""
         sql = ("DELETE FROM idempotency WHERE customer = ? AND key = ? AND request_id = ? AND status IS NULL AND NOT EXISTS "
                "(SELECT 1 FROM usage WHERE usage.request_id = idempotency.request_id AND nano_usd > 0)")  # fmt: skip
-        await self._db.run(lambda tx: tx(sql, (customer, key, request_id)) and None)
+        nobody_s = "UPDATE idempotency SET worker = '' WHERE customer = ? AND key = ? AND request_id = ? AND status IS NULL"
+
+        def give_up(tx: Transaction) -> None:
+            if tx(sql, (customer, key, request_id)).rowcount == 0:
+                tx(nobody_s, (customer, key, request_id))
+
+        await self._db.run(give_up)
 
     def sweep(self) -> None:
         """Forgets what is older than a day."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -161,20 +161,26 @@ class Ledger:
 
     # ---- requests whose server died ----------------------------------------------------------------------------
 
-    def sweep(self) -> int:
-        """Settles every expired hold for what is known to have been sent; returns how many."""
-        return self._lose("expires <= ?", (self.clock(),))
+    def sweep(self, running: Container[str] = ()) -> int:
+        """Settles the expired holds of this worker, and those that no worker has, for what is known to have been sent;
+        returns how many. Not those of `running` requests: after a machine has slept, or its clock was put forward, the holds
+        of requests that live have expired too. What another worker has is its own to sweep, and `recover`'s when it is dead."""
+        mine = "expires <= ? AND (worker = ? OR worker NOT IN (SELECT id FROM workers))"
+        return self._lose(mine, (self.clock(), self.worker), running)
 
     def recover(self, workers: Sequence[str]) -> int:
         """The same for the open holds of workers that are dead."""
         return self._lose(f"worker IN ({', '.join('?' * len(workers))})", workers) if workers else 0
 
-    def _lose(self, condition: str, args: Sequence[Any]) -> int:
-        sql = f"SELECT customer, request_id FROM holds WHERE state = 'open' AND {condition} ORDER BY customer LIMIT 200"
-        lost = 0
-        while rows := self.db.read(sql, args):
-            with self.books([row[0] for row in rows], [row[1] for row in rows]) as books:
-                lost += sum(books.lose(row[1]) is not None for row in rows)
+    def _lose(self, condition: str, args: Sequence[Any], spared: Container[str] = ()) -> int:
+        sql = (f"SELECT customer, request_id FROM holds WHERE state = 'open' AND {condition} AND request_id > ? "
+               "ORDER BY request_id LIMIT 200")  # fmt: skip
+        lost, after = 0, ""
+        while rows := self.db.read(sql, (*args, after)):
+            after = rows[-1][1]
+            dead = [(customer, request_id) for customer, request_id in rows if request_id not in spared]
+            with self.books([customer for customer, _ in dead], [request_id for _, request_id in dead]) as books:
+                lost += sum(books.lose(request_id) is not None for _, request_id in dead)
         return lost
 
     def prune(self, older_than_s: float, most: int = 50_000) -> int:

@@ -22,6 +22,9 @@ from tidelock.service.ladder import NONE, Ladder, Limits
 
 PERIOD_MS = {"requests": 60_000, "tokens": 60_000, "day_tokens": 86_400_000}
 SHORT = {"concurrency": "concurrency", "requests": "RPM", "tokens": "TPM", "day_tokens": "TPD"}
+# Clocks of several workers differ by less. One that is behind by more was put right since, and buckets drain from there on:
+# otherwise nobody's would until it has caught up.
+SKEW_MS = 60_000
 RETRY_WHEN_FULL_S = 1  # nobody knows when a running request ends
 
 
@@ -169,6 +172,8 @@ class Limiter:
         """Drained up to now."""
         uses = self._uses(customer)
         use = uses.setdefault(scope, _Use(dict.fromkeys(PERIOD_MS, 0), self._now_ms, stored=False))
+        if self._now_ms < use.at_ms - SKEW_MS:
+            use.at_ms, use.changed = self._now_ms, True
         elapsed = max(self._now_ms - use.at_ms, 0)
         if elapsed:
             for which in PERIOD_MS:

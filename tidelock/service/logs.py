@@ -28,18 +28,18 @@ Fields = dict[str, Any]
 
 
 def configure(form: str, level: str = "info", stream: IO[str] | None = None) -> AccessLog | None:
-    """Sets up this process's logging; returns the log of access lines, or None for "off", which leaves everything as
-    Python has it: warnings and errors, as plain text."""
-    if form == "off":
-        return None
+    """Sets up this process's logging; returns the log of access lines, or None for "off": then there are only warnings and
+    errors, as text, and they hold no more of what clients sent than the others do."""
+    quiet = form == "off"
+    level = "warning" if quiet and level != "debug" else level
     lines = Lines(form == "json", messages=level == "debug")
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(lines)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(LEVELS[level], logging.INFO))  # what others say at debug is about sockets
-    logging.getLogger("tidelock").setLevel(LEVELS[level])
-    return AccessLog(lines, handler.stream, LEVELS[level])
+    logging.getLogger("tidelock").setLevel(max(LEVELS[level], logging.WARNING) if quiet else LEVELS[level])
+    return None if quiet else AccessLog(lines, handler.stream, LEVELS[level])
 
 
 class AccessLog:

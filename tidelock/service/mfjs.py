@@ -25,6 +25,7 @@ RESERVED = {"$defs", "$ref", "anyOf", "required", "additionalProperties"}  # no 
 LIMITS = (("minLength", "maxLength"), ("minItems", "maxItems"), ("minimum", "maximum"))
 MAX_DEPTH, MAX_PROPERTIES, MAX_BRANCHES = 5, 100, 10
 MAX_ENUM = 1000  # values in all
+MAX_LOOKS = 50_000  # at schemas, for whether they come to an end
 
 
 class _Fault(Exception):
@@ -45,7 +46,7 @@ def fault(schema: Any) -> str | None:
 class _Checker:
     def __init__(self, schema: Any) -> None:
         self.root = schema
-        self.properties = self.enums = 0
+        self.properties = self.enums = self.looks = 0
 
     def check(self) -> None:
         if not isinstance(self.root, dict):
@@ -179,25 +180,39 @@ class _Checker:
         return found
 
     def _terminates(self) -> None:
-        if self._endless(self.root, frozenset({"#"})):
+        """A value of a schema must be able to end. Every reference is taken to be endless until its schema shows otherwise,
+        and all are looked at again until none changes: following each path by itself would take 2^n looks where n
+        definitions name the next one twice."""
+        endless: dict[str, int] = {"#": 2}
+        before: dict[str, int] = {}
+        while endless != before:
+            before = dict(endless)
+            for reference in [*endless][::-1]:
+                endless[reference] = self._endless(self._target(reference, ""), endless)
+        if endless["#"]:
             raise _Fault("/: infinite recursion")
 
-    def _endless(self, schema: Mapping[str, Any], open_references: frozenset[str]) -> int:
+    def _endless(self, schema: Mapping[str, Any], known: dict[str, int]) -> int:
         """Whether a value of this schema must go on for ever: 0 no; 1 only its arrays would, if they were not empty; 2 yes.
 
         An object is endless when one of the properties it requires is, or when all it requires are arrays of that sort.
+        A reference that is met for the first time is looked at there and then, so that most are known after one round.
         """
+        self.looks += 1
+        if self.looks > MAX_LOOKS:
+            raise _Fault("/: too many references to follow")
         if "$ref" in schema:
             reference = schema["$ref"]
-            if reference in open_references:
-                return 2
-            return self._endless(self._target(reference, ""), open_references | {reference})
+            if reference not in known:
+                known[reference] = 2
+                known[reference] = self._endless(self._target(reference, ""), known)
+            return known[reference]
         if "anyOf" in schema:
-            return min(self._endless(branch, open_references) for branch in schema["anyOf"])
+            return min(self._endless(branch, known) for branch in schema["anyOf"])
         if "items" in schema:
-            inner = self._endless(schema["items"], open_references)
+            inner = self._endless(schema["items"], known)
             return inner if schema.get("minItems", 0) > 0 else min(inner, 1)
-        needed = [self._endless(schema["properties"][name], open_references) for name in schema.get("required", ())]
+        needed = [self._endless(schema["properties"][name], known) for name in schema.get("required", ())]
         return 2 if 2 in needed else min(needed, default=0)
 
 

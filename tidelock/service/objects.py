@@ -6,13 +6,16 @@ An id of somebody else's is an id that does not exist.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import time
 from collections.abc import Callable
 from typing import Any
 
 from tidelock.service import errors
-from tidelock.service.db import Database
+from tidelock.service.db import Database, StorageDown
+
+log = logging.getLogger(__name__)
 
 
 class Objects:
@@ -27,6 +30,13 @@ class Objects:
         """Stores `doc` under its `id`."""
         with self._db.transaction() as write:
             self.put_in(write, kind, customer, doc)
+
+    def keep(self, kind: str, customer: str, doc: dict[str, Any]) -> None:
+        """`put` for an answer that is charged: it is given, though it cannot be stored."""
+        try:
+            self.put(kind, customer, doc)
+        except StorageDown as error:
+            log.error("%s is answered and charged, but could not be stored: %s", doc["id"], error)
 
     @staticmethod
     def put_in(write: Any, kind: str, customer: str, doc: dict[str, Any]) -> None:
@@ -69,6 +79,12 @@ class Objects:
             )
             if gone.rowcount == 0:
                 raise errors.not_found(f"no {kind} {object_id!r}", "id")
+
+    def delete_under(self, kind: str, customer: str, parent: str) -> None:
+        """Removes what `under` finds."""
+        with self._db.transaction() as write:
+            write("DELETE FROM objects WHERE kind = ? AND customer = ? AND id >= ? AND id < ?",
+                  (kind, customer, f"{parent}/", f"{parent}0"))  # fmt: skip
 
     def page(
         self, kind: str, customer: str, *, after: str | None = None, limit: int = 20, newest_first: bool = True

@@ -23,6 +23,8 @@ from tidelock.tokens.errors import UserError
 NANO_PER_CENT = 10_000_000
 COLUMNS = ("id", "customer", "pocket", "net_nano", "tax_nano", "refunded_nano", "disputes", "taken_nano", "steps", "created")
 OVER = ("won", "lost", "warning_closed")  # how a dispute ends; a lost one stays taken
+ASKED_ONLY = "warning_"  # begins the states of an inquiry: nobody has taken any money yet
+TOO_MUCH = "a refund is positive and, with those before it, at most the payment"
 
 
 class Changed(UserError):
@@ -39,6 +41,7 @@ class Said:
     tax_nano: int = 0
     pocket: str = "cash"
     refunded_nano: int = 0  # in all
+    more_nano: int = 0  # refunded beside what was before
     disputes: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     charge: str = ""  # the automatic top-up it is of (`charges`)
     failed: bool = False  # there will be no money: nothing else is said
@@ -64,11 +67,11 @@ class Payments:
 
     def refund(self, payment: str, nano_usd: int, reference: str, actor: str = OPERATOR) -> bool:
         """Books that this much more of a payment, tax included, was paid back by hand."""
-        row = self.payment(payment)
-        total = row["refunded_nano"] + nano_usd
-        if nano_usd <= 0 or total > row["net_nano"] + row["tax_nano"]:
-            raise UserError("a refund is positive and, with those before it, at most the payment")
-        return self._hear(f"refund/{reference}", "manual", Said(payment, refunded_nano=total), json.dumps([payment, nano_usd]), actor)
+        self.payment(payment)
+        if nano_usd <= 0:
+            raise UserError(TOO_MUCH)
+        said = Said(payment, more_nano=nano_usd)
+        return self._hear(f"refund/{reference}", "manual", said, json.dumps([payment, nano_usd]), actor)
 
     def event(self, body: bytes) -> bool:
         """Books a provider's event, whose signature was checked; False if it was heard before or means nothing to us.
@@ -128,6 +131,11 @@ class Payments:
         return True
 
 
+def takes(status: str) -> bool:
+    """Whether a dispute in this state keeps the money."""
+    return status != "won" and not status.startswith(ASKED_ONLY)
+
+
 def _heard(tx: Transaction, said: Said, now: float) -> dict[str, Any]:
     """The payment's row, locked, with what is now said of it."""
     tx("INSERT INTO payments (id, customer, pocket, net_nano, tax_nano, refunded_nano, disputes, taken_nano, steps, created) "
@@ -137,9 +145,13 @@ def _heard(tx: Transaction, said: Said, now: float) -> dict[str, Any]:
         row |= {"customer": said.customer, "net_nano": said.net_nano, "tax_nano": said.tax_nano, "pocket": said.pocket}
     elif said.customer not in (None, row["customer"]):
         raise UserError(f"payment {said.payment!r} is another organisation's")
-    row["refunded_nano"] = max(row["refunded_nano"], said.refunded_nano)
+    row["refunded_nano"] = max(row["refunded_nano"], said.refunded_nano) + said.more_nano
+    if said.more_nano and row["refunded_nano"] > row["net_nano"] + row["tax_nano"]:
+        raise UserError(TOO_MUCH)
     for dispute, (nano, status) in said.disputes.items():
-        if row["disputes"].get(dispute, [0, ""])[1] not in OVER:
+        before = row["disputes"].get(dispute, [0, ASKED_ONLY])[1]
+        late = status.startswith(ASKED_ONLY) and not before.startswith(ASKED_ONLY)  # it has become more than an inquiry
+        if before not in OVER and not late:
             row["disputes"][dispute] = [nano, status]
     return row
 
@@ -152,7 +164,7 @@ def _settle(books: Books, row: dict[str, Any]) -> None:
         books.post(customer, "topup", row["id"], [(OUTSIDE, -net), (RECEIVABLE, owed), (pocket, net - owed)])
         line = {"text": "top-up", "quantity": 1, "nano_usd": net}
         invoices.write(books, customer, "topup", row["id"], [line], row["tax_nano"])
-    disputed = sum(nano for nano, status in row["disputes"].values() if status not in ("won", "warning_closed"))
+    disputed = sum(nano for nano, status in row["disputes"].values() if takes(status))
     back, before = min(row["refunded_nano"] + disputed, total), row["taken_nano"]  # tax included
     if back == before:
         return
@@ -183,14 +195,14 @@ def _said(kind: str, thing: dict[str, Any]) -> Said | None:
         return Said(_text(thing["id"]), charge=charge, failed=True)
     if kind == "payment_intent.succeeded":
         paid, tax = _nano(thing["amount_received"]), _nano(int(about.get("tax_cents", 0)))
-        return Said(_text(thing["id"]), _text(about["organization"]), _positive(paid - tax), tax, about.get("pocket", "cash"),
+        return Said(_text(thing["id"]), _text(about["organization"]), _positive(paid - tax), tax, _pocket(about),
                     charge=charge)  # fmt: skip
     if kind == "checkout.session.completed":
         if thing.get("payment_status") != "paid":
             return None
         paid, tax = _nano(thing["amount_total"]), _nano((thing.get("total_details") or {}).get("amount_tax", 0))
         whose = thing.get("client_reference_id") or about["organization"]
-        return Said(_text(thing["payment_intent"]), _text(whose), _positive(paid - tax), tax, about.get("pocket", "cash"))
+        return Said(_text(thing["payment_intent"]), _text(whose), _positive(paid - tax), tax, _pocket(about))
     if kind == "charge.refunded":
         return Said(_text(thing["payment_intent"]), refunded_nano=_nano(thing["amount_refunded"]))
     dispute = {_text(thing["id"]): (_nano(thing["amount"]), _text(thing["status"]))}
@@ -207,6 +219,13 @@ def _positive(nano: int) -> int:
     if nano <= 0:
         raise UserError("a payment is more than its tax")
     return nano
+
+
+def _pocket(about: dict[str, Any]) -> str:
+    pocket = about.get("pocket", "cash")
+    if pocket not in ("cash", "extra"):
+        raise UserError(f"money is paid into cash or extra, not {pocket!r}")
+    return pocket
 
 
 def _text(value: Any) -> str:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Any
 
-from tidelock.service.db import Conflict, StorageDown
+from tidelock.service.db import Conflict, StorageDown, Unstorable
 from tidelock.tokens.errors import UserError
 
 try:
@@ -24,6 +24,9 @@ except ImportError as error:
     raise UserError("a postgresql:// database needs psycopg: pip install 'psycopg[binary]'") from error
 
 ROWS_AT_A_TIME = 2000
+# A network that swallows packets says nothing, and by itself TCP waits a quarter of an hour, or for two: money fails closed
+# after seconds.
+SILENCE = {"tcp_user_timeout": 10_000, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2}
 MIGRATION_LOCK = 0x7D1E  # any number, the same in every process
 
 
@@ -41,7 +44,7 @@ class Postgres:
 
     def _connect(self) -> psycopg.Connection:
         connection = psycopg.connect(
-            self._url, autocommit=True, row_factory=_rows, connect_timeout=5, prepare_threshold=2
+            self._url, autocommit=True, row_factory=_rows, connect_timeout=5, prepare_threshold=2, **SILENCE
         )
         connection.execute("SET lock_timeout = '10s'; SET idle_in_transaction_session_timeout = '60s'")
         connection.prepared_max = 500
@@ -220,5 +223,9 @@ def _errors() -> Iterator[None]:
         yield
     except psycopg.IntegrityError as error:
         raise Conflict(str(error)) from error
+    except psycopg.DataError as error:
+        if "NUL" not in str(error):
+            raise
+        raise Unstorable("no text here may hold the character U+0000") from None
     except (psycopg.OperationalError, psycopg.InternalError) as error:
         raise StorageDown(str(error).strip()) from error

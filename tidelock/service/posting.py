@@ -14,11 +14,14 @@ from tidelock.service.bookings import BURN_ORDER
 from tidelock.service.chain import link
 from tidelock.service.db import Transaction
 from tidelock.service.windows import Allowance, left
+from tidelock.tokens.errors import UserError
 
 WINDOWED = ("plan", "extra")  # pockets that may be bounded by windows of time
 CREDIT = ("voucher", "plan")  # not money that was paid for this usage
 HELD, REVENUE, OUTSIDE, RECEIVABLE = ("held", ""), ("revenue", ""), ("outside", ""), ("receivable", "")
 REFUNDS = ("refunds", "")
+
+MOST_NANO = 2**63  # beyond it SQLite would count in floats
 
 AccountName = tuple[str, str]  # kind, lot
 Entry = tuple[AccountName, int]
@@ -151,6 +154,8 @@ class Posting:
             account = self._account(customer, name)
             account.balance += nano
             account.changed = True
+            if not -MOST_NANO < account.balance < MOST_NANO:
+                raise UserError(f"{customer!r} would have more than the books can hold in {'/'.join(filter(None, name))}")
             self._entries.append((customer, seq, n, *name, nano))
         self._booked.add((kind, reference))
         self._transactions.append((customer, seq, kind, reference, detail, self.now, hashed))

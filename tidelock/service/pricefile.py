@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import tomllib
 from datetime import datetime
-from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from tidelock.service.prices import COLUMNS, NANO_PER_USD, Factor, Price, PriceBook, Schedule
+from tidelock.service.prices import COLUMNS, Factor, Price, PriceBook, Schedule, exact_nano
 from tidelock.tokens.errors import UserError
 
 TOKENS_PER_PRICE = 1_000_000
@@ -74,12 +73,9 @@ def _price(where: str, numbers: dict[str, Any], tools: dict[str, int]) -> Price:
 
 def _nano(where: str, usd: Any, per: int) -> int:
     """Nano-USD of one token or call. Prices are strings, because a TOML number would be a binary fraction."""
-    try:
-        nano = Decimal(usd) * NANO_PER_USD / per if isinstance(usd, str) else None
-        if nano is not None and nano >= 0 and nano == int(nano):
-            return int(nano)
-    except (InvalidOperation, OverflowError, ValueError):
-        pass
+    nano = exact_nano(usd, per)
+    if nano is not None:
+        return nano
     raise UserError(f"{where}: {usd!r} is no price; write it as a string that makes whole nano-USD, such as \"3.00\"")
 
 

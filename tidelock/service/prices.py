@@ -7,9 +7,11 @@ bill can be computed again, and under another version too (`rating.py`).
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 from msgspec import Struct
@@ -194,6 +196,18 @@ def stored_book(rows: list[Any], version: str) -> PriceBook:
 
 
 COLUMNS = ("input", "cached_input", "cache_write_5m", "cache_write_1h", "output")
+
+
+AMOUNT = re.compile(r"[0-9]{1,12}(\.[0-9]{1,30})?|\.[0-9]{1,30}")
+
+
+def exact_nano(usd: Any, per: int = 1) -> int | None:
+    """Nano-USD of decimal text such as "2.50", shared by `per` of something; None if that is no whole number, or no such
+    text. `Decimal` would take "1_000", "1e3" and other scripts' digits too, and round away what comes after 28 digits."""
+    if not isinstance(usd, str) or AMOUNT.fullmatch(usd) is None:
+        return None
+    nano = Fraction(usd) * NANO_PER_USD / per
+    return int(nano) if nano.denominator == 1 else None
 
 
 def format_usd(nano_usd: int) -> str:

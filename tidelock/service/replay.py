@@ -22,6 +22,7 @@ class Recorder:
         self._ours = False
         self._start: dict[str, Any] | None = None
         self._body: list[bytes] = []
+        self._whole = False
 
     async def replay(self, request: bytes) -> bool:
         """Sends the stored answer, if there is one. Raises ApiError: 409 if the key stands for another request, for one
@@ -52,14 +53,15 @@ class Recorder:
             self._start = message
         else:
             self._body.append(message.get("body", b""))
+            self._whole = not message.get("more_body", False)
         await self._send(message)
 
     async def end(self) -> None:
-        """Stores what was answered. A request that failed before its answer began frees its key."""
+        """Stores what was answered, if that is whole: half an answer, said again, would look like one."""
         if not self._ours:
             return
         try:
-            if self._start is None:
+            if self._start is None or not self._whole:
                 await self._store.abandon(self._customer, self._name, self._request_id)
                 return
             content_type = dict(self._start["headers"]).get(b"content-type", b"").decode()

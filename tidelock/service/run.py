@@ -39,6 +39,8 @@ from tidelock.tokens.trace import Node, Served
 # Rows to be written with the charge or not at all: (execute, the answer's last events with the bill, why it was cut short)
 Admitted = Callable[[], Awaitable[None]]
 Also = Callable[[Any, list[Event], ApiError | None], None]
+LONG_TEXT = 1 << 18  # characters whose tokenizing would be noticed by other requests
+NO_LIMIT = 1 << 62
 
 
 class Turn(Struct, frozen=True, gc=False):
@@ -74,7 +76,7 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
     _check_allowed(state, key, ask)
     scope = f"{key.id}/{ask.origin.session}"
     directives = told(ask) if state.tells else ()
-    parent, new, ids = extended(state, scope, ask, directives)
+    parent, new, ids = await laid_out(state, key, ask, directives, state.context_length)
     opening_ids = opening(state.template, ask)
     prompt_ids = Prompt.of(ids, ask.messages + directives, (*state.template.generation_prompt(), *opening_ids))
     prompt_tokens = await state.policy.count(prompt_ids)
@@ -98,29 +100,48 @@ async def prepare(state: ServiceState, key: Key, ask: Ask, request_id: str, mode
     )
 
 
+async def laid_out(
+    state: ServiceState, key: Key, ask: Ask, directives: tuple[Message, ...], most: int = NO_LIMIT
+) -> tuple[str | None, tuple[tuple[Message, tuple[int, ...]], ...], list[int]]:
+    """`extended`; a long text in a thread, where it keeps nobody waiting but its sender; one that cannot fit not at all."""
+    scope = f"{key.id}/{ask.origin.session}"
+    characters = sum([len(m.content) + len(m.reasoning) for m in ask.messages])
+    if characters > most * state.template.tokenizer.longest:
+        raise _too_long(most)
+    if characters > LONG_TEXT:
+        return await asyncio.to_thread(extended, state, scope, ask, directives, most)
+    return extended(state, scope, ask, directives, most)
+
+
 def extended(
-    state: ServiceState, scope: str, ask: Ask, directives: tuple[Message, ...] = ()
+    state: ServiceState, scope: str, ask: Ask, directives: tuple[Message, ...] = (), most: int = NO_LIMIT
 ) -> tuple[str | None, tuple[tuple[Message, tuple[int, ...]], ...], list[int]]:
     """(the deepest stored node of this conversation, the messages after it with their ids, all ids). An answer that was
-    given to a request with directives comes back without them, and with its own ids."""
+    given to a request with directives comes back without them, and with its own ids. Raises a 400 as soon as there are more
+    ids than `most`."""
     parent, known = state.traces.match(scope, ask.messages)
     path = state.traces.path(parent.id) if parent else []
     ids, seen = [token for node in path for token in node.ids], [node.message for node in path]
     new: list[tuple[Message, tuple[int, ...]]] = []
     rest = ask.messages[known:] + directives
     if parent and known < len(ask.messages) and (said := state.traces.elsewhere(parent, rest[0])):
-        new, ids, seen, rest = [(said[-1].message, said[-1].ids)], [*ids, *said[-1].ids], [*seen, said[-1].message], rest[1:]
+        new, rest = [(said[-1].message, said[-1].ids)], rest[1:]
+        ids += said[-1].ids
+        seen.append(said[-1].message)
     for message in rest:
-        longer = state.template.extend(ids, seen, [message])
-        new.append((message, tuple(longer[len(ids) :])))
-        ids, seen = longer, [*seen, message]
+        added = state.template.added(message, seen)
+        new.append((message, tuple(added)))
+        ids += added
+        if len(ids) > most:
+            raise _too_long(most)
+        seen.append(message)
     return (parent.id if parent else None), tuple(new), ids
 
 
 async def count_tokens(state: ServiceState, key: Key, ask: Ask) -> int:
     """Tokens the prompt of this request would be billed for."""
     _check_allowed(state, key, ask)
-    _, _, ids = extended(state, f"{key.id}/{ask.origin.session}", ask, told(ask) if state.tells else ())
+    _, _, ids = await laid_out(state, key, ask, told(ask) if state.tells else ())
     return await state.policy.count((*ids, *state.template.generation_prompt(), *opening(state.template, ask)))
 
 
@@ -142,6 +163,11 @@ def opening(template: Template, ask: Ask) -> tuple[int, ...]:
         tail += 1
     said = template.sampled(ask.opening or Message("assistant"))
     return tuple(said[: len(said) - tail])
+
+
+def _too_long(most: int) -> ApiError:
+    reason = f"the prompt has more than {most} tokens and leaves no room in a context of as many"
+    return errors.invalid_request(reason, "messages", "context_length_exceeded")
 
 
 def _max_tokens(state: ServiceState, ask: Ask, prompt_tokens: int) -> int:

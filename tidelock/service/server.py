@@ -26,6 +26,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from tidelock.service.app import create_app
 from tidelock.service.scrape import telling
 from tidelock.service.state import ServiceState
+from tidelock.service.wary import WaryProtocol
 from tidelock.tokens.errors import UserError
 
 T = TypeVar("T")
@@ -84,7 +85,7 @@ async def serving(
         listener = stack.enter_context(bind(host, port, shared=member is not None))
         await stack.enter_async_context(telling(state.metrics, member))
         config = uvicorn.Config(_forwarded(app or create_app(state)), log_level="warning", log_config=None, lifespan="on",
-                                http="httptools", ws="websockets-sansio", ws_max_size=state.max_body_bytes,
+                                http=WaryProtocol, ws="websockets-sansio", ws_max_size=state.max_body_bytes,
                                 ws_per_message_deflate=False, interface="asgi3", proxy_headers=False,
                                 timeout_graceful_shutdown=5)  # fmt: skip
         server = _Server(config)

@@ -7,6 +7,7 @@ is handed on that is not covered, so a customer is never charged beyond the bala
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from time import perf_counter
@@ -18,6 +19,8 @@ from tidelock.service.db import StorageDown
 from tidelock.service.prices import Counts
 from tidelock.service.record import current, step
 from tidelock.service.till import Also, Then, Till
+
+log = logging.getLogger(__name__)
 
 FIRST_STRETCH, LONGEST_STRETCH = 128, 1024  # tokens of answer per extension
 
@@ -51,7 +54,8 @@ class Tab:
 
     async def settle(self, metered: Metered, also: Also | None = None, traced: Then | None = None) -> int:
         """Charges, then writes the trace; `also` and `traced` as for `Till.settle`. Raises StorageDown if the database is down
-        for long; the bill is then written when it is back."""
+        for long; the bill of what was streamed is then written when it is back, and an answer that nobody has seen is free.
+        Once it is charged it is given, though its trace cannot be written; reconciliation tells of what is missing."""
         await self._stop_growing()
         self.charge = 0  # from here on it is the till's
         booked: float | None = None
@@ -63,7 +67,14 @@ class Tab:
 
         with step("settle") as part:
             try:
-                self.charge = await self._till.settle(self.hold, metered, also, then if traced else None)
+                self.charge = await self._till.settle(
+                    self.hold, metered, also, then if traced else None, or_free=not self._streaming
+                )
+            except (OSError, StorageDown) as error:
+                if booked is None:
+                    raise
+                why = error.strerror if isinstance(error, OSError) else "it takes too long"
+                log.error("%s is answered and charged, but its trace could not be written: %s", self.hold.request_id, why)
             finally:
                 if booked is not None:
                     part.become("trace", booked)
@@ -138,10 +149,14 @@ async def opened(till: Till, ask: Admission, streaming: bool) -> AsyncIterator[T
     first = min(ask.max_tokens, max(FIRST_STRETCH, ask.least_tokens))
     if (record := current()) is not None:
         record.model = ask.model
-    with step("hold"):
-        hold = await till.hold(replace(ask, max_tokens=first))
-    tab = Tab(till, hold, ask.max_tokens, streaming)
+    till.running.add(ask.request_id)
     try:
-        yield tab
+        with step("hold"):
+            hold = await till.hold(replace(ask, max_tokens=first))
+        tab = Tab(till, hold, ask.max_tokens, streaming)
+        try:
+            yield tab
+        finally:
+            await tab.close()
     finally:
-        await tab.close()
+        till.running.discard(ask.request_id)

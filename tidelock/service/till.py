@@ -62,6 +62,7 @@ class Till:
         self._threads: list[threading.Thread] = []
         self._starting = threading.Lock()
         self._closing = threading.Event()
+        self.running: set[str] = set()  # requests that have a tab here: their holds are not swept
         self._crowded = False  # many requests run: then a commit waits a moment for more of them
         self.commits = 0  # and how many operations they carried: the benchmark's group size
         self.operations = 0
@@ -88,21 +89,32 @@ class Till:
         return await self._submit(hold.customer, hold.request_id, apply).future
 
     async def settle(
-        self, hold: Hold, metered: Metered, also: Also | None = None, then: Then | None = None
+        self, hold: Hold, metered: Metered, also: Also | None = None, then: Then | None = None, *, or_free: bool = False
     ) -> int:
         """`Books.settle`; returns the charge. `also(execute, charge)` runs in the same transaction, `then` after it: what has
         to be written next begins without a way through the event loop.
 
-        Raises StorageDown if the database was not back within the patience; the settlement is then still pending.
+        Raises StorageDown if the database was not back within the patience; the settlement is then still pending. `or_free`:
+        it is a release from then on, because the answer will not be given, and who was refused pays nothing.
         """
+        refused = False
 
         def apply(books: Books) -> int:
+            if refused:
+                books.release(hold.request_id)
+                return 0
             charge = books.settle(hold.request_id, hold.price, metered)
             if also is not None:
                 also(books.execute, charge)
             return charge
 
-        return await self._owed(self._submit(hold.customer, hold.request_id, apply, owed=True, then=then))
+        operation = self._submit(hold.customer, hold.request_id, apply, owed=True, then=then)
+        try:
+            return await self._owed(operation)
+        except StorageDown:
+            if or_free:
+                refused, operation.then = True, None
+            raise
 
     async def release(self, hold: Hold) -> bool:
         return await self._owed(self.give_back(hold.customer, hold.request_id))

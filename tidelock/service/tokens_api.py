@@ -170,7 +170,7 @@ class Tokens:
     async def abort(self, state: ServiceState, request: Request) -> dict[str, Any]:
         """The named requests, or all that came through this route. Their streams end with "abort"."""
         authenticate(state, request, role="admin")
-        body = await request.body()
+        body = await read_body(request, state.max_body_bytes)
         asked = wire.decode(body, _abort).request_ids if body else None
         names = {i if i.startswith(PREFIX) else PREFIX + i for i in asked} & self._running if asked else set(self._running)
         for name in names:
@@ -243,7 +243,7 @@ class Update:
 
     async def update(self, state: ServiceState, request: Request) -> dict[str, Any]:
         authenticate(state, request, role="admin")
-        info = wire.decode(await request.body(), _update).update_info
+        info = wire.decode(await read_body(request, state.max_body_bytes), _update).update_info
         if not self.open:
             raise errors.invalid_request("no weight update is under way; call /start_weight_update first")
         if not isinstance(info.get("checkpoint"), str):
@@ -254,7 +254,7 @@ class Update:
 
     async def finish(self, state: ServiceState, request: Request) -> dict[str, Any]:
         authenticate(state, request, role="admin")
-        body = await request.body()
+        body = await read_body(request, state.max_body_bytes)
         wanted = wire.decode(body, _finish).weight_version if body else None
         if not self.open:
             raise errors.invalid_request("no weight update is under way; call /start_weight_update first")

@@ -73,7 +73,7 @@ def recover(state: ServiceState) -> None:
 
 
 def sweep(state: ServiceState) -> None:
-    lost = state.ledger.sweep()
+    lost = state.ledger.sweep(state.till.running)
     if lost:
         log.warning("settled %d requests whose holds expired", lost)
     state.plans.turn()

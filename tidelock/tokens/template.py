@@ -61,6 +61,14 @@ class Template:
             )
         return whole
 
+    def added(self, message: Message, before: Sequence[Message]) -> list[int]:
+        """The ids that one more message adds, where the ids of `before` stay as they are (`prefix_stable`)."""
+        opening = [] if before else self._opening([message])
+        return opening + self._added(message, before)
+
+    def _added(self, message: Message, before: Sequence[Message]) -> list[int]:
+        return self.generation_prompt() + self.turn(message) if message.role == "assistant" else self._input(message, before)
+
     def _append(
         self, ids: Sequence[int], messages: Sequence[Message], new: Sequence[Message], generation_prompt: bool
     ) -> list[int]:
@@ -68,10 +76,7 @@ class Template:
         if not before and (new or generation_prompt):
             out += self._opening(new)
         for message in new:
-            if message.role == "assistant":
-                out += self.generation_prompt() + self.turn(message)
-            else:
-                out += self._input(message, before)
+            out += self._added(message, before)
             before.append(message)
         if generation_prompt:
             out += self.generation_prompt()

@@ -85,6 +85,11 @@ class Vocabulary:
     def _base_bytes(self, token: int) -> bytes:
         raise NotImplementedError
 
+    @functools.cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token of text: a text has at least its bytes over this many tokens."""
+        return max(len(self._base_bytes(token)) for token in range(self.base))
+
 
 class BPETokenizer(Vocabulary):
     """Byte-level BPE (the `tokenizers` library). Any text round-trips: decode(encode(s)) == s."""

@@ -14,14 +14,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
 from math import floor
 from pathlib import Path
 from typing import Any
 
 from tidelock.service.analytics.calendar import month
 from tidelock.service.db import Conflict, Database, Transaction
-from tidelock.service.prices import NANO_PER_USD
+from tidelock.service.prices import exact_nano
 from tidelock.tokens.errors import UserError
 
 
@@ -109,12 +108,9 @@ def _pair(customer: str, pair: Any) -> tuple[str, str]:
 
 
 def _nano(where: str, usd: Any) -> int:
-    try:
-        nano = Decimal(usd) * NANO_PER_USD if isinstance(usd, str) else None
-        if nano is not None and nano >= 0 and nano == int(nano):
-            return int(nano)
-    except (InvalidOperation, OverflowError, ValueError):
-        pass
+    nano = exact_nano(usd)
+    if nano is not None:
+        return nano
     raise UserError(f'{where}: {usd!r} is no amount; write it as a string that makes whole nano-USD, such as "0.1379"')
 
 

@@ -49,8 +49,9 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
     if file["purpose"] != "batch":
         raise invalid_request("the input file's purpose must be batch", "input_file_id")
     doc = fresh(state.objects.new_id("batch_"), body.endpoint, file["id"], body.completion_window, hours, body.metadata)
-    state.objects.put(KIND, key.customer, doc)
-    batch_queue.add(state.ledger.db, doc["id"], key.customer, key.id)
+    with state.ledger.db.transaction() as tx:
+        state.objects.put_in(tx, KIND, key.customer, doc)
+        batch_queue.add(tx, doc["id"], key.customer, key.id)
     state.batch_news.set()
     return doc
 

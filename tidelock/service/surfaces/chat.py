@@ -112,7 +112,7 @@ class Chat:
         ]
         stored = {**completion, "metadata": self.request.metadata or {}}
         doc = {"id": completion["id"], "completion": stored, "messages": given}
-        self._state.objects.put("chat completion", self._key.customer, doc)
+        self._state.objects.keep("chat completion", self._key.customer, doc)
 
     def say(self, events: Sequence[Event]) -> bytes:
         out = b"".join(self._delta(choice, [e for e in events if isinstance(e, Piece) and e.choice == choice])

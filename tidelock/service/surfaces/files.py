@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from tidelock.service.auth import authenticate
-from tidelock.service.errors import invalid_request, too_large
-from tidelock.service.http import is_lenient, speaks_anthropic
+from tidelock.service.errors import invalid_request, not_found, too_large
+from tidelock.service.http import bounded, is_lenient, speaks_anthropic
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.anthropic_pages import cursors, page, rfc3339
 
@@ -35,7 +35,8 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
     if declared.isdigit() and int(declared) > MAX_BYTES + 65536:
         raise too_large(MAX_BYTES)
     try:
-        async with request.form(max_files=1, max_fields=20) as form:
+        streamed = Request(request.scope, bounded(request.receive, MAX_BYTES + 65536))
+        async with streamed.form(max_files=1, max_fields=20) as form:
             upload, purpose = form.get("file"), form.get("purpose", "user_data" if speaks_anthropic(request) else None)
             allowed = PURPOSES + (OPENAI_PURPOSES if is_lenient(state, request) or speaks_anthropic(request) else ())
             if purpose not in allowed:
@@ -77,7 +78,10 @@ async def retrieve(state: ServiceState, request: Request) -> dict[str, Any]:
 async def content(state: ServiceState, request: Request) -> Response:
     key = authenticate(state, request, "files")
     doc = state.objects.get(KIND, key.customer, request.path_params["id"])
-    return FileResponse(path_of(state, doc["id"]), media_type="application/octet-stream")
+    path = path_of(state, doc["id"])
+    if not path.is_file():  # restored from a backup, which has no bytes, or uploaded to another machine
+        raise not_found(f"the bytes of {doc['id']!r} are not here", "id", "file_lost")
+    return FileResponse(path, media_type="application/octet-stream")
 
 
 async def delete(state: ServiceState, request: Request) -> dict[str, Any]:
@@ -107,11 +111,15 @@ def store(
     state.files.mkdir(exist_ok=True)
     path = path_of(state, file_id)
     scratch = path.with_name(path.name + ".tmp")
-    with open(scratch, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    try:
+        with open(scratch, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
     doc = {
         "id": file_id, "object": "file", "bytes": len(data), "created_at": int(time.time()), "filename": name,
         "purpose": purpose, "status": "processed", "status_details": None,

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from tidelock.service import batch_queue, wire
 from tidelock.service.auth import authenticate
-from tidelock.service.errors import invalid_request
+from tidelock.service.errors import invalid_request, not_found
 from tidelock.service.http import read_body
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import batches, files
@@ -53,8 +53,9 @@ async def create(state: ServiceState, request: Request) -> dict[str, Any]:
     file = await asyncio.to_thread(files.store, state, key.customer, "requests.jsonl", "batch", data, kind=INPUT)
     doc = batches.fresh(state.objects.new_id(PREFIX), ENDPOINT, file["id"], f"{HOURS}h", HOURS, None)
     doc["request_counts"]["total"] = len(lines)
-    state.objects.put(KIND, key.customer, doc)
-    batch_queue.add(state.ledger.db, doc["id"], key.customer, key.id)
+    with state.ledger.db.transaction() as tx:
+        state.objects.put_in(tx, KIND, key.customer, doc)
+        batch_queue.add(tx, doc["id"], key.customer, key.id)
     state.batch_news.set()
     return _shown(request, doc)
 
@@ -118,7 +119,11 @@ def _results(state: ServiceState, doc: dict[str, Any]) -> Iterator[dict[str, Any
 
 
 def _lines(state: ServiceState, file_id: str) -> Iterator[dict[str, Any]]:
-    return map(json.loads, files.path_of(state, file_id).read_bytes().splitlines())  # as bytes: at no U+2028
+    try:
+        data = files.path_of(state, file_id).read_bytes()
+    except FileNotFoundError:
+        raise not_found("the requests or results of this batch are not here", "id", "file_lost") from None
+    return map(json.loads, data.splitlines())  # as bytes: at no U+2028
 
 
 def _shown(request: Request, doc: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import asyncio
 import json
 import time
 from dataclasses import asdict
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import msgspec
@@ -24,7 +23,7 @@ from tidelock.service.errors import conflict, invalid_request
 from tidelock.service.http import Json, read_body
 from tidelock.service.keys import Key
 from tidelock.service.ladder import Limits
-from tidelock.service.prices import NANO_PER_USD
+from tidelock.service.prices import exact_nano
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import billing, files, organization, wallet
 from tidelock.service.surfaces.organization import bad_request
@@ -266,12 +265,9 @@ async def audit_logs(state: ServiceState, request: Request) -> dict[str, Any]:
 
 def nano(usd: str) -> int:
     """Raises ApiError (400)."""
-    try:
-        value = Decimal(usd) * NANO_PER_USD
-        if value == int(value) and 0 < value < 2**62:
-            return int(value)
-    except (InvalidOperation, ValueError, OverflowError):
-        pass
+    value = exact_nano(usd)
+    if value is not None and 0 < value < 2**62:
+        return value
     raise invalid_request(f"{usd[:40]!r} is no positive amount in USD with at most nine decimals", "usd")
 
 

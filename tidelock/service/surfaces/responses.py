@@ -116,7 +116,7 @@ class Responses:
         self._recall(node=bill.nodes[0])
         if self.request.store is not False:
             doc = {"id": self._id, "node": bill.nodes[0], "response": response, "input": input_docs(self.request)}
-            self._state.objects.put(KIND, self._key.customer, doc)
+            self._state.objects.keep(KIND, self._key.customer, doc)
         return response
 
     def _recall(self, **what: Any) -> None:

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from tidelock.service import wire
-from tidelock.service.ask import Ask, Origin, check_tool_choice, conversation
+from tidelock.service.ask import MAX_CALLS, Ask, Origin, check_tool_choice, conversation
 from tidelock.service.errors import ApiError, invalid_request
 from tidelock.service.keys import Key
 from tidelock.service.kimi import TOP_P
@@ -245,22 +245,29 @@ def _messages(items: Sequence[Item], lenient: bool) -> list[Message]:
         where = f"input[{n}]"
         if item.type == "reasoning":
             if turn.content or turn.tool_calls:
-                out, turn = [*out, turn], Message("assistant")
+                out.append(turn)
+                turn = Message("assistant")
             turn = replace(turn, reasoning=turn.reasoning + (text_of(item.content) or text_of(item.summary)))
         elif item.type == "message" and item.role == "assistant":
             if turn.content or turn.tool_calls:
-                out, turn = [*out, turn], Message("assistant")
+                out.append(turn)
+                turn = Message("assistant")
             turn = replace(turn, content=text_of(item.content, f"{where}.content", lenient))
         elif item.type == "function_call":
             if not item.call_id or not item.name:
                 raise invalid_request("a function_call needs call_id and name", where)
             call = wire.parse_call(item.call_id, item.name, item.arguments or "{}", f"{where}.arguments")
+            if len(turn.tool_calls) >= MAX_CALLS:
+                raise invalid_request(f"at most {MAX_CALLS} calls in a turn", where)
             turn = replace(turn, tool_calls=(*turn.tool_calls, call))
         else:
             if turn != Message("assistant"):
-                out, turn = [*out, turn], Message("assistant")
+                out.append(turn)
+                turn = Message("assistant")
             out += _compacted(item, where) if item.type == "compaction" else [_input(item, where, lenient)]
-    return out if turn == Message("assistant") else [*out, turn]
+    if turn != Message("assistant"):
+        out.append(turn)
+    return out
 
 
 def _compacted(item: Item, where: str) -> list[Message]:

@@ -33,9 +33,10 @@ class Route:
     result: Any
     body: Any = None
     query: tuple[str, ...] = ()
+    once: bool = False  # costs money: an Idempotency-Key counts (a surface's always does)
 
     def endpoint(self, state: ServiceState) -> ASGIApp:
-        return Endpoint(state, self.answers) if isinstance(self.answers, type) else Json(state, self.answers)
+        return Endpoint(state, self.answers) if isinstance(self.answers, type) else Json(state, self.answers, self.once)
 
 
 ROUTES = [
@@ -49,7 +50,7 @@ ROUTES = [
             Route("POST", f"{root}/messages/count_tokens", messages.count, shapes.InputTokens, messages_request.CountRequest),
             Route("GET", f"{root}/messages/batches", message_batches.listed, shapes.AnthropicPage, query=CURSORS),
             Route("POST", f"{root}/messages/batches", message_batches.create, shapes.MessageBatch,
-                  message_batches.MessageBatchRequest),
+                  message_batches.MessageBatchRequest, once=True),
             Route("GET", f"{root}/messages/batches/{{id}}", message_batches.retrieve, shapes.MessageBatch),
             Route("DELETE", f"{root}/messages/batches/{{id}}", message_batches.delete, shapes.AnthropicDeleted),
             Route("POST", f"{root}/messages/batches/{{id}}/cancel", message_batches.cancel, shapes.MessageBatch),
@@ -78,7 +79,7 @@ ROUTES = [
     Route("DELETE", "/v1/files/{id}", files.delete, shapes.Deleted),
     Route("GET", "/v1/files/{id}/content", files.content, "bytes"),
     Route("GET", "/v1/batches", batches.listed, shapes.Listing, query=LISTED),
-    Route("POST", "/v1/batches", batches.create, shapes.Batch, batches.BatchRequest),
+    Route("POST", "/v1/batches", batches.create, shapes.Batch, batches.BatchRequest, once=True),
     Route("GET", "/v1/batches/{id}", batches.retrieve, shapes.Batch),
     Route("POST", "/v1/batches/{id}/cancel", batches.cancel, shapes.Batch),
     Route("POST", "/v1/tokenizers/estimate-token-count", account.estimate_tokens, shapes.Estimate, chat_request.ChatRequest),

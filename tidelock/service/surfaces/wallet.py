@@ -14,6 +14,7 @@ from tidelock.service.db import Database
 from tidelock.service.errors import permission_denied
 from tidelock.service.http import read_body
 from tidelock.service.keys import Key
+from tidelock.service.payments import takes
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import billing, files
 from tidelock.service.surfaces.account import whole
@@ -66,8 +67,8 @@ async def payments(state: ServiceState, request: Request) -> dict[str, Any]:
 
 
 def shown_payment(p: dict[str, Any]) -> dict[str, Any]:
-    disputes = {status for _, status in p["disputes"].values()}
-    status = "disputed" if disputes - {"won", "warning_closed"} else "refunded" if p["taken_nano"] else "paid"
+    disputed = any(takes(status) for _, status in p["disputes"].values())
+    status = "disputed" if disputed else "refunded" if p["taken_nano"] else "paid"
     return {
         "object": "organization.payment",
         "id": p["id"],
