@@ -1,6 +1,9 @@
 """Tokens per second of our served models beside transformers and llama.cpp, same weights, in one run, as ratios.
 
     python -m benchmarks.engines --llama BUILD --out DIR [--size 10m|469m] [--threads 2] [--rounds 3]
+    python -m benchmarks.engines --size latent --vllm VENV/bin/python --out DIR [--threads 2]
+
+vLLM is measured as a whole, with scheduler and sampler, and so is ours beside it ("tidelock's engine").
 
 Two random DeepSeek-V3 shapes: 10 M parameters (4 M active) and 468 M (127 M active). Every engine decodes 24 tokens
 behind a prompt of 128 at batch 1, 8 and 32, and reads one prompt of 512; nothing is sampled. Engines take turns, round
@@ -32,6 +35,10 @@ SHAPES = {
     "469m": dict(vocab_size=32000, hidden_size=1024, layers=9, num_attention_heads=16, q_lora_rank=384, kv_lora_rank=256,
                  qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, intermediate_size=4352, n_routed_experts=32,
                  num_experts_per_tok=4, moe_intermediate_size=448),
+    # the first with the published latent, the only one that vLLM's decoder for CPUs knows
+    "latent": dict(vocab_size=4096, hidden_size=256, layers=6, num_attention_heads=8, q_lora_rank=128, kv_lora_rank=512,
+                   qk_nope_head_dim=32, qk_rope_head_dim=64, v_head_dim=32, intermediate_size=768, n_routed_experts=16,
+                   num_experts_per_tok=2, moe_intermediate_size=96),
 }  # fmt: skip
 PROMPT, NEW, LONG, BATCHES = 128, 24, 512, (1, 8, 32)
 OURS, LLAMA = ("fp32", "bf16", "int8", "int4"), ("F32", "BF16", "Q8_0", "Q4_0")
@@ -127,6 +134,33 @@ def active_bytes(model) -> int:
     return sum(p.nbytes for p in model.packed()) - idle
 
 
+def engine(size: str, kind: str) -> dict[str, float]:
+    """The whole of it, scheduler and sampler too, measured as vLLM is (`engines_vllm`)."""
+    import asyncio
+    import random
+
+    from tidelock.engine import Engine, Limits
+    from tidelock.tokens.policy import SamplingParams
+
+    limits = Limits(max_batch=max(BATCHES), draft_tokens=0, reuse=False, stream_every=NEW + 1)
+    running, draw, vocab = Engine(random_model(size), weights=kind, limits=limits), random.Random(0), config(size).vocab_size
+
+    async def one(length: int, tokens: int) -> None:
+        prompt = [draw.randrange(vocab) for _ in range(length)]
+        async for _ in running.generate(prompt, SamplingParams(max_tokens=tokens, temperature=0.0)):
+            pass
+
+    def took(rows: int, length: int, tokens: int) -> float:
+        async def all_of_them() -> None:
+            await asyncio.gather(*(one(length, tokens) for _ in range(rows)))
+
+        return clock(lambda: asyncio.run(all_of_them()))
+
+    took(2, PROMPT, 4)  # for the buffers
+    rates = {str(b): b * NEW / max(took(b, PROMPT, NEW + 1) - took(b, PROMPT, 1), 1e-9) for b in BATCHES}
+    return {**rates, "prefill": LONG / took(1, LONG, 1)}
+
+
 def transformers(folder: str) -> dict[str, float]:
     import torch
     from transformers import DeepseekV3ForCausalLM
@@ -160,6 +194,17 @@ def llama(binaries: Path, file: Path, threads: int, cpu: bool) -> dict[str, floa
         return {**{str(b): bench(b, PROMPT, NEW)["speed_tg"] for b in BATCHES}, "prefill": bench(1, LONG, 1)["speed_pp"]}
     decode = {str(b): b * 3 * NEW / (bench(b, PROMPT, 4 * NEW)["cpu"] - bench(b, PROMPT, NEW)["cpu"]) for b in BATCHES}
     return {**decode, "prefill": LONG / (bench(1, 2 * LONG, 1)["cpu"] - bench(1, LONG, 1)["cpu"])}
+
+
+def vllm(python: Path, folder: Path, dtype: str, threads: int) -> dict[str, float]:
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+           "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+           "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # fmt: skip
+    words = [python, Path(__file__).with_name("engines_vllm.py"), folder, dtype, PROMPT, NEW, LONG, *BATCHES]
+    done = subprocess.run([str(w) for w in words], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"vLLM failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def share_of_bandwidth(size: int, work) -> float:
@@ -246,17 +291,22 @@ def run(size: str, args: argparse.Namespace, folder: Path) -> dict:
     make_files(size, folder, args.llama)
     engines = {f"tidelock {kind}": ("ours", size, kind) for kind in OURS}
     engines["transformers fp32"] = ("transformers", str(folder / f"{size}-hf"))
+    if args.vllm:
+        engines |= {f"vllm {dtype}": ("vllm", dtype) for dtype in ("float32", "bfloat16")}
+        engines |= {f"tidelock's engine {kind}": ("engine", size, kind) for kind in ("fp32", "bf16")}
     if args.llama:
         engines |= {f"llama.cpp {kind}": kind for kind in LLAMA}
     taken = {name: [] for name in engines}
     load, idle, read = os.getloadavg()[0], [], []
     for turn in range(args.rounds):
         for name, words in engines.items():
-            if words[0] == "transformers" and turn >= 2:
+            if words[0] in ("transformers", "vllm") and turn >= 2:
                 continue  # slow, and far from any line
             idle.append(idle_percent(0.5))
             if isinstance(words, str):
                 taken[name].append(llama(args.llama, folder / f"{size}-{words}.gguf", args.threads, args.clock == "cpu"))
+            elif words[0] == "vllm":
+                taken[name].append(vllm(args.vllm, folder / f"{size}-hf", words[1], args.threads))
             else:
                 taken[name].append(worker(*words, threads=args.threads, clock=args.clock))
             print(f"{size} round {turn + 1} {name}: {taken[name][-1]}", file=sys.stderr, flush=True)
@@ -276,6 +326,10 @@ def ratios(result: dict) -> list[tuple[str, float]]:
     rates = result["rates"]
     lines = [(f"{mine} / transformers fp32, batch {b}", rates[mine][b] / rates["transformers fp32"][b])
              for mine in ("tidelock fp32", "tidelock bf16") for b in ("1", "8")]  # fmt: skip
+    for mine, theirs in (("tidelock's engine fp32", "vllm float32"), ("tidelock's engine bf16", "vllm bfloat16")):
+        if theirs in rates:
+            lines += [(f"{mine} / {theirs}, {c if c == 'prefill' else f'batch {c}'}", rates[mine][c] / rates[theirs][c])
+                      for c in (*map(str, BATCHES), "prefill")]  # fmt: skip
     for kind, theirs in EQUAL.items():
         if f"llama.cpp {theirs}" in rates:
             for column in (*map(str, BATCHES), "prefill"):
@@ -301,7 +355,8 @@ def markdown(result: dict) -> str:
 def plot(result: dict) -> str:
     """Bars by batch, one colour an engine family; lengths are tokens per second on a scale of their own per batch."""
     rows, y, names = [], 30, list(result["rates"])
-    colours = {"tidelock": "#2563eb", "llama.cpp": "#f59e0b", "transformers": "#6b7280"}
+    colours = {"tidelock": "#2563eb", "tidelock's": "#1e3a8a", "vllm": "#16a34a", "llama.cpp": "#f59e0b",
+               "transformers": "#6b7280"}  # fmt: skip
     for column in (*map(str, BATCHES), "prefill"):
         top = max(result["rates"][n][column] for n in names)
         title = f"batch {column}" if column != "prefill" else column
@@ -321,9 +376,10 @@ def plot(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama", type=Path, metavar="DIR", help="a build directory of llama.cpp")
+    parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment with vLLM; goes with --size latent")
     parser.add_argument("--out", type=Path, default=Path("."), help="where the tables and plots go")
     parser.add_argument("--models", type=Path, metavar="DIR", help="keep the model files here, and use those that are there")
-    parser.add_argument("--size", choices=SHAPES, action="append", help="default: both")
+    parser.add_argument("--size", choices=SHAPES, action="append", help="default: 10m and 469m")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--rounds", type=int, default=3)
@@ -331,6 +387,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.llama and (args.llama / "bin").is_dir():
         args.llama /= "bin"
+    if args.vllm and (args.size != ["latent"] or args.clock == "cpu"):
+        parser.error("--vllm needs --size latent, the one shape it decodes on a CPU, and the wall clock")
     if args.clock == "cpu" and args.threads != 1:
         parser.error("--clock cpu measures one thread; add --threads 1")
     if args.worker:
@@ -338,13 +396,14 @@ def main() -> None:
 
         set_threads()
         kind, *rest = args.worker
-        print(json.dumps({"ours": ours, "transformers": transformers, "bandwidth": bandwidth}[kind](*rest)))
+        workers = {"ours": ours, "engine": engine, "transformers": transformers, "bandwidth": bandwidth}
+        print(json.dumps(workers[kind](*rest)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.models or Path(scratch)
         for path in (folder, args.out):
             path.mkdir(parents=True, exist_ok=True)
-        for size in args.size or SHAPES:
+        for size in args.size or ("10m", "469m"):
             result = run(size, args, folder)
             (args.out / f"engines-{size}.json").write_text(json.dumps(result, indent=1) + "\n")
             (args.out / f"engines-{size}.md").write_text(markdown(result))

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidelock.remote import TextPolicy
+from tidelock.remote import TextPolicy, text
 from tidelock.remote.rendering import Form, Rendering
 from tidelock.tokens.directives import response_format, thinking_effort, tool_choice
 from tidelock.tokens.message import Message, ToolCall, ToolSpec
@@ -142,7 +143,7 @@ def test_reasoning_that_comes_after_the_answer_began_is_left_out():
         Message("assistant", "ab"))  # fmt: skip
 
 
-def generate(handler_events, params, policy_options=(), prompt=None):
+def generate(handler_events, params, policy_options=(), prompt=None, template=TEMPLATE):
     async def inside():
         seen = {}
 
@@ -151,6 +152,9 @@ def generate(handler_events, params, policy_options=(), prompt=None):
             response = web.StreamResponse()
             await response.prepare(request)
             for event in handler_events:
+                if isinstance(event, float):  # a pause
+                    await asyncio.sleep(event)
+                    continue
                 await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             return response
 
@@ -161,9 +165,11 @@ def generate(handler_events, params, policy_options=(), prompt=None):
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         try:
-            policy = TextPolicy(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", "k", "m", TEMPLATE,
+            policy = TextPolicy(f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}", "k", "m", template,
                                 **dict(policy_options))  # fmt: skip
-            return [c async for c in policy.generate(prompt or PROMPT, params)], seen
+            began = time.monotonic()
+            chunks = [c async for c in policy.generate(prompt or PROMPT, params)]
+            return chunks, {**seen, "took_s": time.monotonic() - began}
         finally:
             await runner.cleanup()
 
@@ -236,3 +242,36 @@ def test_a_connection_lost_after_the_finish_reason_loses_the_usage_and_nothing_e
 def test_arguments_that_are_no_json_are_passed_on_as_what_they_are():
     message, _, _, _ = ask([delta(tool_calls=[part(0, id="a", name="f", arguments='{"x": tr')]), delta("tool_calls")])
     assert message.tool_calls[0].arguments == {"unreadable_arguments": '{"x": tr'}
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 12, 200])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_that_says_nothing_is_one_however_little_was_asked_for(template, most):
+    """llama.cpp's server, whose model ended its turn at once: no ids at all would be taken for an answer that broke off."""
+    events = [delta(role="assistant", content=None), delta("stop"), {"choices": [], "usage": {"completion_tokens": 1}}]
+    prompt = template.render(HISTORY[:2], generation_prompt=True)
+    chunks, _ = generate(events, SamplingParams(max_tokens=most), {"metered": True}, prompt, template)
+    ids = [i for c in chunks for i in c.ids]
+    assert 1 <= len(ids) <= most and chunks[-1].finish_reason == "stop" and chunks[-1].reported.completion_tokens == 1
+    parser = template.parser()
+    parser.feed(ids)
+    read = parser.finish()
+    assert (read.content, read.reasoning, read.tool_calls) == ("", "", ())
+
+
+def test_an_answer_that_is_cut_by_our_count_still_brings_the_servers_usage():
+    """A server with longer tokens than ours says 3 where we count 60: what it cached must not be billed as read anew."""
+    usage = {"prompt_tokens": 9, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 8}}
+    events = [delta(content="tides and moons " * 3), 0.05, delta(content="and seas"), delta("length"),
+              {"choices": [], "usage": usage, "metrics": {"queue_time_ms": 7.0}}]  # fmt: skip
+    chunks, _ = generate(events, SamplingParams(max_tokens=20), {"metered": True})
+    last = chunks[-1]
+    assert sum(len(c.ids) for c in chunks) == 20 and last.finish_reason == "length" and last.cached_tokens == 8
+    assert last.reported == Reported(9, 3, 8) and last.times.queued_s == 0.007
+
+
+def test_a_cut_answer_does_not_wait_long_for_a_server_that_goes_on(monkeypatch):
+    monkeypatch.setattr(text, "USAGE_WITHIN_S", 0.2)
+    events = [delta(content="tides " * 9), *[0.1] * 20, delta("stop")]
+    chunks, seen = generate(events, SamplingParams(max_tokens=20), {"metered": True})
+    assert seen["took_s"] < 1 and chunks[-1].finish_reason == "length" and chunks[-1].reported is None

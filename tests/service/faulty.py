@@ -56,6 +56,7 @@ class Faulty:
     most: int = 0  # at the same time
     port: int = 0
     healthy: bool = True
+    is_vllm: bool = False
     _runner: web.AppRunner | None = None
     _pending: str = ""
 
@@ -67,6 +68,8 @@ class Faulty:
         for path in ("/health", "/v1/models"):
             app.router.add_get(path, self._health)
         app.router.add_get("/weight_info", self._info)
+        if self.is_vllm:
+            app.router.add_get("/version", self._version)
         app.router.add_post("/start_weight_update", self._update)
         app.router.add_post("/update_weights", self._update)
         app.router.add_post("/finish_weight_update", self._finish)
@@ -207,6 +210,9 @@ class Faulty:
 
     async def _info(self, request: web.Request) -> web.Response:
         return web.json_response({"weight_version": str(self.version)})
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "0.32.0"})
 
     async def _abort(self, request: web.Request) -> web.Response:
         self.aborted += (await request.json())["request_ids"]

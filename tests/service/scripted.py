@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tidelock.service.prices import Price
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
+from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams, Times
 
 PRICE = Price(input_nano=300, cached_input_nano=30, output_nano=1500)
 
@@ -23,6 +23,7 @@ class ScriptedPolicy:
     pause_s: float = 0.0
     fail_after: int | None = None  # chunks before a PolicyError
     cached_tokens: int = 0
+    times: Times | None = None
     version: int = 1
     exact: bool = True
     prompts: list[tuple[int, ...]] = field(default_factory=list)
@@ -51,7 +52,7 @@ class ScriptedPolicy:
             handed_out += part
             last = start + self.per_chunk >= len(ids)
             reason, cached = (finish, self.cached_tokens) if last else (None, 0)
-            yield Chunk(part, (-0.5,) * len(part), self.version, reason, cached)
+            yield Chunk(part, (-0.5,) * len(part), self.version, reason, cached, times=self.times if last else None)
 
     async def count(self, prompt_ids):
         return len(prompt_ids)

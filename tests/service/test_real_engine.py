@@ -10,7 +10,7 @@ import jsonschema
 import openai
 import pytest
 
-from tidelock.engine import Engine
+from tidelock.engine import Engine, Limits
 from tidelock.loop.rundir import MODEL, PRICES
 from tidelock.models import TransformerLM, preset
 from tidelock.service.server import serving
@@ -20,10 +20,11 @@ from tidelock.tokens.tokenizer import ByteTokenizer
 
 
 @contextlib.contextmanager
-def running(tmp_path):
+def running(tmp_path, **limits):
     """A server on a free port with an untrained nano model over byte tokens; yields (state, base_url)."""
     template = get_template("xtml", ByteTokenizer())
-    engine = Engine(TransformerLM(preset("nano-k3", 288), seed=0), 1, boundary_id=template.stop_ids[0], template=template)
+    engine = Engine(TransformerLM(preset("nano-k3", 288), seed=0), 1, boundary_id=template.stop_ids[0], template=template,
+                    limits=Limits(**limits))  # fmt: skip
     ready, stop, box = threading.Event(), threading.Event(), {}
 
     async def main():

@@ -422,6 +422,57 @@ def test_two_who_lift_it_at_once_give_the_time_back_once(db):
     assert db.read("SELECT expires FROM accounts WHERE lot = 'v'")[0][0] == before + done[0]["suspended_s"]
 
 
+LOCKED = "SELECT COUNT(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+
+
+@pytest.mark.parametrize("other", ["resume", "suspend"])
+def test_on_postgresql_whoever_comes_second_waits_for_the_first_to_commit(postgres, monkeypatch, other):
+    """The first is held up in the middle of its transaction; the second must be seen waiting for a lock."""
+    target = postgres.database()
+    first, second, third = (Database(target) for _ in range(3))
+    Accounts(first).ensure("ann")
+    Ledger(first).grant("ann", USD, lot="v", expires=NOON + 100)
+    suspension.suspend(Ledger(first, clock=lambda: NOON), "ann", "abuse")
+    reached, go_on, outcome = threading.Event(), threading.Event(), {}
+
+    def held_up(books, customer) -> None:
+        if not reached.is_set():
+            reached.set()
+            assert go_on.wait(20)
+
+    monkeypatch.setattr(suspension, "wait_until_now", held_up)
+
+    def act(name, db, what) -> None:
+        try:
+            outcome[name] = what(Ledger(db, clock=lambda: NOON + 60), "ann")
+        except UserError as error:
+            outcome[name] = str(error)
+
+    def suspend_again(ledger, customer):
+        return suspension.suspend(ledger, customer, "again")
+
+    then = suspension.resume if other == "resume" else suspend_again
+    calls = (("first", first, suspension.resume), ("second", second, then))
+    threads = [threading.Thread(target=act, args=call) for call in calls]
+    threads[0].start()
+    assert reached.wait(20)
+    threads[1].start()
+    within_a_second(lambda: third.read(LOCKED)[0][0] == 1)
+    assert not outcome
+    go_on.set()
+    for thread in threads:
+        thread.join(20)
+    assert outcome["first"]["suspended_s"] == 60
+    (since,) = third.read("SELECT suspended FROM organizations WHERE id = 'ann'")[0]
+    if other == "resume":
+        assert "is not suspended" in outcome["second"] and since is None
+    else:  # it began anew, and not where the one that was lifted had begun
+        assert outcome["second"]["suspended"] == since == NOON + 60
+    assert third.read("SELECT expires FROM accounts WHERE lot = 'v'")[0][0] == NOON + 160  # given back once
+    for db in (first, second, third):
+        db.close()
+
+
 def test_nobody_locks_themselves_out_by_the_api(service):
     house, url = service.key("house", role="admin"), service.running.base_url.removesuffix("/v1")
     answer = httpx.post(f"{url}/admin/organizations/house/suspend", json={"reason": "x"}, headers={"authorization": f"Bearer {house}"})

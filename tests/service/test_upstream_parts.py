@@ -1,7 +1,11 @@
 """Laws of a pool's parts: turns in the line, where conversations belong, when a circuit lets through, what a file says."""
 
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from faulty import TEMPLATE
@@ -130,6 +134,23 @@ def test_every_turn_of_a_conversation_has_the_same_head_and_another_conversation
     assert first != other
 
 
+CHOICE = """
+import sys
+from tidelock.service.upstreams import affinity
+for n in range(200):
+    key = affinity.head([n, 2, 3, 900, 5, n], [900])
+    print(max(("a", "b", "c"), key=lambda name: affinity.score(key, name, 1.0 + (name == "c"))), end="")
+"""
+
+
+def test_workers_that_never_talk_place_a_conversation_alike():
+    """Each in a process of its own, as workers are, with hash seeds of their own."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    argv, options = [sys.executable, "-c", CHOICE], {"capture_output": True, "text": True, "check": True}
+    chosen = {subprocess.run(argv, env={**env, "PYTHONHASHSEED": seed}, **options).stdout for seed in "12"}
+    assert len(chosen) == 1 and {name for one in chosen for name in one} == {"a", "b", "c"}
+
+
 def test_a_head_that_is_long_or_has_no_turn_is_still_the_same():
     long = TEMPLATE.render([Message("user", "x" * 9000)], generation_prompt=True)
     assert affinity.head(long, TURN) == affinity.head([*long, 1, 2, 3], TURN)
@@ -238,7 +259,9 @@ WRONG = {
     ONE + "weight = 0": "weight has to be positive",
     ONE + "max_in_flight = 1.5": "max_in_flight is a whole number",
     ONE + "api_key_env = 'NOPE'": "the environment has no NOPE",
-    ONE + "dialect = 'x'": "dialect is",
+    ONE + "dialect = 'x'": 'dialect is "tidelock" or "vllm" for kind "tokens"',
+    ONE + "dialect = 'kimi'": 'dialect is "tidelock" or "vllm" for kind "tokens"',
+    ONE.replace("tokens", "chat") + "model = 'm'\ndialect = 'vllm'": 'dialect is "openai" or "kimi" for kind "chat"',
     ONE + "[pool]\nchoice = 'best'": "choice is one of affinity",
     ONE + "[pool]\nspread = 0.5": "spread is 0.5, which is too small",
     ONE + "[pool]\nprobe_s = 0": "probe_s is 0.0, which is too small",

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidelock.remote import Patience, TextPolicy, TokenPolicy
+from tidelock.service.record import Record, recording
 from tidelock.service.upstreams import Pool, Upstream
 from tidelock.service.upstreams.circuit import TRIP
 from tidelock.service.upstreams.pool import Options
+from tidelock.service.upstreams.probes import look
 from tidelock.tokens.directives import response_format
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import Constraint, PolicyError, Prompt, SamplingParams
+from tidelock.tokens.policy import Constraint, PolicyError, Prompt, SamplingParams, Source
 
 PATIENCE = Patience(connect_s=0.5, first_s=1.0, idle_s=1.0)
 
@@ -440,5 +442,53 @@ def test_whatever_happens_nothing_is_sampled_twice_and_nothing_leaks(seed, kind)
                 assert len(sent) <= 1 + options.retries
                 if ids(chunks):  # whoever said it was the last to be asked
                     assert sent[-1].ids[: handed_on[n]] == ids(chunks) if kind == "tokens" else sent[-1].text
+
+    run(work())
+
+
+def test_what_vllm_samples_under_a_constraint_is_not_called_exact():
+    """Its log-probabilities are then those among what the constraint leaves, and it does not say what that is."""
+    async def work():
+        async with upstreams(Faulty()) as (server,):
+            policy = TokenPolicy(server.url, "k", None, patience=PATIENCE, await_versions=False, dialect="vllm")
+            pool = Pool([Upstream("a", policy)], Options(), TEMPLATE.generation_prompt())
+            free, _ = await ask(pool)
+            held, _ = await ask(pool, constraint=Constraint("regex", "a"))
+            assert [{c.source for c in chunks} for chunks in (free, held)] == [{Source("a", True)}, {Source("a", False)}]
+            assert ids(free) == ids(held)
+            await pool.aclose()
+
+    run(work())
+
+
+@pytest.mark.parametrize("dialect", ["tidelock", "vllm"])
+@pytest.mark.parametrize("is_vllm", [False, True])
+def test_a_dialect_that_is_not_the_server_s_is_said_once(caplog, dialect, is_vllm):
+    async def work():
+        async with upstreams(Faulty(is_vllm=is_vllm)) as (server,):
+            policy = TokenPolicy(server.url, "k", None, patience=PATIENCE, dialect=dialect)
+            upstream = Upstream("a", policy)
+            assert await look(upstream) and await look(upstream)
+
+    run(work())
+    said = [r.getMessage() for r in caplog.records if "dialect" in r.getMessage()]
+    right = "vllm" if is_vllm else "tidelock"
+    assert len(said) == (dialect != right) and all(f'"{right}"' in line for line in said)
+
+
+def test_how_long_a_request_was_in_the_pool_s_own_line_is_in_its_record():
+    async def work():
+        server = Faulty(pause_s=0.02)
+        async with pool_of(server, max_in_flight=1) as pool:
+            records = [Record(f"r{n}") for n in range(2)]
+
+            async def one(record):
+                with recording(record):
+                    assert (await ask(pool, record.request_id))[1] is None
+
+            began = asyncio.get_running_loop().time()
+            await asyncio.gather(*map(one, records))
+            took_s = asyncio.get_running_loop().time() - began
+            assert "line" not in records[0].seconds and 0.25 * took_s < records[1].seconds["line"] < took_s
 
     run(work())

@@ -55,3 +55,5 @@ class Episode:
         self.sampled_logprobs += chunk.sampled_logprobs or chunk.logprobs
         self.kept += chunk.kept or (None,) * n
         self.sampled_tokens += n
+        if chunk.source is not None and not chunk.source.exact:
+            self.exact = False

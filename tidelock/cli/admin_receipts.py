@@ -63,6 +63,8 @@ def _print(r: dict[str, Any]) -> None:
         if took is None or took["first_ms"] is None
         else f", first token after {took['first_ms']} ms of {took['total_ms']}"
     )
+    if took is not None and took["queue_ms"] is not None:
+        first += f" ({took['queue_ms']} in the engine's line)"
     prompt = t["fresh"] + t["cached"] + t["cache_write_5m"] + t["cache_write_1h"]
     print(
         f"{when}  {r['id']}  {r['model']}  {prompt} tokens ({t['cached']} cached) -> {t['output']}, "

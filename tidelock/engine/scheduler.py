@@ -177,6 +177,7 @@ class Scheduler:
         self.line.leave(seq)
         self.line.charge(seq, seq.longest - seq.computed)
         seq.state, seq.follows = RUNNING, None
+        seq.began = seq.began or time.perf_counter()
         self.running.append(seq)
         seq.routing = seq.routing or routing_for(seq.params.routed_from, self.weights.model)
         seq.stops = set()
@@ -249,6 +250,8 @@ class Scheduler:
         """One drawn token, after `depth` that were drafted. Whether the next draft row stands for the same text."""
         right = finish = None
         if not isinstance(drawn, PolicyError):
+            if not seq.spoke:
+                seq.spoke = time.perf_counter()
             right = depth < len(seq.draft) and seq.draft[depth] == drawn.id
             finish = seq.sampler.add(drawn)
             seq.append(drawn.id)
@@ -272,8 +275,9 @@ class Scheduler:
     def send(self, seq: Sequence, finish_reason: str | None, everything: bool = False) -> None:
         version = (seq.weights or self.weights).version
         chunk = seq.sampler.chunk(version, finish_reason, max(seq.cached, 0), everything)
-        if finish_reason is not None and seq.routing is not None:
-            chunk = replace(chunk, routed_experts=seq.routing.upto(len(seq.ids) - 1))
+        if finish_reason is not None:
+            experts = None if seq.routing is None else seq.routing.upto(len(seq.ids) - 1)
+            chunk = replace(chunk, routed_experts=experts, times=seq.times())
         if chunk.ids or finish_reason is not None:
             seq.deliver(chunk)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
+from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams, Times
 
 from .routing import Routing
 from .sampler import Sampler
@@ -58,6 +59,9 @@ class Sequence:
     computed_before: int = 0  # and how many tokens that is the state of
     track: Track | None = None
     routing: Routing | None = None  # where the experts were asked for
+    arrived: float = field(default_factory=time.perf_counter)
+    began: float = 0.0  # when it first ran; 0: it has not
+    spoke: float = 0.0  # when its first token was drawn
     sampler: Sampler | None = None  # None: one without stop strings and constraint
     stand_in: Sequence | None = None  # which runs its ids through new weights (`moving`)
     unsampled: int = 0  # 1 for a stand-in, whose last token waits for its original
@@ -99,6 +103,12 @@ class Sequence:
     @property
     def sampled(self) -> int:
         return self._length - len(self.prompt)
+
+    def times(self) -> Times:
+        """Up to now, when it ends."""
+        now = time.perf_counter()
+        began, spoke = self.began or now, self.spoke
+        return Times(began - self.arrived, spoke - began if spoke else None, now - spoke if spoke else None)
 
     @property
     def pending(self) -> int:

@@ -32,6 +32,7 @@ class Findings:
     verbatim_turns: int  # sampled turns whose text alone would not give their ids: kept as ids
     sampled_tokens: int
     max_abs_dlogp: float
+    sampled_elsewhere: int = 0  # tokens of upstreams, whose weights are not here to ask
 
     @property
     def healthy(self) -> bool:
@@ -50,12 +51,14 @@ def check_logprobs(
 ) -> tuple[int, float]:
     """(sampled tokens checked, largest |stored - recomputed|) over all conversations, or the first `limit`.
 
-    Each node is checked once, on the longest conversation that holds it, with the weights version that sampled it.
+    Each node is checked once, on the longest conversation that holds it, with the weights version that sampled it. What is
+    of no known version, and everything where nothing was ever released, was sampled elsewhere and is left out.
     """
+    here = bool(run.registry.list())
     by_version: dict[int, list[list[Node]]] = defaultdict(list)
     for leaf in trace.leaves()[:limit]:
         path = trace.path(leaf.id)
-        for version in sorted({v for node in path if node.exact for v, _ in node.weights_versions}):
+        for version in sorted({v for node in path if node.exact for v, _ in node.weights_versions if here and v >= 0}):
             by_version[version].append(path)
     tokens, worst = 0, 0.0
     for version, paths in sorted(by_version.items()):
@@ -90,7 +93,8 @@ def examine(
     sessions, wrong = check_rendering(trace, run.template())
     tokens, worst = check_logprobs(trace, run, limit, on_tokens)
     verbatim = sum(node.message.verbatim is not None for node in trace.nodes.values())
-    return Findings(sessions, wrong, verbatim, tokens, worst)
+    exact = sum(node.sampled for node in trace.nodes.values() if node.exact)
+    return Findings(sessions, wrong, verbatim, tokens, worst, 0 if limit else exact - tokens)
 
 
 def books(run: RunDir) -> dict:

@@ -270,10 +270,11 @@ class _Watch:
 def refusal(
     status: int, text: bytes, base_url: str, retry_after: float | None = None, cause: str = "status"
 ) -> RemoteError:
-    """The server's own words, whichever of the two usual shapes they come in."""
+    """The server's own words, in whichever of the usual shapes: OpenAI's, a bare text, SGLang's without a frame."""
     quoted = True
     try:
-        error = msgspec.json.decode(text)["error"]
+        data = msgspec.json.decode(text)
+        error = data if data.get("object") == "error" else data["error"]
         if isinstance(error, str):
             message, kind = error, "error"
         else:

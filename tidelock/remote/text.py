@@ -9,6 +9,8 @@ holding.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import re
 import uuid
@@ -19,7 +21,7 @@ from typing import Any
 from tidelock.tokens.directives import as_parameters
 from tidelock.tokens.errors import UserError
 from tidelock.tokens.message import DIRECTIVES, Message, ToolCall
-from tidelock.tokens.policy import Chunk, PolicyError, Prompt, Reported, SamplingParams
+from tidelock.tokens.policy import Chunk, PolicyError, Prompt, Reported, SamplingParams, Times
 from tidelock.tokens.template import Template, canonical
 
 from .rendering import Form, Rendering
@@ -27,6 +29,7 @@ from .http import Client
 from .sse import Endpoint, Patience
 
 FINISHES = {"stop": "stop", "tool_calls": "stop", "function_call": "stop", "length": "length"}
+USAGE_WITHIN_S = 1.0  # of the moment at which we cut an answer
 EFFORT = re.compile(r"`thinking_effort=(\w+)`")
 UNREADABLE = "unreadable_arguments"  # the one argument of a call whose arguments are no JSON object, as ChatML has it
 
@@ -82,7 +85,10 @@ class TextPolicy:
                     for kind, text in said:
                         ids += turn.say(kind, text)
                     if left is not None and len(ids) > left:
-                        yield _chunk([*held, *ids[:left]], "length")
+                        if cut := [*held, *ids[:left]]:
+                            yield _chunk(cut)
+                        await self._read_on(batches, answer)
+                        yield _chunk((), "length", answer)
                         return
                     if ids:
                         left = None if left is None else left - len(ids)
@@ -106,20 +112,29 @@ class TextPolicy:
                 yield _chunk(held)
             raise PolicyError(f"the server ended the answer with {answer.finish_reason!r}", status=502, kind="server_error")
         self.last = {"id": answer.id, "usage": answer.usage, "trace": answer.trace}
-        yield self._last(answer, turn, messages, left, held)
+        yield self._last(answer, turn, messages, left, held, params.max_tokens)
+
+    async def _read_on(self, batches: AsyncIterator[list[dict[str, Any]]], answer: _Answer) -> None:
+        """To the usage of an answer that we cut, if it comes soon: the server counts other tokens and may be near its end.
+        Without it what was cached would be billed as if it were not."""
+        with contextlib.suppress(TimeoutError, PolicyError):
+            async with asyncio.timeout(USAGE_WITHIN_S):
+                async for events in batches:
+                    if answer.take_all(events)[1] is not None:
+                        return
 
     def _last(
-        self, answer: _Answer, turn: Rendering, messages: list[Message], left: int | None, held: list[int]
+        self, answer: _Answer, turn: Rendering, messages: list[Message], left: int | None, held: list[int], most: int
     ) -> Chunk:
-        """What was held, calls and closing. A closing that does not fit is left out: whoever reads the turn closes it too."""
+        """What was held, calls and closing. A closing that does not fit is left out: whoever reads the turn closes it too;
+        of an answer that says nothing at all as much of it is given as fits, because no ids are no answer."""
         finish = FINISHES[answer.finish_reason or ""]
         made = answer.tool_calls()
         calls = canonical([*messages, Message("assistant", tool_calls=made)])[-1].tool_calls if made else ()
         ids = turn.end(calls) if calls or finish == "stop" else []
         if left is not None and len(ids) > left:
-            ids, finish = (ids[:left], "length") if calls else ([], finish)
-        reported = Reported.of(answer.usage or None)
-        return _chunk([*held, *ids], finish, (reported and reported.cached_tokens) or 0, reported)
+            ids, finish = (ids[:left], "length") if calls else (ids[:left] if left == most else [], finish)
+        return _chunk([*held, *ids], finish, answer)
 
     def _read(self, prompt_ids: Sequence[int]) -> tuple[list[Message], Message, str]:
         """(the conversation, what the answer was begun with, where in the turn that leaves off)."""
@@ -201,8 +216,13 @@ class TextPolicy:
         await self._server.alive(path, within_s)
 
 
-def _chunk(ids: Sequence[int], finish: str | None = None, cached: int = 0, reported: Reported | None = None) -> Chunk:
-    return Chunk(tuple(ids), (0.0,) * len(ids), -1, finish, cached, reported=reported)
+def _chunk(ids: Sequence[int], finish: str | None = None, said: _Answer | None = None) -> Chunk:
+    """`said`: what the server told beside the text, on the last chunk."""
+    if said is None:
+        return Chunk(tuple(ids), (0.0,) * len(ids), -1, finish)
+    reported = Reported.of(said.usage or None)
+    cached = (reported and reported.cached_tokens) or 0
+    return Chunk(tuple(ids), (0.0,) * len(ids), -1, finish, cached, reported=reported, times=Times.of(said.metrics or None))
 
 
 class _Answer:
@@ -214,6 +234,7 @@ class _Answer:
         self.finish_reason: str | None = None
         self.usage: dict[str, Any] = {}
         self.trace: dict[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
 
     def take_all(self, events: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, str]], Exception | None]:
         """(what several say as ("reasoning" | "content", text), pieces of one kind joined; what is wrong with the event after
@@ -230,6 +251,10 @@ class _Answer:
         self.id = event.get("id") or self.id
         self.usage = event.get("usage") or self.usage  # Kimi puts it into the last choice, too
         self.trace = event.get("trace") or self.trace
+        self.metrics = event.get("metrics") or self.metrics  # vLLM's, with --enable-per-request-metrics
+        if timings := event.get("timings"):  # llama.cpp's
+            prefill, decode = timings.get("prompt_ms"), timings.get("predicted_ms")
+            self.metrics = {"time_to_first_token_ms": prefill, "generation_time_ms": decode}
         for choice in event.get("choices") or ():
             self.usage = self.usage or choice.get("usage") or {}
             if delta := choice.get("delta"):

@@ -92,6 +92,10 @@ def told(record: Record, method: str, route: str) -> dict[str, Any]:
             line |= {"cache_write_5m_tokens": used.cache_write_5m, "cache_write_1h_tokens": used.cache_write_1h}
     if record.first_token_s is not None:
         line["first_token_ms"] = _ms(record.first_token_s)
+    if (times := record.times) is not None:
+        for name, spent in (("queue", times.queued_s), ("prefill", times.prefill_s), ("decode", times.decode_s)):
+            if spent is not None:
+                line[f"{name}_ms"] = _ms(spent)
     for name, seconds in record.seconds.items():
         line[f"{name}_ms"] = _ms(seconds)
     line["total_ms"] = _ms(perf_counter() - record.began)

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from tidelock.service.ask import Ask
 from tidelock.service.stops import StopFilter
 from tidelock.tokens.message import Message
-from tidelock.tokens.policy import Chunk, Reported, Source
+from tidelock.tokens.policy import Chunk, Reported, Source, Times
 from tidelock.tokens.template import Template, count_calls
 from tidelock.tokens.turn import call_id
 
@@ -78,6 +78,7 @@ class Sample:
     finish_reason: str | None = None
     source: Source | None = None  # the upstream, where there are several
     reported: Reported | None = None  # its own count
+    times: Times | None = None  # and what it says of the time it took
     chunks: list[Chunk] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
@@ -93,7 +94,9 @@ class Sample:
         if chunk.finish_reason:
             self.finish_reason = chunk.finish_reason
             self.cached_tokens = chunk.cached_tokens
-            self.reported = chunk.reported
+            if chunk.versions and sum(tokens for _, tokens in chunk.versions) == len(self.ids):
+                self.versions = list(chunk.versions)
+            self.reported, self.times = chunk.reported, chunk.times
 
 
 class Choice:

@@ -70,11 +70,15 @@ class Upstream(Struct, frozen=True, gc=False):
 
 
 class Latency(Struct, frozen=True, gc=False):
-    """Milliseconds from a request's arrival: until the model was asked, until its first token, until the bill."""
+    """Milliseconds from a request's arrival: until the model was asked, until its first token, until the bill. And what the
+    engine says of its own part: in its line, until its first token, from that to its last."""
 
     wait_ms: int | None = None
     first_ms: int | None = None
     total_ms: int | None = None
+    queue_ms: int | None = None
+    prefill_ms: int | None = None
+    decode_ms: int | None = None
 
 
 class Metered(Struct, frozen=True, gc=False):

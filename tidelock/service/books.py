@@ -32,7 +32,7 @@ HOLD_CHANGES = ("max_tokens", "tools", "nano_usd", "parts", "steps", "progress",
 USAGE_COLUMNS = ("request_id", "customer", "key_id", "model", "price_version", "mode", "prompt_tokens", "cached_tokens",
                  "cache_write_5m_tokens", "cache_write_1h_tokens", "completion_tokens", "tools", "nano_usd", "credit_nano",
                  "finish_reason", "created", "upstream_prompt", "upstream_completion", "upstream_cached", "upstream",
-                 "wait_ms", "first_ms", "total_ms")  # fmt: skip
+                 "wait_ms", "first_ms", "total_ms", "queue_ms", "prefill_ms", "decode_ms")  # fmt: skip
 
 
 class Books(Posting):
@@ -191,7 +191,7 @@ class Books(Posting):
             hold["request_id"], hold["customer"], hold["key_id"], hold["model"], hold["price_version"], hold["mode"],
             used.prompt, used.cached, used.cache_write_5m, used.cache_write_1h, used.completion, _json(used.tools), cost,
             credit, finish_reason, self.now, said.prompt_tokens, said.completion_tokens, said.cached_tokens, said.name,
-            took.wait_ms, took.first_ms, took.total_ms,
+            took.wait_ms, took.first_ms, took.total_ms, took.queue_ms, took.prefill_ms, took.decode_ms,
         )  # fmt: skip
         self._usage.append(row)
         self._close(hold, state, used.prompt + used.completion, cost)

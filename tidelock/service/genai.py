@@ -16,7 +16,13 @@ CACHE_WRITE_TOKENS = "gen_ai.usage.cache_creation.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 FINISH_REASONS = "gen_ai.response.finish_reasons"
 FIRST_TOKEN = "gen_ai.first_token"  # an event
+FIRST_CHUNK = "gen_ai.response.time_to_first_chunk"  # seconds
 CHAT = "chat"  # the operation
+
+# of an engine's inside, in seconds: the conventions have no names, these are vLLM's for its own spans
+QUEUED = "gen_ai.latency.time_in_queue"
+PREFILL = "gen_ai.latency.time_in_model_prefill"
+DECODE = "gen_ai.latency.time_in_model_decode"
 
 # HTTP and errors (stable)
 METHOD = "http.request.method"

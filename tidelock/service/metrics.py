@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from tidelock.service.instruments import Count, Counts, Spread
 from tidelock.service.record import step
-from tidelock.tokens.policy import Chunk, Policy, PolicyError, SamplingParams
+from tidelock.tokens.policy import Chunk, Policy, PolicyError, SamplingParams, Times
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds between tokens
@@ -44,8 +44,10 @@ class Metrics:
         self.first = Spread("tidelock_time_to_first_token_seconds", "Arrival to first token", SLOW)
         self.between = Spread("tidelock_inter_token_latency_seconds", "Between tokens", FAST)
         self.whole = Spread("tidelock_request_seconds", "Arrival to last token", SLOW)
+        self.queued = Spread("tidelock_engine_queue_seconds", "In the line of the engine that answered, as it says", SLOW)
+        self.prefill = Spread("tidelock_engine_prefill_seconds", "From there to its first token, as it says", SLOW)
         for instrument in (self.prompt_tokens, self.cached_tokens, self.generated_tokens, self.finished, self.responses,
-                           self.first, self.between, self.whole):  # fmt: skip
+                           self.first, self.between, self.whole, self.queued, self.prefill):  # fmt: skip
             r.register(instrument)
         self.errors = Counter("tidelock_policy_errors", "Requests the policy could not answer", ["status"], registry=r)
         self.swaps = Counter("tidelock_weight_swaps", "Weight swaps", ["result"], registry=r)
@@ -132,7 +134,7 @@ class _Watch:
                 self._move("running")
                 self.m.first.observe(now - self.begun)
                 if part.record is not None:
-                    part.record.first(now, part.span)
+                    part.record.first(now, now - self.begun, part.span)
             else:
                 self.m.between.observe((now - self.last) / len(chunk.ids))
             self.last = now
@@ -141,6 +143,16 @@ class _Watch:
             self.m.prompt_tokens.n += self.prompt_tokens
             self.m.cached_tokens.n += chunk.cached_tokens
             self.m.whole.observe(now - self.begun)
+            if chunk.times is not None:
+                self._timed(chunk.times, part)
+
+    def _timed(self, times: Times, part: step) -> None:
+        if times.queued_s is not None:
+            self.m.queued.observe(times.queued_s)
+        if times.prefill_s is not None:
+            self.m.prefill.observe(times.prefill_s)
+        if part.record is not None:
+            part.record.took(times, part.span)
 
     def _move(self, state: str | None) -> None:
         self.m.now[self.state] -= 1

@@ -17,6 +17,7 @@ from tidelock.service.prices import Counts, Price, stored_book
 from tidelock.service.rating import counts
 
 NO_NUMBER = "CAST(NULL AS BIGINT)"
+LATENCY = ("wait_ms", "first_ms", "total_ms", "queue_ms", "prefill_ms", "decode_ms")  # the last three are the engine's own
 COLUMNS = (  # name, of a settled request (usage u), of one that was refused and cost nothing (refused u)
     ("settled", "1", "0"),
     *((name, f"u.{name}", f"u.{name}") for name in ("request_id", "created", "key_id", "model")),
@@ -24,7 +25,7 @@ COLUMNS = (  # name, of a settled request (usage u), of one that was refused and
     *((name, f"u.{name}", "0") for name in ("prompt_tokens", "cached_tokens", "cache_write_5m_tokens", "cache_write_1h_tokens",
                                             "completion_tokens", "nano_usd", "credit_nano")),
     ("tools", "u.tools", "'{}'"),
-    *((name, f"u.{name}", NO_NUMBER) for name in ("wait_ms", "first_ms", "total_ms")),
+    *((name, f"u.{name}", NO_NUMBER) for name in LATENCY),
     ("held_nano", "h.nano_usd", NO_NUMBER),
     *((name, f"r.{name}", f"u.{name}") for name in ("cause", "status", "message")),
     ("key_name", "k.name", "k.name"), ("project", "k.project", "k.project"), ("project_name", "p.name", "p.name"),
@@ -211,7 +212,7 @@ def shown(row: Any) -> dict[str, Any]:
         "credit_nano_usd": row["credit_nano"],
         "held_nano_usd": row["held_nano"],
         "finish_reason": row["finish_reason"],
-        "latency": None if row["total_ms"] is None else {n: row[n] for n in ("wait_ms", "first_ms", "total_ms")},
+        "latency": None if row["total_ms"] is None else {n: row[n] for n in LATENCY},
     }
 
 

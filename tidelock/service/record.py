@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tidelock.service.prices import Counts
     from tidelock.service.tracing import Tracing
+    from tidelock.tokens.policy import Times
 
 _current: ContextVar[Record | None] = ContextVar("tidelock_request", default=None)
 WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # what an error's name looks like; anything else may quote a client
@@ -42,7 +43,7 @@ class Record:
     billed, `nano_usd` what for. Never a key's secret, never a word of a prompt or an answer."""
 
     __slots__ = ("began", "counts", "customer", "error", "finish_reason", "first_token_s", "key", "model", "nano_usd",
-                 "request_id", "seconds", "span", "status", "tracing")  # fmt: skip
+                 "request_id", "seconds", "span", "status", "times", "tracing")  # fmt: skip
 
     def __init__(self, request_id: str, tracing: Tracing | None = None) -> None:
         self.request_id, self.tracing = request_id, tracing
@@ -54,16 +55,24 @@ class Record:
         self.counts: Counts | None = None
         self.nano_usd = 0
         self.span: Any = None
+        self.times: Times | None = None  # the engine's own
 
     def billed(self, counts: Counts, nano_usd: int, finish_reason: str) -> None:
         self.counts, self.nano_usd, self.finish_reason = counts, nano_usd, finish_reason
 
-    def first(self, now: float, span: Any) -> None:
-        """A token has come. Of several answers to one request the earliest counts."""
+    def first(self, now: float, after_s: float, span: Any) -> None:
+        """A token has come, so long after the policy was asked. Of several answers to one request the earliest counts."""
         if self.first_token_s is None:
             self.first_token_s = now - self.began
         if span is not None:
-            self.tracing.first_token(span)
+            self.tracing.first_token(span, after_s)
+
+    def took(self, times: Times, span: Any) -> None:
+        """What the engine says of one answer. Of several the one that was in line the longest counts."""
+        if self.times is None or (times.queued_s or 0.0) > (self.times.queued_s or 0.0):
+            self.times = times
+        if span is not None:
+            self.tracing.timed(span, times)
 
     def failed(self, name: str) -> None:
         """The error's code or kind; the first one said is what happened."""

@@ -43,5 +43,18 @@ def upstream(samples: Sequence[Sample]) -> Upstream:
     )
 
 
+def engine_ms(samples: Sequence[Sample]) -> tuple[int | None, int | None, int | None]:
+    """In line, to the first token, from that to the last: of the answer that was in line the longest."""
+    told = [sample.times for sample in samples if sample.times is not None]
+    if not told:
+        return None, None, None
+    slowest = max(told, key=lambda times: times.queued_s or 0.0)
+    return _ms(slowest.queued_s), _ms(slowest.prefill_s), _ms(slowest.decode_s)
+
+
+def _ms(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1000)
+
+
 def _least(ours: int, theirs: int | None) -> int:
     return ours if theirs is None else min(ours, theirs)

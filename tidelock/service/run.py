@@ -27,7 +27,7 @@ from tidelock.service.forcing import constraint, held, told
 from tidelock.service.books import Admission, BudgetReached, InsufficientBalance, Latency, Metered
 from tidelock.service.keys import Key
 from tidelock.service.limiter import RateLimited, Standing
-from tidelock.service.reported import billed, upstream
+from tidelock.service.reported import billed, engine_ms, upstream
 from tidelock.service.state import ServiceState
 from tidelock.service.tab import Tab, opened
 from tidelock.service.till import Then
@@ -251,7 +251,7 @@ class Meter:
         joined = None if also is None else lambda execute, nano_usd: also(execute, bill(nano_usd))
         began = self._turn.began
         wait, first, total = (None if at is None else int((at - began) * 1000) for at in (self.asked, self.first, time.monotonic()))
-        metered = Metered(counts, reason, upstream(samples), Latency(wait, first, total))
+        metered = Metered(counts, reason, upstream(samples), Latency(wait, first, total, *engine_ms(samples)))
         return bill(await self.tab.settle(metered, joined, traced))
 
 

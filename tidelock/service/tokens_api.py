@@ -149,6 +149,7 @@ class Tokens:
             "prompt_token_ids": asked.token_ids if asked.return_token_ids else None,
             "output_mode": "tokens",
             "choices": [output.whole()],
+            **tokens_wire.timed(output),
         }
 
     async def _stream(self, asked: Generate, params: SamplingParams, name: str, write: Write) -> None:
@@ -164,7 +165,8 @@ class Tokens:
                 await write(wire.event(event))
         last = b""
         if options and options.include_usage:
-            last = wire.event({**head, "choices": [], "usage": tokens_wire.usage(len(asked.token_ids), output)})
+            used = tokens_wire.usage(len(asked.token_ids), output)
+            last = wire.event({**head, "choices": [], "usage": used, **tokens_wire.timed(output)})
         await write(last + wire.DONE, more=False)
 
     async def abort(self, state: ServiceState, request: Request) -> dict[str, Any]:

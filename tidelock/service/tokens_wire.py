@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from tidelock.service.errors import invalid_request
-from tidelock.tokens.policy import Chunk, Constraint, Kept, SamplingParams, kept_ids
+from tidelock.tokens.policy import Chunk, Constraint, Kept, SamplingParams, Times, kept_ids
 
 FLOOR = -9999.0  # JSON has no -inf
 
@@ -165,6 +165,7 @@ class Output:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     cached_tokens: int = 0
+    times: Times | None = None
 
     def add(self, chunk: Chunk) -> dict[str, Any]:
         begin = len(self.ids)
@@ -214,7 +215,7 @@ class Output:
             self.spans.append({"version": str(version), "start": begin, "end": len(self.ids)})
 
     def _finish(self, chunk: Chunk) -> None:
-        self.finish_reason, self.cached_tokens = chunk.finish_reason, chunk.cached_tokens
+        self.finish_reason, self.cached_tokens, self.times = chunk.finish_reason, chunk.cached_tokens, chunk.times
         if chunk.routed_experts is not None:
             self.routed = npy64(chunk.routed_experts)
         if chunk.finish_reason == "stop":
@@ -259,3 +260,8 @@ def usage(prompt_tokens: int, output: Output) -> dict[str, Any]:
         "total_tokens": prompt_tokens + len(output.ids),
         "prompt_tokens_details": {"cached_tokens": output.cached_tokens},
     }
+
+
+def timed(output: Output) -> dict[str, Any]:
+    """The engine's own times, where it tells them, by vLLM's name."""
+    return {} if output.times is None else {"metrics": output.times.metrics()}

@@ -14,6 +14,7 @@ from typing import Any
 from tidelock.service import genai
 from tidelock.service.record import Record
 from tidelock.tokens.errors import UserError
+from tidelock.tokens.policy import Times
 from tidelock.tokens.propagation import outgoing
 
 try:
@@ -86,8 +87,14 @@ class Tracing:
         outgoing.set(headers)
         return span
 
-    def first_token(self, span: Span) -> None:
+    def first_token(self, span: Span, after_s: float) -> None:
         span.add_event(genai.FIRST_TOKEN)
+        span.set_attribute(genai.FIRST_CHUNK, after_s)
+
+    def timed(self, span: Span, times: Times) -> None:
+        """What the engine says of its own part, in seconds."""
+        told = ((genai.QUEUED, times.queued_s), (genai.PREFILL, times.prefill_s), (genai.DECODE, times.decode_s))
+        span.set_attributes({name: seconds for name, seconds in told if seconds is not None})
 
     def generated(self, span: Span, prompt_tokens: int, tokens: int, reason: str) -> None:
         span.set_attributes({genai.INPUT_TOKENS: prompt_tokens, genai.OUTPUT_TOKENS: tokens, genai.FINISH_REASONS: [reason]})

@@ -120,6 +120,31 @@ class Reported(Struct, frozen=True, gc=False):
         return Reported(*(n if type(n) is int and 0 <= n < 2**53 else None for n in counts))
 
 
+METRICS = ("queue_time_ms", "time_to_first_token_ms", "generation_time_ms")
+
+
+class Times(Struct, frozen=True, gc=False):
+    """Seconds of an answer in the engine: in its line, until its first token, from that to its last. None: untold."""
+
+    queued_s: float | None = None
+    prefill_s: float | None = None
+    decode_s: float | None = None
+
+    @staticmethod
+    def of(metrics: Any) -> Times | None:
+        """vLLM's `metrics` object, which is Tidelock's too. None: there is none, or nothing to be read in it."""
+        if not isinstance(metrics, dict):
+            return None
+        told = map(metrics.get, METRICS)
+        seconds = [ms / 1000 if isinstance(ms, int | float) and 0 <= ms < 1e12 else None for ms in told]
+        return Times(*seconds) if any(s is not None for s in seconds) else None
+
+    def metrics(self) -> dict[str, float]:
+        """As `of` reads it."""
+        named = zip(METRICS, (self.queued_s, self.prefill_s, self.decode_s), strict=True)
+        return {name: round(seconds * 1000, 3) for name, seconds in named if seconds is not None}
+
+
 class Chunk(Struct, frozen=True, gc=False):
     """Some newly sampled tokens. The last chunk of a request, and only it, has a `finish_reason`."""
 
@@ -135,8 +160,11 @@ class Chunk(Struct, frozen=True, gc=False):
     # on the last chunk, where asked for: experts per token from `routed_from` on and per layer (dense ones 0), in the
     # router's order, uint8 or uint16 [prompt + sampled - 1 - routed_from, layers, k]; the last token was never run
     routed_experts: Any = None
-    source: Source | None = None  # where there are several upstreams
+    source: Source | None = None  # where there are several upstreams, or where this answer is less exact than others
     reported: Reported | None = None  # on the last chunk, from a remote policy
+    # on the last chunk, where a server says versions only then: (version, tokens) spans of the whole answer
+    versions: tuple[tuple[int, int], ...] = ()
+    times: Times | None = None  # on the last chunk
 
 
 def drawn_from(chunks: Sequence[Chunk]) -> tuple[tuple[float, ...], tuple[Kept, ...]]:

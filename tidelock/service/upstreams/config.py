@@ -24,6 +24,7 @@
     idle_s = 30
     probe = "/health"             # "" = none; chat: "/models"
     dialect = "openai"            # chat: "kimi" can leave thinking out and go on with a begun answer
+                                  # tokens: "tidelock" or "vllm", which differ in more than is written down
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ KEEP_ALIVE_S = 4.0  # below the 5 s after which uvicorn drops an idle connection
 FIELDS: dict[str, tuple[type, Any]] = {  # of an upstream: type, default (... = there has to be one)
     "name": (str, ...), "url": (str, ...), "kind": (str, ...), "model": (str, ""), "api_key_env": (str, ""),
     "max_in_flight": (int, 64), "weight": (float, 1.0), "connect_s": (float, 5.0), "first_token_s": (float, 120.0),
-    "idle_s": (float, 30.0), "probe": (str, None), "dialect": (str, "openai"),
+    "idle_s": (float, 30.0), "probe": (str, None), "dialect": (str, None),
 }  # fmt: skip
 POOL = {"choice": str, "retries": int, "max_waiting": int, "wait_s": float, "spread": float, "probe_s": float,
         "context_length": int, "model": str, "directives": bool}  # fmt: skip
+DIALECTS = {"tokens": ("tidelock", "vllm"), "chat": ("openai", "kimi")}  # the first is the default
 NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -124,8 +126,10 @@ def _upstream(
         raise UserError(f"{where}: url begins with http:// or https://")
     if said["kind"] == "chat" and not said["model"]:
         raise UserError(f"{where}: model is missing (what this endpoint calls it)")
-    if said["dialect"] not in ("openai", "kimi"):
-        raise UserError(f"{where}: dialect is \"openai\" or \"kimi\", not {said['dialect']!r}")
+    usual, other = DIALECTS[said["kind"]]
+    dialect = said["dialect"] or usual
+    if dialect not in (usual, other):
+        raise UserError(f'{where}: dialect is "{usual}" or "{other}" for kind "{said["kind"]}", not {dialect!r}')
     for name in ("max_in_flight", "weight", "connect_s", "first_token_s", "idle_s"):
         if said[name] <= 0:
             raise UserError(f"{where}: {name} has to be positive")
@@ -136,10 +140,11 @@ def _upstream(
             raise UserError(f"{where}: the environment has no {said['api_key_env']}")
     patience = Patience(said["connect_s"], said["first_token_s"], said["idle_s"])
     if said["kind"] == "tokens":
-        policy: Any = TokenPolicy(said["url"], key, said["model"] or None, client, patience=patience, await_versions=False)
+        policy: Any = TokenPolicy(said["url"], key, said["model"] or None, client, patience=patience, await_versions=False,
+                                  dialect=dialect, stops=dialect != "vllm")  # fmt: skip
     else:
         policy = TextPolicy(said["url"], key, said["model"], template, None, client, patience=patience, metered=True,
-                            dialect=said["dialect"])  # fmt: skip
+                            dialect=dialect)  # fmt: skip
     probe = said["probe"] if said["probe"] is not None else "/health" if said["kind"] == "tokens" else "/models"
     return Upstream(said["name"], policy, said["kind"], said["max_in_flight"], said["weight"], probe)
 

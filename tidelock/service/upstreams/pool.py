@@ -18,6 +18,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from tidelock.service.record import step
 from tidelock.service.upstreams import affinity, faults
 from tidelock.service.upstreams.line import Line, Waiter
 from tidelock.service.upstreams.metrics import Collector
@@ -187,7 +188,7 @@ class Pool:
         upstream.count(chunk, job.prompt_tokens)
         if chunk.finish_reason is not None:
             self._ended(job, upstream, chunk.finish_reason)
-        return replace(chunk, source=upstream.source)
+        return replace(chunk, source=upstream.source if chunk.source is None else upstream.inexact)
 
     def _ended(self, job: _Job, upstream: Upstream, reason: str) -> None:
         if reason != "abort":
@@ -245,7 +246,8 @@ class Pool:
         try:
             if (out := self.line.join(job.waiter)) is not None:
                 out.what.place.set_exception(self._refusal("full"))
-            await asyncio.wait([place], timeout=self.options.wait_s)
+            with step("line"):
+                await asyncio.wait([place], timeout=self.options.wait_s)
             if not place.done():
                 raise self._refusal("late")
             upstream = place.result()
@@ -334,5 +336,5 @@ def _first(chunk: Chunk, tokens: int) -> Chunk:
     """Its first tokens, as an answer that was cut for length."""
     return replace(
         chunk, ids=chunk.ids[:tokens], logprobs=chunk.logprobs[:tokens], sampled_logprobs=chunk.sampled_logprobs[:tokens],
-        top_logprobs=chunk.top_logprobs[:tokens], kept=chunk.kept[:tokens], finish_reason="length", stop=None,
+        top_logprobs=chunk.top_logprobs[:tokens], kept=chunk.kept[:tokens], finish_reason="length", stop=None, versions=(),
     )  # fmt: skip

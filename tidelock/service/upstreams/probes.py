@@ -53,5 +53,19 @@ async def look(upstream: Upstream) -> bool:
                 version = await upstream.policy.version()
             upstream.version = version if version >= 0 else upstream.version
         except (PolicyError, TimeoutError):
-            pass  # vLLM tells it only where weights are transferred; the chunks say it too
+            pass  # vLLM tells it only in its development mode; the chunks say it too
+        if not upstream.introduced:
+            await _introduce(upstream)
     return True
+
+
+async def _introduce(upstream: Upstream) -> None:
+    """Taken for ours, what vLLM samples under a constraint would be called exact, and it is not."""
+    try:
+        async with asyncio.timeout(WITHIN_S):
+            found = await upstream.policy.mistaken()
+    except (PolicyError, TimeoutError):
+        return
+    upstream.introduced = True
+    if found is not None:
+        log.warning('upstream %s answers as %s does: say dialect = "%s"', upstream.name, found, found)

@@ -34,12 +34,13 @@ class Upstream:
     circuit: Circuit = field(default_factory=Circuit)
     in_flight: int = 0
     version: int = -1  # of its weights, as last heard
+    introduced: bool = False  # whether it was asked what it is
     held_back: bool = False  # its weights are not the pool's, after a swap that failed half-way
     heard: float = float("-inf")  # when the last answer ended well, on the circuit's clock
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
-        self.source = Source(self.name, self.policy.exact)
+        self.source, self.inexact = Source(self.name, self.policy.exact), Source(self.name, False)
 
     @property
     def exact(self) -> bool:

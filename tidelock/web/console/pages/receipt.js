@@ -66,10 +66,15 @@ function numbers(r) {
     stat(
       "First token",
       duration(r.latency?.first_ms),
-      r.latency ? `${duration(r.latency.wait_ms)} before the model was asked` : "not measured",
+      r.latency ? `${duration(r.latency.wait_ms)} before the model was asked${engine(r.latency)}` : "not measured",
     ),
     stat("Total", duration(r.latency?.total_ms), "from arrival to bill"),
   );
+}
+
+/** What the engine says of its own part, where it does. */
+function engine({ queue_ms: queued, prefill_ms: prefill }) {
+  return queued === null ? "" : `, ${duration(queued)} in the engine's line${prefill === null ? "" : `, ${duration(prefill)} reading`}`;
 }
 
 function priceCard({ price, cost_nano_usd: cost }) {
