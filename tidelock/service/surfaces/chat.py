@@ -53,6 +53,7 @@ def answer(message: Message) -> dict[str, Any]:
     """An assistant message as the client sees it."""
     out: dict[str, Any] = {
         "role": "assistant", "content": message.content or (None if message.tool_calls else ""), "refusal": None,
+        "annotations": [],
     }  # fmt: skip
     if message.reasoning:
         out["reasoning_content"] = message.reasoning
@@ -99,7 +100,7 @@ class Chat:
         trace = {"node": bill.nodes[0], "nodes": list(bill.nodes)}
         completion = {
             **self._head, "choices": choices, "usage": usage(bill.usage), "service_tier": "default",
-            "system_fingerprint": None, "trace": trace,
+            "system_fingerprint": f"fp_{self._state.weights_version}", "trace": trace,
         }  # fmt: skip
         if self.request.store:
             self._store(completion)

@@ -153,8 +153,8 @@ class Responses:
             "metadata": request.metadata or {},
             "safety_identifier": request.safety_identifier,
             "prompt_cache_key": request.prompt_cache_key,
-            "user": request.user,
             "usage": None,
+            **({"user": request.user} if request.user is not None else {}),
             **changes,
         }
 
