@@ -29,7 +29,7 @@ from tidelock.service.accounts import SCOPES
 from tidelock.service.app import create_app
 from tidelock.service.server import serving
 from tidelock.service.state import ServiceState, open_state
-from tidelock.service.surfaces import batches, files, message_batches, responses_request, stored_chat
+from tidelock.service.surfaces import batches, files, message_batches, responses_items, stored_chat
 from tidelock.tokens.template import get_template
 from tidelock.tokens.tokenizer import ByteTokenizer
 
@@ -82,7 +82,7 @@ def keep(state: ServiceState, response: dict, completion: dict) -> None:
     """Puts back whatever of the suites' objects is gone."""
     node = response["trace"]["node"]
     answers = [{**response, "id": name, "background": True} for name in RESPONSES]
-    docs = [(responses_request.KIND, {"id": doc["id"], "node": node, "input": [], "response": doc}) for doc in answers]
+    docs = [(responses_items.KIND, {"id": doc["id"], "node": node, "input": [], "response": doc}) for doc in answers]
     docs.append((batches.KIND, BATCH))
     ended = {**batches.fresh("message_batch_id", message_batches.ENDPOINT, "message_batch_input", "24h", 24, None),
              "status": "completed", "completed_at": 1}  # fmt: skip
