@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from tidelock.tokens.message import Message, ToolCall, ToolSpec
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
 from tidelock.tokens.template import Template, declared_tools
@@ -28,6 +30,7 @@ FIXED, BROKEN_STILL = "I mended calc.py: the test passes now.", "The test still 
 SHELLS = ("exec_command", "shell_command", "shell", "bash", "Bash", "Shell")
 READERS, EDITORS = ("Read", "read", "ReadFile"), ("Edit", "edit", "StrReplaceFile")
 PER_CHUNK, PAUSE_S = 16, 0.002
+MOST_OPENED = 64  # ids of an empty thought, with room
 
 
 def task(directory: Path) -> str:
@@ -59,7 +62,7 @@ class AgentScript:
         if messages[-1].role == "assistant":  # the turn that is to be sampled, empty as yet
             messages.pop()
         self.tools |= {tool.name for tool in declared_tools(messages)}
-        ids = self._template.sampled(said or self._answer(messages))[: params.max_tokens]
+        ids = self._rest(said or self._answer(messages), prompt_ids)[: params.max_tokens]
         for start in range(0, len(ids), PER_CHUNK):
             await asyncio.sleep(PAUSE_S)
             if request_id in self._aborted:
@@ -69,6 +72,14 @@ class AgentScript:
             last = start + PER_CHUNK >= len(ids)
             ended = ("stop" if ids[-1] in self._template.stop_ids else "length") if last else None
             yield Chunk(part, (-0.5,) * len(part), 1, ended)
+
+    def _rest(self, message: Message, prompt_ids: Sequence[int]) -> Sequence[int]:
+        """The ids to sample. Where the prompt ends in an empty thought, as it does for who wants none, they follow that."""
+        unthought = self._template.sampled(replace(message, reasoning=""))
+        for n in range(min(len(unthought), MOST_OPENED), 0, -1):
+            if tuple(prompt_ids[-n:]) == tuple(unthought[:n]):
+                return unthought[n:]
+        return self._template.sampled(message)
 
     async def count(self, prompt_ids: Sequence[int]) -> int:
         return len(prompt_ids)

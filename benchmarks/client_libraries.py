@@ -55,19 +55,24 @@ class Client:
 
 CLIENTS = {
     "pydantic-ai": Client("with_pydantic_ai.py", PYTHON, ("pydantic-ai-slim[openai]==2.31.1",), ("chat", "responses")),
-    "pydantic-ai-anthropic": Client("with_pydantic_ai.py", PYTHON, ("pydantic-ai-slim[anthropic]==2.31.1", "anthropic<2"),
+    "pydantic-ai-anthropic": Client("with_pydantic_ai.py", PYTHON, ("pydantic-ai-slim[anthropic]==2.31.1", "anthropic<1"),
                                     ("messages",), "older"),
     "openai-agents": Client("with_openai_agents.py", PYTHON, ("openai-agents==0.20.0",), ("chat", "responses")),
     "instructor": Client("with_instructor.py", PYTHON, ("instructor==1.17.0", "openai", "anthropic"), ("chat", "messages")),
     "litellm": Client("with_litellm.py", PYTHON, ("litellm==1.110.2",), ("chat", "responses", "messages", "kimi")),
     "llama-index": Client("with_llama_index.py", PYTHON, ("llama-index-llms-openai-like==0.8.1", "llama-index-llms-openai==0.8.3"),
                           ("chat", "responses")),
-    "llama-index-anthropic": Client("with_llama_index.py", PYTHON, ("llama-index-llms-anthropic==0.12.3", "anthropic<2"),
+    "llama-index-anthropic": Client("with_llama_index.py", PYTHON, ("llama-index-llms-anthropic==0.12.3", "anthropic<1"),
                                     ("messages",), "older"),
     "dspy": Client("with_dspy.py", PYTHON, ("dspy==3.4.1",)),
     "smolagents": Client("with_smolagents.py", PYTHON, ("smolagents[openai]==1.26.0",)),
     "llm": Client("with_llm.py", PYTHON, ("llm==0.32.1",), ("chat",)),
-    "llm-anthropic": Client("with_llm.py", PYTHON, ("llm==0.32.1", "llm-anthropic==0.26", "anthropic<2"), ("messages",), "older"),
+    "llm-anthropic": Client("with_llm.py", PYTHON, ("llm==0.32.1", "llm-anthropic==0.26", "anthropic<1"), ("messages",), "older"),
+    "ai-sdk": Client("with_ai_sdk.mjs", NODE, ("ai@6.0.326", "@ai-sdk/openai@3.0.141", "@ai-sdk/openai-compatible@2.0.92",
+                     "@ai-sdk/anthropic@3.0.140", "@ai-sdk/moonshotai@2.0.61", "zod@4"),
+                     ("chat", "responses", "compatible", "messages", "kimi"), "node"),
+    "openai-agents-js": Client("with_openai_agents.mjs", NODE, ("@openai/agents@0.20.0", "openai", "zod@4"),
+                               ("chat", "responses"), "node"),
 }  # fmt: skip
 
 

@@ -11,6 +11,8 @@ WEATHER_TOOL = {"type": "function", "function": {"name": "weather", "description
 PROVIDER = {"messages": "anthropic", "kimi": "moonshot"}.get(VARIANT, "openai")
 FORMAT = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA, "strict": True}}
 
+THINKING = {"thinking": {"type": "enabled", "budget_tokens": 2000}, "allowed_openai_params": ["thinking"]}
+
 
 def completion(messages, key=GOOD, name=MODEL, **more):
     base = URL if VARIANT == "messages" else f"{URL}/v1"
@@ -42,7 +44,8 @@ else:
 
     @case
     def reasoning():
-        thought = completion(HI).choices[0].message.reasoning_content
+        more = THINKING if VARIANT == "messages" else {}
+        thought = completion(HI, **more).choices[0].message.reasoning_content
         assert thought
         return thought
 
@@ -56,7 +59,8 @@ else:
 
     @case
     def stream():
-        chunks = list(completion(HI, stream=True, stream_options={"include_usage": True}))
+        more = THINKING if VARIANT == "messages" else {}
+        chunks = list(completion(HI, stream=True, stream_options={"include_usage": True}, **more))
         whole = litellm.stream_chunk_builder(chunks)
         assert len(chunks) > 2 and "Ann" in whole.choices[0].message.content and whole.usage.completion_tokens > 0
         assert any(getattr(chunk.choices[0].delta, "reasoning_content", None) for chunk in chunks if chunk.choices)
@@ -102,6 +106,8 @@ def _loop(ask):
 
 def ask(key, name, streamed):
     if VARIANT == "responses":
+        if streamed:
+            name = "gpt-4o"  # of a model that it does not know it makes a stream of its own out of the whole answer
         found = litellm.responses(model=f"openai/{name}", input=RECITE, api_key=key, api_base=f"{URL}/v1", stream=streamed,
                                   num_retries=0)  # fmt: skip
     else:

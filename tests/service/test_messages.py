@@ -210,3 +210,19 @@ def test_consent_and_session_travel_in_metadata(service):
     answer = raw(service, {**ASK, "metadata": {"training_consent": "false"}}, **{"x-api-key": secret}).json()
     node = service.state.traces.get(answer["trace"]["node"])
     assert not node.consent and node.consent_source == "request"
+
+
+def test_a_lenient_server_thinks_when_it_is_asked_to_as_anthropic_s_clients_expect(service):
+    """Who does not speak of thinking reads the first block as the answer."""
+    service.policy.turns = [Message("assistant", "hello", "")]
+    api = anthropic.Anthropic(base_url=service.running.base_url.removesuffix("/v1"), api_key=service.key(profile="lenient"))
+    common = {"model": "any", "max_tokens": 2000, "messages": [{"role": "user", "content": "hi"}]}
+    opened = {}
+    for kind, more in (("silent", {}), ("off", {"thinking": {"type": "disabled"}}),
+                       ("on", {"thinking": {"type": "enabled", "budget_tokens": 1024}}), ("adaptive", {"thinking": {"type": "adaptive"}})):
+        api.messages.create(**common, **more)  # fmt: skip
+        opened[kind] = service.policy.prompts[-1]
+    assert opened["silent"] == opened["off"] != opened["on"] == opened["adaptive"]
+    strict = anthropic.Anthropic(base_url=service.running.base_url.removesuffix("/v1"), api_key=service.key("bob"))
+    strict.messages.create(**{**common, "model": "tide"})
+    assert service.policy.prompts[-1] == opened["on"]

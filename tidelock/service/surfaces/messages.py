@@ -66,7 +66,8 @@ def _tool_id(call_id: str) -> str:
 
 
 def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text, "citations": None}
+    """Citations must be there, says Anthropic's document, and may be null; the AI SDK takes them missing or a list."""
+    return {"type": "text", "text": text, "citations": []}
 
 
 def _tool_use(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A request of Anthropic's Messages API: its structs, and the one `Ask` it becomes, at both versions of that API.
 
 2023-06-01 takes `temperature`, `top_p` and `top_k`; 2026-10-21 refuses them. A trailing assistant message is the
-beginning of the answer.
+beginning of the answer. Who does not speak of thinking gets Kimi's default, a thought first; on a lenient server Anthropic's,
+none, because clients written for that API take the first block for the answer.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def to_ask(
         max_tokens=full.max_tokens if full else None,
         to_fit=lenient,
         stream=bool(full and full.stream),
-        thinking=body.thinking is None or body.thinking.type != "disabled",
+        thinking=not lenient if body.thinking is None else body.thinking.type != "disabled",
         effort=config.effort,
         tool_choice=_tool_choice(choice),
         parallel_tools=not (choice and choice.disable_parallel_tool_use),
