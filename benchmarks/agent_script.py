@@ -27,8 +27,8 @@ FILES = {
     "test_calc.py": 'from calc import add\n\nassert add(2, 3) == 5, add(2, 3)\nprint("all tests passed")\n',
 }
 FIXED, BROKEN_STILL = "I mended calc.py: the test passes now.", "The test still fails."
-SHELLS = ("exec_command", "shell_command", "shell", "bash", "Bash", "Shell")
-READERS, EDITORS = ("Read", "read", "ReadFile"), ("Edit", "edit", "StrReplaceFile")
+SHELLS = ("exec_command", "shell_command", "shell", "bash", "Bash", "Shell", "run_shell_command")
+READERS, EDITORS = ("Read", "read", "ReadFile", "read_file"), ("Edit", "edit", "StrReplaceFile")
 PER_CHUNK, PAUSE_S = 16, 0.002
 MOST_OPENED = 64  # ids of an empty thought, with room
 
@@ -111,7 +111,7 @@ def _steps(tools: dict[str, ToolSpec], place: Path) -> list[tuple[str, str, dict
     """(thought, tool, arguments) of each call."""
     shell = next(name for name in SHELLS if name in tools)
     reader = next((name for name in READERS if name in tools), None)
-    editor = next((name for name in EDITORS if name in tools), None)
+    editor = next((name for name in EDITORS if name in tools and "old" in str(list(tools[name].parameters["properties"])).lower()), None)
     target, test = place / "calc.py", f"cd {place} && python3 test_calc.py"
     look = "First I look at calc.py, since the test imports add from it and nothing else."
     mend = "add subtracts: the operator is the fault. I put a plus where the minus is, and leave the rest alone."
