@@ -422,3 +422,14 @@ def test_a_taken_port_is_one_clear_line():
         taken.listen()
         with pytest.raises(UserError, match="cannot listen"):
             bind("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_lenient_chat_offers_the_allowed_tools_and_no_others(service):
+    tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("lookup", "other")]
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "lookup"}}]}
+    api = service.client(service.key(profile="lenient"), max_retries=0)
+    asked = {"model": "tide", "messages": [{"role": "user", "content": "hi"}], "tools": tools}
+    api.chat.completions.create(**asked, tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+    assert "lookup" in (prompt := service.state.template.tokenizer.decode(service.policy.prompts[-1])) and "other" not in prompt
+    with pytest.raises(openai.BadRequestError):
+        api.chat.completions.create(**asked, tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{}]}})

@@ -226,3 +226,12 @@ def test_a_lenient_server_thinks_when_it_is_asked_to_as_anthropic_s_clients_expe
     strict = anthropic.Anthropic(base_url=service.running.base_url.removesuffix("/v1"), api_key=service.key("bob"))
     strict.messages.create(**{**common, "model": "tide"})
     assert service.policy.prompts[-1] == opened["on"]
+
+
+def test_another_model_s_redacted_thought_is_left_out(service):
+    said = [{"type": "redacted_thinking", "data": "EmwKAhgB"}, {"type": "text", "text": "so it is"}]
+    messages = [*ASK["messages"], {"role": "assistant", "content": said}, *ASK["messages"]]
+    assert raw(service, {**ASK, "messages": messages}).status_code == 200
+    plain = [*ASK["messages"], {"role": "assistant", "content": said[1:]}, *ASK["messages"]]
+    raw(service, {**ASK, "messages": plain})
+    assert service.policy.prompts[-1] == service.policy.prompts[-2]

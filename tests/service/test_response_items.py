@@ -119,3 +119,9 @@ def test_a_lenient_server_too_wants_to_know_the_model_of_what_it_is_given(servic
 def test_a_prompt_that_is_kept_elsewhere_is_refused(service):
     with pytest.raises(openai.BadRequestError, match="no prompts are kept here"):
         service.client().responses.create(model="tide", input="hi", prompt={"id": "pmpt_1"})
+
+
+@pytest.mark.parametrize("fields", [{"truncation": "middle"}, {"text": {"verbosity": "chatty"}}])
+def test_what_an_answer_repeats_must_be_a_word_of_the_api(service, fields):
+    with pytest.raises(openai.BadRequestError):
+        service.client().responses.create(model="tide", input="hi", **fields)

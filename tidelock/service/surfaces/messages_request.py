@@ -36,6 +36,12 @@ class ThinkingBlock(msgspec.Struct, gc=False, tag_field="type", tag="thinking"):
     signature: str = ""
 
 
+class RedactedThinking(msgspec.Struct, gc=False, tag_field="type", tag="redacted_thinking"):
+    """Another model's, from a conversation that began elsewhere: nobody here can read it, and it is left out."""
+
+    data: str = ""
+
+
 class ToolUse(msgspec.Struct, gc=False, tag_field="type", tag="tool_use"):
     id: str
     name: str
@@ -68,7 +74,7 @@ class ToolResult(msgspec.Struct, gc=False, tag_field="type", tag="tool_result"):
 
 class WireMessage(msgspec.Struct, gc=False):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Text | ThinkingBlock | ToolUse | ToolResult | Image | Document]
+    content: str | list[Text | ThinkingBlock | RedactedThinking | ToolUse | ToolResult | Image | Document]
 
     @property
     def blocks(self) -> list[Any]:
@@ -203,9 +209,15 @@ def to_ask(
     return ask
 
 
+KINDS = {
+    "user": (Text, ToolResult, Image, Document), "assistant": (Text, ThinkingBlock, RedactedThinking, ToolUse),
+    "system": (Text,),
+}  # fmt: skip
+
+
 def _messages(given: WireMessage, where: str, lenient: bool) -> list[Message]:
     text = _text(given.blocks, f"{where}.content", lenient)
-    kinds = {"user": (Text, ToolResult, Image, Document), "assistant": (Text, ThinkingBlock, ToolUse), "system": (Text,)}[given.role]
+    kinds = KINDS[given.role]
     for n, block in enumerate(given.blocks):
         if not isinstance(block, kinds):
             kind = block.__struct_config__.tag

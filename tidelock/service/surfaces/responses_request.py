@@ -39,7 +39,7 @@ class Format(msgspec.Struct, gc=False):
 
 class TextConfig(msgspec.Struct, gc=False):
     format: Format | None = None
-    verbosity: str | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class StreamOptions(msgspec.Struct, gc=False):
@@ -87,7 +87,7 @@ class ResponsesRequest(InputTokensRequest, kw_only=True):
     background: bool | None = None
     prompt: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
-    truncation: str | None = None
+    truncation: Literal["auto", "disabled"] | None = None
     service_tier: str | None = None
     max_tool_calls: int | None = None
     safety_identifier: str | None = None
