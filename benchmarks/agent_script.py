@@ -111,7 +111,8 @@ def _steps(tools: dict[str, ToolSpec], place: Path) -> list[tuple[str, str, dict
     """(thought, tool, arguments) of each call."""
     shell = next(name for name in SHELLS if name in tools)
     reader = next((name for name in READERS if name in tools), None)
-    editor = next((name for name in EDITORS if name in tools and "old" in str(list(tools[name].parameters["properties"])).lower()), None)
+    fitting = (name for name in EDITORS if name in tools and "old" in " ".join(tools[name].parameters["properties"]).lower())
+    editor = next(fitting, None)
     target, test = place / "calc.py", f"cd {place} && python3 test_calc.py"
     look = "First I look at calc.py, since the test imports add from it and nothing else."
     mend = "add subtracts: the operator is the fault. I put a plus where the minus is, and leave the rest alone."

@@ -189,14 +189,16 @@ QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "OPENAI_AGENTS_DISABLE_TRACING"
 
 def report(cases: list[Case], seen: list[Exchange]) -> int:
     wrong = [case for case in cases if not case.ok or case.faults]
-    print(f"{cases[0].client:<28} {len(cases) - len(wrong):>3} of {len(cases):>3}   {' '.join(c.name for c in cases if c not in wrong)}")
+    done = " ".join(case.name for case in cases if case not in wrong)
+    print(f"{cases[0].client:<32} {len(cases) - len(wrong):>3} of {len(cases):>3}   {done}")
     for case in wrong:
         print(f"    {case.name}: {'' if case.ok else case.said[:900]} {'; '.join(case.faults)}")
     if seen:
         for case in cases:
             print(f"    {case.name:<18} {case.said[:200]}")
         for e in seen:
-            print(f"    {e.method} {e.path} {e.status} {e.body[:2000].decode(errors='replace')} -> {bytes(e.shown[:600]).decode(errors='replace')}")
+            asked, told = e.body[:2000].decode(errors="replace"), bytes(e.shown[:600]).decode(errors="replace")
+            print(f"    {e.method} {e.path} {e.status} {asked} -> {told}")
     sys.stdout.flush()
     return len(wrong)
 

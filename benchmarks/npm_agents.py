@@ -93,7 +93,7 @@ def kimi(at: Place) -> tuple[list[str], dict[str, str]]:
 
 def qwen(at: Place) -> tuple[list[str], dict[str, str]]:
     words = ["--yolo", "--auth-type", "openai", "--openai-api-key", at.key, "--openai-base-url", f"{at.url}/v1", "-m", MODEL]
-    return [at.binary("qwen"), *words, task(at.repository)], {"QWEN_CODE_DISABLE_UPDATE_CHECK": "1", "QWEN_TELEMETRY_ENABLED": "0"}
+    return [at.binary("qwen"), *words, task(at.repository)], {"QWEN_TELEMETRY_ENABLED": "0"}
 
 
 def pi(at: Place) -> tuple[list[str], dict[str, str]]:

@@ -3,7 +3,21 @@
 import json
 
 import litellm
-from case import BOTH, GOOD, HI, MODEL, PIXEL, PLACE, RECITE, URL, VARIANT, WEATHER, case, refusals, run
+from case import (
+    BOTH,
+    GOOD,
+    HI,
+    MODEL,
+    PIXEL,
+    PLACE,
+    RECITE,
+    URL,
+    VARIANT,
+    WEATHER,
+    case,
+    refusals,
+    run,
+)
 
 litellm.suppress_debug_info = True
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}

@@ -1,6 +1,19 @@
 """LlamaIndex: "chat" (OpenAILike), "responses" (OpenAIResponses) and "messages" (Anthropic)."""
 
-from case import BOTH, GOOD, HI, MODEL, PLACE, RECITE, URL, VARIANT, WEATHER, case, refusals, run
+from case import (
+    BOTH,
+    GOOD,
+    HI,
+    MODEL,
+    PLACE,
+    RECITE,
+    URL,
+    VARIANT,
+    WEATHER,
+    case,
+    refusals,
+    run,
+)
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.llms import ChatMessage
 from pydantic import BaseModel

@@ -1,7 +1,21 @@
 """simonw's llm as a library: "chat" (an extra model of the openai plug-in) and "messages" (llm-anthropic)."""
 
 import llm
-from case import BOTH, GOOD, HI, MODEL, PIXEL, PLACE, RECITE, URL, VARIANT, WEATHER, case, refusals, run
+from case import (
+    BOTH,
+    GOOD,
+    HI,
+    MODEL,
+    PIXEL,
+    PLACE,
+    RECITE,
+    URL,
+    VARIANT,
+    WEATHER,
+    case,
+    refusals,
+    run,
+)
 from pydantic import BaseModel
 
 

@@ -1,10 +1,30 @@
 """OpenAI's agents, "chat" and "responses": tools, hand-overs, a stored conversation, a session kept by the client."""
 
 from agents import (
-    Agent, ModelSettings, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, SQLiteSession, function_tool,
+    Agent,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    SQLiteSession,
+    function_tool,
     set_tracing_disabled,
 )  # fmt: skip
-from case import BOTH, GOOD, HI, MODEL, PLACE, RECITE, TOOL, URL, VARIANT, WEATHER, case, refusals, run
+from case import (
+    BOTH,
+    GOOD,
+    HI,
+    MODEL,
+    PLACE,
+    RECITE,
+    TOOL,
+    URL,
+    VARIANT,
+    WEATHER,
+    case,
+    refusals,
+    run,
+)
 from openai import AsyncOpenAI
 from openai.types.shared import Reasoning
 from pydantic import BaseModel

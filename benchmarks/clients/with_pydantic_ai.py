@@ -2,7 +2,22 @@
 
 import base64
 
-from case import BOTH, GOOD, HI, MODEL, PIXEL, PLACE, RECITE, TOOL, URL, VARIANT, WEATHER, case, refusals, run
+from case import (
+    BOTH,
+    GOOD,
+    HI,
+    MODEL,
+    PIXEL,
+    PLACE,
+    RECITE,
+    TOOL,
+    URL,
+    VARIANT,
+    WEATHER,
+    case,
+    refusals,
+    run,
+)
 from pydantic import BaseModel
 from pydantic_ai import Agent, BinaryContent, NativeOutput, ThinkingPart, ToolOutput
 from pydantic_ai.settings import ModelSettings

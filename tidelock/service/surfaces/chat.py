@@ -70,8 +70,8 @@ def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
     runs: list[list[Piece]] = []
     for piece in pieces:
         last = runs[-1][-1] if runs else None
-        called = piece.kind == "arguments" and last is not None and last.kind in ("call", "arguments") and last.call == piece.call
-        if called or (last is not None and piece.kind == last.kind and piece.kind != "call" and piece.call == last.call):
+        same = last is not None and piece.call == last.call
+        if same and (piece.kind == last.kind != "call" or (last.kind, piece.kind) == ("call", "arguments")):
             runs[-1].append(piece)
         else:
             runs.append([piece])

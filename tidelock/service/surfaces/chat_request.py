@@ -235,8 +235,9 @@ def _text(given: WireMessage, where: str, lenient: bool) -> str:
     """Raises a 400 that names the part that is no text."""
     if not isinstance(given.content, list):
         return given.content or ""
+    seen = ImagePart | VideoPart | FilePart
     return "".join(
-        stand_in(part.kind, part.url, f"{where}.content[{n}]", lenient) if isinstance(part, ImagePart | VideoPart | FilePart) else part.text
+        stand_in(part.kind, part.url, f"{where}.content[{n}]", lenient) if isinstance(part, seen) else part.text
         for n, part in enumerate(given.content)
     )
 

@@ -26,20 +26,20 @@ KIND = "conversation"
 AT_A_TIME = 20  # items that a client may add
 
 
-class Items(msgspec.Struct):
+class Items(msgspec.Struct, gc=False):
     """The body of `POST /v1/conversations/{id}/items`."""
 
     items: Annotated[list[Item], msgspec.Meta(max_length=AT_A_TIME)]
 
 
-class Created(msgspec.Struct):
+class Created(msgspec.Struct, gc=False):
     """The body of `POST /v1/conversations`."""
 
     items: Annotated[list[Item], msgspec.Meta(max_length=AT_A_TIME)] | None = None
     metadata: dict[str, str] | None = None
 
 
-class Changed(msgspec.Struct):
+class Changed(msgspec.Struct, gc=False):
     """The body of `POST /v1/conversations/{id}`."""
 
     metadata: dict[str, str] | None

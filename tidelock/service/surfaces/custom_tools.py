@@ -17,10 +17,12 @@ from tidelock.tokens.message import ToolCall, ToolSpec
 
 INPUT = "input"  # the one argument
 # As much of a cut text as is whole: an escape or a surrogate that lacks its end is left out.
-CUT = re.compile(r'\s*\{\s*"input"\s*:\s*"((?:[^"\\]|\\["\\/bfnrt]|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|(?:\\u[0-9a-fA-F]{4}){2})*)')
+UNIT = r"\\u[0-9a-fA-F]{4}"
+WHOLE = rf'[^"\\]|\\["\\/bfnrt]|(?!\\u[dD][89abAB]){UNIT}|{UNIT}{UNIT}'
+CUT = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"((?:{WHOLE})*)')
 
 
-class TextFormat(msgspec.Struct):
+class TextFormat(msgspec.Struct, gc=False):
     type: str = "text"
     syntax: str | None = None
     definition: str | None = None

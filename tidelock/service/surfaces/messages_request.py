@@ -1,8 +1,8 @@
 """A request of Anthropic's Messages API: its structs, and the one `Ask` it becomes, at both versions of that API.
 
 2023-06-01 takes `temperature`, `top_p` and `top_k`; 2026-10-21 refuses them. A trailing assistant message is the
-beginning of the answer. Who does not speak of thinking gets Kimi's default, a thought first; on a lenient server Anthropic's,
-none, because clients written for that API take the first block for the answer.
+beginning of the answer. Who does not speak of thinking gets Kimi's default, a thought first; on a lenient server
+Anthropic's, none, because clients written for that API take the first block for the answer.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_
 OWN_ID = re.compile(r"(?:rs|msg|fc|ctc)_(.+)_(\d{1,6})")  # of an output item: its response's, and its place there
 
 
-class Part(msgspec.Struct):
+class Part(msgspec.Struct, gc=False):
     """Text under one of its names, or an image or file by URL, data or id."""
 
     type: str
@@ -44,7 +44,7 @@ class Part(msgspec.Struct):
     detail: str | None = None
 
 
-class Item(msgspec.Struct):
+class Item(msgspec.Struct, gc=False):
     """Any input item; which fields it must have depends on its type. Without one it is a message, or a reference."""
 
     type: str | None = None
@@ -64,7 +64,7 @@ class Item(msgspec.Struct):
         return self.type or ("item_reference" if self.id and self.role is None else "message")
 
 
-class Compacted(msgspec.Struct):
+class Compacted(msgspec.Struct, gc=False):
     """What a compaction item holds: the users' last words and the summary of everything."""
 
     users: list[str]

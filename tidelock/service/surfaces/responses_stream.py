@@ -84,8 +84,10 @@ class Writer:
             item = {"type": "message", "id": f"msg_{self._unique}_{n}", "status": "in_progress", "role": "assistant"}
             item["content"] = []
         elif kind == "custom":
-            item = {"type": "custom_tool_call", "id": f"ctc_{self._unique}_{n}", "status": "in_progress", "call_id": piece.id}
-            item |= {"name": piece.text, "input": ""}
+            item = {
+                "type": "custom_tool_call", "id": f"ctc_{self._unique}_{n}", "status": "in_progress", "call_id": piece.id,
+                "name": piece.text, "input": "",
+            }  # fmt: skip
         else:
             item = {
                 "type": "function_call", "id": f"fc_{self._unique}_{n}", "status": "in_progress", "call_id": piece.id,

@@ -16,7 +16,7 @@ from tidelock.service.surfaces.custom_tools import TextFormat
 from tidelock.tokens.message import ToolSpec
 
 
-class Tool(msgspec.Struct):
+class Tool(msgspec.Struct, gc=False):
     type: str
     name: str | None = None
     description: str | None = None

@@ -13,7 +13,8 @@ from tidelock.service.http import Handler, Json
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import (
     account, batches, billing, chat, chat_request, compaction, conversations, files, message_batches, messages,
-    messages_request, models, organization, receipts, responses, responses_request, shapes, spend_limit, stored_chat, stored_responses, wallet,
+    messages_request, models, organization, receipts, responses, responses_request, shapes, spend_limit, stored_chat,
+    stored_responses, wallet,
 )  # fmt: skip
 
 LISTED = ("after", "limit", "order")
