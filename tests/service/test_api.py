@@ -433,3 +433,10 @@ def test_a_lenient_chat_offers_the_allowed_tools_and_no_others(service):
     assert "lookup" in (prompt := service.state.template.tokenizer.decode(service.policy.prompts[-1])) and "other" not in prompt
     with pytest.raises(openai.BadRequestError):
         api.chat.completions.create(**asked, tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{}]}})
+
+
+def test_a_completion_names_what_made_it_in_words_as_openai_s_document_has_it(service):
+    """Where that has no null, nothing is null."""
+    answer = service.client().chat.completions.create(model="tide", messages=[{"role": "user", "content": "hi"}])
+    assert isinstance(answer.system_fingerprint, str) and answer.choices[0].message.annotations == []
+    assert "user" not in service.client().responses.create(model="tide", input="hi").model_fields_set

@@ -235,3 +235,18 @@ def test_another_model_s_redacted_thought_is_left_out(service):
     plain = [*ASK["messages"], {"role": "assistant", "content": said[1:]}, *ASK["messages"]]
     raw(service, {**ASK, "messages": plain})
     assert service.policy.prompts[-1] == service.policy.prompts[-2]
+
+
+def test_a_message_has_what_anthropic_s_document_requires_in_a_form_that_the_ai_sdk_takes(service):
+    """There `citations` must be present, here it must be no null: a list is both."""
+    service.policy.turns = [TURN]
+    answer = raw(service, {**ASK, "tools": [TOOL]}).json()
+    assert {"container", "stop_details"} <= answer.keys() and {"inference_geo", "server_tool_use"} <= answer["usage"].keys()
+    _, text, call = answer["content"]
+    assert text["citations"] == [] and call["caller"] == {"type": "direct"}
+    lines = raw(service, {**ASK, "tools": [TOOL], "stream": True}).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+    blocks = [event["content_block"] for event in events if event["type"] == "content_block_start"]
+    assert blocks[1]["citations"] == [] and blocks[2]["caller"] == {"type": "direct"}
+    (delta,) = [event["delta"] for event in events if event["type"] == "message_delta"]
+    assert {"container", "stop_details"} <= delta.keys()
