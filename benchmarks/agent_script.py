@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from tidelock.tokens.directives import is_of_one_request
 from tidelock.tokens.message import Message, ToolCall, ToolSpec
 from tidelock.tokens.policy import Chunk, PolicyError, SamplingParams
@@ -26,9 +28,10 @@ FILES = {
     "test_calc.py": 'from calc import add\n\nassert add(2, 3) == 5, add(2, 3)\nprint("all tests passed")\n',
 }
 FIXED, BROKEN_STILL = "I mended calc.py: the test passes now.", "The test still fails."
-SHELLS = ("exec_command", "shell_command", "shell", "bash", "Bash", "Shell")
-READERS, EDITORS = ("Read", "read", "ReadFile"), ("Edit", "edit", "StrReplaceFile")
+SHELLS = ("exec_command", "shell_command", "shell", "bash", "Bash", "Shell", "run_shell_command")
+READERS, EDITORS = ("Read", "read", "ReadFile", "read_file"), ("Edit", "edit", "StrReplaceFile")
 PER_CHUNK, PAUSE_S = 16, 0.002
+MOST_OPENED = 64  # ids of an empty thought, with room
 
 
 def task(directory: Path) -> str:
@@ -61,7 +64,7 @@ class AgentScript:
         if messages[-1].role == "assistant":  # the turn that is to be sampled, empty as yet
             messages.pop()
         self.tools |= {tool.name for tool in declared_tools(messages)}
-        ids = self._template.sampled(said or self._answer(messages))[: params.max_tokens]
+        ids = self._rest(said or self._answer(messages), prompt_ids)[: params.max_tokens]
         for start in range(0, len(ids), PER_CHUNK):
             await asyncio.sleep(PAUSE_S)
             if request_id in self._aborted:
@@ -71,6 +74,14 @@ class AgentScript:
             last = start + PER_CHUNK >= len(ids)
             ended = ("stop" if ids[-1] in self._template.stop_ids else "length") if last else None
             yield Chunk(part, (-0.5,) * len(part), 1, ended)
+
+    def _rest(self, message: Message, prompt_ids: Sequence[int]) -> Sequence[int]:
+        """The ids to sample. Where the prompt ends in an empty thought, as it does for who wants none, they follow that."""
+        unthought = self._template.sampled(replace(message, reasoning=""))
+        for n in range(min(len(unthought), MOST_OPENED), 0, -1):
+            if tuple(prompt_ids[-n:]) == tuple(unthought[:n]):
+                return unthought[n:]
+        return self._template.sampled(message)
 
     async def count(self, prompt_ids: Sequence[int]) -> int:
         return len(prompt_ids)
@@ -102,7 +113,8 @@ def _steps(tools: dict[str, ToolSpec], place: Path) -> list[tuple[str, str, dict
     """(thought, tool, arguments) of each call."""
     shell = next(name for name in SHELLS if name in tools)
     reader = next((name for name in READERS if name in tools), None)
-    editor = next((name for name in EDITORS if name in tools), None)
+    fitting = (name for name in EDITORS if name in tools and "old" in " ".join(tools[name].parameters["properties"]).lower())
+    editor = next(fitting, None)
     target, test = place / "calc.py", f"cd {place} && python3 test_calc.py"
     look = "First I look at calc.py, since the test imports add from it and nothing else."
     mend = "add subtracts: the operator is the fault. I put a plus where the minus is, and leave the rest alone."

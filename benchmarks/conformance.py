@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from tidelock.service.accounts import SCOPES
 from tidelock.service.app import create_app
 from tidelock.service.server import serving
 from tidelock.service.state import ServiceState, open_state
-from tidelock.service.surfaces import batches, files, message_batches, responses_request, stored_chat
+from tidelock.service.surfaces import batches, conversations, files, message_batches, responses_items, stored_chat
 from tidelock.tokens.template import get_template
 from tidelock.tokens.tokenizer import ByteTokenizer
 
@@ -38,6 +39,9 @@ KEYS = ("My API Key", "My Admin API Key", "my-anthropic-api-key", "My Auth Token
 CUSTOMER, CONTEXT = "suite", 16384
 ABLE_CONTEXT, ABLE_ANSWER = 1 << 17, 2048  # of the mind that is no model: suites ask for 32 K of answer
 RESPONSES = ("response_id", "resp_677efb5139a88190b512bc3fef8e535d", "previous_response_id", "resp_123")
+CONVERSATIONS = ("conv_123", "string")
+ITEM = {"id": "msg_abc", "type": "message", "role": "user", "status": "completed",
+        "content": [{"type": "input_text", "text": "hi"}]}  # fmt: skip
 BATCH = {
     "id": "batch_id", "object": "batch", "endpoint": "/v1/chat/completions", "input_file_id": "file_id", "status": "in_progress",
     "completion_window": "24h", "created_at": 1, "cancelling_at": None, "request_counts": {"total": 0, "completed": 0, "failed": 0},
@@ -83,11 +87,13 @@ def keep(state: ServiceState, response: dict, completion: dict) -> None:
     """Puts back whatever of the suites' objects is gone."""
     node = response["trace"]["node"]
     answers = [{**response, "id": name, "background": True} for name in RESPONSES]
-    docs = [(responses_request.KIND, {"id": doc["id"], "node": node, "input": [], "response": doc}) for doc in answers]
+    docs = [(responses_items.KIND, {"id": doc["id"], "node": node, "input": [], "response": doc}) for doc in answers]
     docs.append((batches.KIND, BATCH))
     ended = {**batches.fresh("message_batch_id", message_batches.ENDPOINT, "message_batch_input", "24h", 24, None),
              "status": "completed", "completed_at": 1}  # fmt: skip
     docs.append((message_batches.KIND, ended))
+    talks = [{"id": name, "created_at": 1, "metadata": {}, "items": [ITEM]} for name in CONVERSATIONS]
+    docs += [(conversations.KIND, doc) for doc in talks]
     stored = {**completion, "id": "completion_id", "metadata": {}}
     docs.append((stored_chat.KIND, {"id": "completion_id", "completion": stored, "messages": []}))
     with state.ledger.db.transaction() as write:
@@ -104,6 +110,8 @@ def keep(state: ServiceState, response: dict, completion: dict) -> None:
             data = b"Example data" if kind == files.KIND else b""
             files.store(state, CUSTOMER, "example.jsonl", "batch", data, name, kind)
     with state.ledger.db.transaction() as write:
+        for doc in talks:  # without what a request has said in it
+            write("UPDATE objects SET body = ? WHERE id = ?", (json.dumps(doc), doc["id"]))
         keep_account(write)
 
 

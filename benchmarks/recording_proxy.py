@@ -17,12 +17,13 @@ HOP = {"host", "content-length", "transfer-encoding", "connection", "accept-enco
 
 @dataclass
 class Exchange:
-    """One request as its client saw it. `shown`: the body so far."""
+    """One request as its client saw it. `key`: its secret. `shown`: the body so far."""
 
     method: str
     path: str
     body: bytes
     began: float
+    key: str = ""
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     shown: bytearray = field(default_factory=bytearray)
@@ -64,7 +65,8 @@ async def recording(upstream: str) -> AsyncIterator[tuple[str, list[Exchange]]]:
     seen: list[Exchange] = []
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        exchange = Exchange(request.method, request.path, await request.read(), time.monotonic())
+        key = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+        exchange = Exchange(request.method, request.path, await request.read(), time.monotonic(), key)
         seen.append(exchange)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in HOP}
         url = upstream + request.path_qs

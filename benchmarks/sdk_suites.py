@@ -32,7 +32,7 @@ from pathlib import Path
 
 ORGANIZATION = "admin/organization"
 OPENAI = (
-    "chat", "test_responses.py", "responses", "test_models.py", "test_files.py", "test_batches.py",
+    "chat", "test_responses.py", "responses", "test_conversations.py", "conversations", "test_models.py", "test_files.py", "test_batches.py",
     *(f"{ORGANIZATION}/test_{name}.py" for name in ("usage", "spend_limit", "projects", "users", "audit_logs")),
     f"{ORGANIZATION}/projects/test_api_keys.py",
 )  # fmt: skip
@@ -41,7 +41,7 @@ ANTHROPIC = (
     "beta/test_messages.py", "beta/messages", "beta/test_models.py", "beta/test_files.py",
 )  # fmt: skip
 OPENAI_NODE = (
-    "responses", "chat", "models", "files", "batches",
+    "responses", "conversations", "chat", "models", "files", "batches",
     *(f"{ORGANIZATION}/{name}.test" for name in ("usage", "spend-limit", "audit-logs")), f"{ORGANIZATION}/users/users",
     *(f"{ORGANIZATION}/projects/{name}.test" for name in ("projects", "api-keys")),
 )  # fmt: skip

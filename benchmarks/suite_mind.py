@@ -39,6 +39,8 @@ KEYS = re.compile(r"\bkeys? (?:named |called )?['\"`]\w+['\"`]|['\"`]\w+['\"`] k
 QUOTED = re.compile(r"['\"`](\w+)['\"`]")
 UNWANTED = re.compile(r"不应使用|不要使用|(?:do not|don't|without) (?:use|using|call|calling)", re.IGNORECASE)
 WANTED = re.compile(r"使用工具|\btools?\b", re.IGNORECASE)
+PARALLEL = re.compile(r"\bparallel\b", re.IGNORECASE)  # what is quoted is then asked for in a call each
+RECITAL, VERSE = re.compile(r"\brecite\b", re.IGNORECASE), "Arma virumque cano, Troiae qui primus ab oris.\n"
 COMMON = {"get", "set", "the", "of", "a", "an", "for", "to", "is", "in", "and", "current", "this", "what", "use", "with"}
 LONG = 400  # letters; an instruction this long tells how arguments are to look and not what they are: the decoder's business
 DEPTH = 6  # of a schema that holds its like
@@ -116,11 +118,16 @@ def answer(messages: Sequence[Message]) -> Message:
     if "thinking_effort" in asked:
         return Message("assistant", effort, thought)
     if messages[-1].role == "tool":
-        return Message("assistant", f"The tool says: {messages[-1].content}", thought)
+        last = max(n for n, message in enumerate(messages) if message.role != "tool")
+        return Message("assistant", "The tool says: " + " / ".join(m.content for m in messages[last + 1 :]), thought)
+    if RECITAL.search(asked):
+        return Message("assistant", VERSE * 60, thought)
     tool = _fitting(messages)
     if tool is not None:
         number = sum(len(m.tool_calls) for m in messages)
-        return Message("assistant", "", thought, (ToolCall(call_id(tool.name, number), tool.name, _filled(tool, asked)),))
+        things = [f"'{word}'" for word in QUOTED.findall(asked)] if PARALLEL.search(asked) else [asked]
+        calls = [ToolCall(call_id(tool.name, number + n), tool.name, _filled(tool, thing)) for n, thing in enumerate(things)]
+        return Message("assistant", "", thought, tuple(calls))
     if KEYS.search(asked):
         return Message("assistant", jsontext.dump(dict.fromkeys(QUOTED.findall(asked), _name(asked))), thought)
     said = [m.content for m in messages if m.role == "user"]

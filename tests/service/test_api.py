@@ -422,3 +422,21 @@ def test_a_taken_port_is_one_clear_line():
         taken.listen()
         with pytest.raises(UserError, match="cannot listen"):
             bind("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_lenient_chat_offers_the_allowed_tools_and_no_others(service):
+    tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}} for name in ("lookup", "other")]
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "lookup"}}]}
+    api = service.client(service.key(profile="lenient"), max_retries=0)
+    asked = {"model": "tide", "messages": [{"role": "user", "content": "hi"}], "tools": tools}
+    api.chat.completions.create(**asked, tool_choice={"type": "allowed_tools", "allowed_tools": allowed})
+    assert "lookup" in (prompt := service.state.template.tokenizer.decode(service.policy.prompts[-1])) and "other" not in prompt
+    with pytest.raises(openai.BadRequestError):
+        api.chat.completions.create(**asked, tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{}]}})
+
+
+def test_a_completion_names_what_made_it_in_words_as_openai_s_document_has_it(service):
+    """Where that has no null, nothing is null."""
+    answer = service.client().chat.completions.create(model="tide", messages=[{"role": "user", "content": "hi"}])
+    assert isinstance(answer.system_fingerprint, str) and answer.choices[0].message.annotations == []
+    assert "user" not in service.client().responses.create(model="tide", input="hi").model_fields_set

@@ -43,6 +43,8 @@ def anns(service):
     message = {"custom_id": "a", "params": {"model": "tide", "max_tokens": 9, "messages": ASK["messages"]}}
     made = call("POST", "/messages/batches", json={"requests": [message]}).json()["id"]
     service.wait(lambda: call("GET", f"/messages/batches/{made}").json()["processing_status"] == "ended")
+    talk = call("POST", "/conversations", json={"items": [{"role": "user", "content": SECRET_WORDS}]}).json()["id"]
+    ids |= {"/v1/conversations": talk, "item": call("GET", f"/conversations/{talk}/items").json()["data"][0]["id"]}
     ids |= {f"{root}/messages/batches": made for root in ("/v1", "/anthropic/v1")}
     return call, ids, chat["trace"]["node"]
 
@@ -52,6 +54,7 @@ EVERYBODY_S = ("/v1/models/{model}", "/anthropic/v1/models/{model}", "/v1/organi
 OWNED = [route for route in ROUTES if "{" in route.path and route.path not in EVERYBODY_S]
 BODIES = {
     "/v1/chat/completions/{id}": {"metadata": {}}, "/v1/organization/projects/{id}": {"name": "mine"},
+    "/v1/conversations/{id}": {"metadata": {}}, "/v1/conversations/{id}/items": {"items": []},
     "/v1/organization/projects/{id}/api_keys": {}, "/v1/organization/users/{id}": {"role": "viewer"},
 }  # fmt: skip
 
@@ -59,7 +62,7 @@ BODIES = {
 def test_the_table_has_every_endpoint_with_an_id(anns):
     call, ids, _ = anns
     """So that nobody adds one without saying here what a stranger would ask it for."""
-    assert {route.path.partition("/{id}")[0] for route in OWNED} | {"key", "boss"} == set(ids)
+    assert {route.path.partition("/{id}")[0] for route in OWNED} | {"key", "boss", "item"} == set(ids)
     assert all("{id}" in route.path for route in OWNED)
 
 
@@ -82,7 +85,7 @@ def test_a_foreign_id_is_404_everywhere_and_reads_the_same_as_no_id(service, ann
         root = route.path.partition("/{id}")[0]
         answers = []
         for object_id in (ids[root], "never_existed"):
-            path = route.path.replace("{id}", object_id).replace("{key}", ids["key"])
+            path = route.path.replace("{id}", object_id).replace("{key}", ids["key"]).replace("{item}", ids["item"])
             answer = ask(route.method, path, bob, BODIES.get(route.path))
             assert answer.status_code == 404, (route.method, path, answer.text)
             assert answer.json()["error"]["type"] in ("resource_not_found_error", "not_found_error")
@@ -91,7 +94,7 @@ def test_a_foreign_id_is_404_everywhere_and_reads_the_same_as_no_id(service, ann
     for route in OWNED:  # and it is all still there for its owner
         if route.method == "GET":
             root = route.path.partition("/{id}")[0]
-            path = route.path.replace("{id}", ids[root]).replace("{key}", ids["key"])
+            path = route.path.replace("{id}", ids[root]).replace("{key}", ids["key"]).replace("{item}", ids["item"])
             assert ask("GET", path, ids["boss"]).status_code == 200, path
 
 
@@ -103,6 +106,11 @@ def test_foreign_ids_inside_bodies_and_queries_lead_nowhere(service, anns):
     continued = {"model": "tide", "input": "x", "previous_response_id": ids["/v1/responses"]}
     assert call("POST", "/responses", bob, json=continued).status_code == 400
     assert call("POST", "/responses/input_tokens", bob, json=continued).status_code == 400
+    referred = {"model": "tide", "input": [{"type": "item_reference", "id": f"rs_{ids['/v1/responses'].removeprefix('resp_')}_0"}]}
+    assert call("POST", "/responses", json=referred | {"store": False}).status_code == 200
+    assert call("POST", "/responses", bob, json=referred).status_code == 400
+    talking = {"model": "tide", "input": "x", "conversation": ids["/v1/conversations"]}
+    assert call("POST", "/responses", bob, json=talking).status_code == 404
     feedback = {"node": node, "success": True, "reward": 1, "source": "bob"}
     assert call("POST", "/feedback", bob, json=feedback).status_code == 404
     for root in [path for path in ids if path.startswith("/v1") and "organization" not in path]:

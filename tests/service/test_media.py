@@ -118,3 +118,14 @@ def test_more_tokens_than_there_is_room_for_are_the_room_in_the_lenient_profile(
     assert service.policy.params[-1].max_tokens == 4096 - len(service.policy.prompts[-1])
     claude = anthropic.Anthropic(base_url=service.running.base_url.removesuffix("/v1"), api_key=service.key())
     assert claude.messages.create(**ask).stop_reason == "end_turn"
+
+
+def test_a_file_in_a_chat_is_a_part_like_the_others(service, ask):
+    part = {"type": "file", "file": {"file_data": "data:application/pdf;base64,JVBERi0=", "filename": "a.pdf"}}
+    body = {"model": "tide", "messages": [{"role": "user", "content": [{"type": "text", "text": "see"}, part]}]}
+    refused = ask("/chat/completions", body)
+    assert refused.status_code == 400 and "file in messages[0].content[1]" in refused.json()["error"]["message"]
+    service.state.lenient = True
+    assert ask("/chat/completions", body).status_code == 200
+    part["file"] = {"file_data": "data:image/png;base64,AAAA"}
+    assert ask("/chat/completions", body).status_code == 400

@@ -210,3 +210,43 @@ def test_consent_and_session_travel_in_metadata(service):
     answer = raw(service, {**ASK, "metadata": {"training_consent": "false"}}, **{"x-api-key": secret}).json()
     node = service.state.traces.get(answer["trace"]["node"])
     assert not node.consent and node.consent_source == "request"
+
+
+def test_a_lenient_server_thinks_when_it_is_asked_to_as_anthropic_s_clients_expect(service):
+    """Who does not speak of thinking reads the first block as the answer."""
+    service.policy.turns = [Message("assistant", "hello", "")]
+    api = anthropic.Anthropic(base_url=service.running.base_url.removesuffix("/v1"), api_key=service.key(profile="lenient"))
+    common = {"model": "any", "max_tokens": 2000, "messages": [{"role": "user", "content": "hi"}]}
+    opened = {}
+    for kind, more in (("silent", {}), ("off", {"thinking": {"type": "disabled"}}),
+                       ("on", {"thinking": {"type": "enabled", "budget_tokens": 1024}}), ("adaptive", {"thinking": {"type": "adaptive"}})):
+        api.messages.create(**common, **more)  # fmt: skip
+        opened[kind] = service.policy.prompts[-1]
+    assert opened["silent"] == opened["off"] != opened["on"] == opened["adaptive"]
+    strict = anthropic.Anthropic(base_url=service.running.base_url.removesuffix("/v1"), api_key=service.key("bob"))
+    strict.messages.create(**{**common, "model": "tide"})
+    assert service.policy.prompts[-1] == opened["on"]
+
+
+def test_another_model_s_redacted_thought_is_left_out(service):
+    said = [{"type": "redacted_thinking", "data": "EmwKAhgB"}, {"type": "text", "text": "so it is"}]
+    messages = [*ASK["messages"], {"role": "assistant", "content": said}, *ASK["messages"]]
+    assert raw(service, {**ASK, "messages": messages}).status_code == 200
+    plain = [*ASK["messages"], {"role": "assistant", "content": said[1:]}, *ASK["messages"]]
+    raw(service, {**ASK, "messages": plain})
+    assert service.policy.prompts[-1] == service.policy.prompts[-2]
+
+
+def test_a_message_has_what_anthropic_s_document_requires_in_a_form_that_the_ai_sdk_takes(service):
+    """There `citations` must be present, here it must be no null: a list is both."""
+    service.policy.turns = [TURN]
+    answer = raw(service, {**ASK, "tools": [TOOL]}).json()
+    assert {"container", "stop_details"} <= answer.keys() and {"inference_geo", "server_tool_use"} <= answer["usage"].keys()
+    _, text, call = answer["content"]
+    assert text["citations"] == [] and call["caller"] == {"type": "direct"}
+    lines = raw(service, {**ASK, "tools": [TOOL], "stream": True}).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+    blocks = [event["content_block"] for event in events if event["type"] == "content_block_start"]
+    assert blocks[1]["citations"] == [] and blocks[2]["caller"] == {"type": "direct"}
+    (delta,) = [event["delta"] for event in events if event["type"] == "message_delta"]
+    assert {"container", "stop_details"} <= delta.keys()

@@ -50,8 +50,11 @@ def test_words_status_and_headers_by_which_agents_know_not_to_try_again(service,
     assert "retry-after" not in refused.headers
     assert refused.json()["error"]["type"] == ("billing_error" if path == "/messages" else "exceeded_current_quota_error")
     assert "insufficient balance" in message and "credit balance is too low" in message
-    told = post(service, path, secret, **{"user-agent": "opencode/1.18 ai-sdk/openai-compatible/3.0"})
-    assert told.status_code == 402 and told.json()["error"] == refused.json()["error"]
+    for agent in ("opencode/1.18 ai-sdk/openai-compatible/3.0", "QwenCode/0.15.10 (linux; x64)", "ls/JS 5.23.2"):
+        told = post(service, path, secret, **{"user-agent": agent})
+        assert told.status_code == 402 and told.json()["error"] == refused.json()["error"]
+    for agent in ("OpenAI/JS 6.26.0", "OpenAI/Python 2.54.0", "Anthropic/JS 1.14.0"):
+        assert post(service, path, secret, **{"user-agent": agent}).status_code == 429
 
 
 def test_a_client_that_is_only_too_fast_is_not_told_to_pay(service):

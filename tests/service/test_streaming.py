@@ -258,3 +258,23 @@ def test_money_that_ends_before_there_was_anything_to_show_is_not_taken(service,
     else:
         assert answer.status_code == 429 and tokens < 30 and not rows
         service.wait(lambda: service.state.ledger.balance("bob") == prompt * 300 + tokens * 1500)
+
+
+@pytest.mark.parametrize("template", ["xtml", "chatml"], indirect=True)
+def test_a_chunk_says_one_thing_however_much_was_sampled_at_once(service):
+    """LlamaIndex reads the first tool call of a chunk and no other; others read either the thought or the content."""
+    calls = tuple(ToolCall(f"functions.lookup:{n}", "lookup", {"key": str(n)}) for n in range(3))
+    service.policy.turns, service.policy.per_chunk = [Message("assistant", "looking", "let me see", calls)], 10_000
+    tools = [{"type": "function", "function": {"name": "lookup", "parameters": {"type": "object"}}}]
+    asked = {**BODIES["/chat/completions"], "tools": tools, "logprobs": True, "stream": True}
+    chunks = list(service.client().chat.completions.create(**asked))
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    said = [[d.content, getattr(d, "reasoning_content", None), *(d.tool_calls or ())] for d in deltas]
+    assert max(sum(map(bool, things)) for things in said) == 1
+    found = [call for delta in deltas for call in delta.tool_calls or ()]
+    assert [call.id for call in found if call.id] == [call.id for call in calls]
+    for n in range(3):
+        assert json.loads("".join(call.function.arguments for call in found if call.index == n)) == {"key": str(n)}
+    assert "".join(d.content or "" for d in deltas) == "looking"
+    tokens = [token for chunk in chunks for c in chunk.choices for token in (c.logprobs.content if c.logprobs else ())]
+    assert "".join(token.token for token in tokens) == "looking"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -91,11 +92,14 @@ def failure(error: ApiError, request_id: str, anthropic: bool) -> Response:
     status, body = error.anthropic(request_id) if anthropic else (error.status, error.body())
     return Response(wire.encode(body), status, headers, JSON)
 
+STUBBORN = re.compile(r"ai-sdk/|^QwenCode/|^[\w$]{1,3}/JS ")
+
 
 def for_client(error: ApiError, request: Request) -> ApiError:
-    """The AI SDK, and with it OpenCode, tries every 429 again and asks no header whether it should. Its users without
-    money are told 402, which it does not try again; all others get Kimi's 429."""
-    if error.kind == "exceeded_current_quota_error" and "ai-sdk/" in request.headers.get("user-agent", ""):
+    """Some programs try every 429 again and ask no header whether they should: what is made of the AI SDK (OpenCode), Qwen
+    Code, and Continue, ten times (the last is known by the name that its packing left of OpenAI's client). Their users
+    without money are told 402, which they do not try again; all others get Kimi's 429."""
+    if error.kind == "exceeded_current_quota_error" and STUBBORN.search(request.headers.get("user-agent", "")):
         error.status = 402
     return error
 

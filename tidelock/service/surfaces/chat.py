@@ -53,6 +53,7 @@ def answer(message: Message) -> dict[str, Any]:
     """An assistant message as the client sees it."""
     out: dict[str, Any] = {
         "role": "assistant", "content": message.content or (None if message.tool_calls else ""), "refusal": None,
+        "annotations": [],
     }  # fmt: skip
     if message.reasoning:
         out["reasoning_content"] = message.reasoning
@@ -62,6 +63,19 @@ def answer(message: Message) -> dict[str, Any]:
             for c in message.tool_calls
         ]
     return out
+
+
+def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Neighbours that belong together: of one kind, and of a tool call its name and arguments."""
+    runs: list[list[Piece]] = []
+    for piece in pieces:
+        last = runs[-1][-1] if runs else None
+        same = last is not None and piece.call == last.call
+        if same and (piece.kind == last.kind != "call" or (last.kind, piece.kind) == ("call", "arguments")):
+            runs[-1].append(piece)
+        else:
+            runs.append([piece])
+    return runs
 
 
 class Chat:
@@ -99,7 +113,7 @@ class Chat:
         trace = {"node": bill.nodes[0], "nodes": list(bill.nodes)}
         completion = {
             **self._head, "choices": choices, "usage": usage(bill.usage), "service_tier": "default",
-            "system_fingerprint": None, "trace": trace,
+            "system_fingerprint": f"fp_{self._state.weights_version}", "trace": trace,
         }  # fmt: skip
         if self.request.store:
             self._store(completion)
@@ -125,28 +139,27 @@ class Chat:
         return wire.event({**error.body(), **({"usage": usage(error.bill.usage)} if error.bill else {})})
 
     def _delta(self, choice: int, pieces: Sequence[Piece]) -> bytes:
-        """One chunk for all there is to say about a choice."""
+        """A chunk for each thing there is to say about a choice: a thought, some content, one tool call. Many clients look
+        at no more than that in a chunk, because OpenAI's have no more."""
         out = b""
         if choice not in self._opened:
             self._opened.add(choice)
             out = self._chunk(choice, {"role": "assistant", "content": ""})
-        delta: dict[str, Any] = {}
-        calls: dict[int, dict[str, Any]] = {}
-        tokens: list[Token] = []
-        for piece in pieces:
-            tokens += piece.tokens
-            if piece.kind in ("content", "reasoning"):
-                field = "content" if piece.kind == "content" else "reasoning_content"
-                delta[field] = delta.get(field, "") + piece.text
-            elif piece.kind == "call":
-                function = {"name": piece.text, "arguments": ""}
-                calls[piece.call] = {"index": piece.call, "id": piece.id, "type": "function", "function": function}
+        for run in _runs(pieces):
+            first, tokens = run[0], [token for piece in run for token in piece.tokens]
+            if first.kind in ("content", "reasoning"):
+                field = "content" if first.kind == "content" else "reasoning_content"
+                delta: dict[str, Any] = {field: "".join([piece.text for piece in run])}
             else:
-                call = calls.setdefault(piece.call, {"index": piece.call, "function": {"arguments": ""}})
-                call["function"]["arguments"] += piece.text
-        if calls:
-            delta["tool_calls"] = list(calls.values())
-        return out + self._chunk(choice, delta, tokens) if delta else out
+                call: dict[str, Any] = {"index": first.call}
+                if first.kind == "call":
+                    call |= {"id": first.id, "type": "function"}
+                function = {"name": first.text} if first.kind == "call" else {}
+                rest = run[1:] if first.kind == "call" else run
+                function["arguments"] = "".join([piece.text for piece in rest])
+                delta = {"tool_calls": [{**call, "function": function}]}
+            out += self._chunk(choice, delta, tokens)
+        return out
 
     def _chunk(
         self, choice: int, delta: dict[str, Any], tokens: Sequence[Token] = (), finish_reason: str | None = None, **more: Any

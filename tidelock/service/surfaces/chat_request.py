@@ -51,6 +51,22 @@ class VideoPart(msgspec.Struct, gc=False, tag_field="type", tag="video_url"):
         return self.video_url if isinstance(self.video_url, str) else self.video_url.url
 
 
+class File(msgspec.Struct, gc=False):
+    file_data: str | None = None
+    file_id: str | None = None
+    filename: str | None = None
+
+
+class FilePart(msgspec.Struct, gc=False, tag_field="type", tag="file"):
+    file: File
+    kind = "file"
+    text = "[file]"
+
+    @property
+    def url(self) -> str | None:
+        return self.file.file_data
+
+
 class FunctionCall(msgspec.Struct, gc=False):
     name: str
     arguments: str = "{}"
@@ -76,7 +92,7 @@ class Tool(msgspec.Struct, gc=False):
 
 class WireMessage(msgspec.Struct, gc=False):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart | RefusalPart | ImagePart | VideoPart] | None = None
+    content: str | list[TextPart | RefusalPart | ImagePart | VideoPart | FilePart] | None = None
     reasoning_content: str | None = None
     tool_calls: list[WireToolCall] | None = None
     tool_call_id: str | None = None
@@ -146,7 +162,9 @@ def read(state: ServiceState, request: ChatRequest, lenient: bool) -> Ask:
     kimi.check(request, lenient)
     given = [_message(message, f"messages[{n}]", lenient) for n, message in enumerate(request.messages)]
     opening = given.pop() if request.messages[-1].partial else None
-    tools = [ToolSpec(t.function.name, t.function.description, t.function.parameters) for t in request.tools or ()]
+    allowed = _allowed(request.tool_choice) if lenient else None
+    tools = [ToolSpec(t.function.name, t.function.description, t.function.parameters) for t in request.tools or ()
+             if allowed is None or t.function.name in allowed]  # fmt: skip
     messages = conversation(given, tools, kimi.effort(request))
     ask = Ask(
         model=request.model,
@@ -217,10 +235,20 @@ def _text(given: WireMessage, where: str, lenient: bool) -> str:
     """Raises a 400 that names the part that is no text."""
     if not isinstance(given.content, list):
         return given.content or ""
+    seen = ImagePart | VideoPart | FilePart
     return "".join(
-        stand_in(part.kind, part.url, f"{where}.content[{n}]", lenient) if isinstance(part, ImagePart | VideoPart) else part.text
+        stand_in(part.kind, part.url, f"{where}.content[{n}]", lenient) if isinstance(part, seen) else part.text
         for n, part in enumerate(given.content)
     )
+
+
+def _allowed(choice: str | dict[str, Any] | None) -> set[str] | None:
+    """The names that OpenAI's `allowed_tools` leaves; None if the choice is of another kind."""
+    given = choice.get("allowed_tools") if isinstance(choice, dict) and choice.get("type") == "allowed_tools" else None
+    if not isinstance(given, dict):
+        return None
+    functions = [tool.get("function") for tool in given.get("tools") or () if isinstance(tool, dict)]
+    return {str(function.get("name")) for function in functions if isinstance(function, dict)}
 
 
 def _tool_choice(given: str | dict[str, Any] | None, lenient: bool) -> str:
@@ -229,6 +257,8 @@ def _tool_choice(given: str | dict[str, Any] | None, lenient: bool) -> str:
     if isinstance(given, dict) and given.get("type") == "function":
         name = (given.get("function") or {}).get("name")
         return name if lenient and isinstance(name, str) else "auto"  # Kimi ignores the named form
+    if lenient and _allowed(given) is not None:
+        return "required" if given["allowed_tools"].get("mode") == "required" else "auto"
     raise invalid_request("tool_choice must be auto, none or required", "tool_choice")
 
 

@@ -17,13 +17,14 @@ from starlette.requests import Request
 
 from tidelock.service import wire
 from tidelock.service.answer import Bill, Ended, Event
-from tidelock.service.errors import ApiError
+from tidelock.service.errors import ApiError, invalid_request
 from tidelock.service.http import is_lenient
 from tidelock.service.keys import Key
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces.responses import usage
-from tidelock.service.surfaces.responses_request import CompactRequest, Compacted, to_ask
+from tidelock.service.surfaces.responses_items import Compacted
+from tidelock.service.surfaces.responses_request import CompactRequest, to_ask
 from tidelock.tokens.message import DIRECTIVES, Message
 from tidelock.tokens.policy import SamplingParams
 
@@ -44,6 +45,8 @@ class Compact:
 
     def __init__(self, state: ServiceState, key: Key, request: Request | None, body: bytes) -> None:
         asked: CompactRequest = wire.decode(body, _decoder)
+        if asked.model is None:
+            raise invalid_request("a request needs a model", "model")
         ask = to_ask(state, key, asked, SamplingParams(), is_lenient(state, request))
         self._users = _latest([m.content for m in ask.messages if m.role == "user" and m.name not in DIRECTIVES])
         words = {"tool_choice": "none" if ask.tools else "auto", "schema": None}  # a note, whatever the rest is held to

@@ -144,6 +144,14 @@ def paging(request: Request) -> tuple[str | None, int, bool]:
     return query.get("after"), max(int(limit), 1), order == "desc"
 
 
+def page_of(request: Request, docs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The page that is asked for of a list held whole, its oldest first."""
+    after, limit, newest_first = paging(request)
+    docs = docs[::-1] if newest_first else docs
+    start = next((n + 1 for n, doc in enumerate(docs) if doc["id"] == after), len(docs)) if after is not None else 0
+    return listing(docs[start : start + limit], len(docs) > start + limit)
+
+
 def listing(docs: list[dict[str, Any]], more: bool) -> dict[str, Any]:
     first, last = (docs[0]["id"], docs[-1]["id"]) if docs else ("", "")
     return {"object": "list", "data": docs, "first_id": first, "last_id": last, "has_more": more}

@@ -49,6 +49,8 @@ def usage(used: Usage) -> dict[str, Any]:
         "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
         "output_tokens": used.completion_tokens,
         "output_tokens_details": {"thinking_tokens": used.reasoning_tokens},
+        "server_tool_use": None,
+        "inference_geo": None,
         "service_tier": "standard",
         "cost_nano_usd": used.nano_usd,
     }
@@ -61,6 +63,15 @@ def _signature(thought: str) -> str:
 
 def _tool_id(call_id: str) -> str:
     return "toolu_" + re.sub("[^a-zA-Z0-9_-]", "_", call_id.removeprefix("functions."))
+
+
+def _text(text: str) -> dict[str, Any]:
+    """Citations must be there, says Anthropic's document, and may be null; the AI SDK takes them missing or a list."""
+    return {"type": "text", "text": text, "citations": []}
+
+
+def _tool_use(call_id: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": _tool_id(call_id), "name": name, "input": arguments, "caller": {"type": "direct"}}
 
 
 def _stop_reason(end: Ended) -> str:
@@ -91,9 +102,8 @@ class Messages:
             signature = _signature(message.reasoning)
             content.append({"type": "thinking", "thinking": message.reasoning, "signature": signature})
         if message.content:
-            content.append({"type": "text", "text": message.content})
-        for call in message.tool_calls:
-            content.append({"type": "tool_use", "id": _tool_id(call.id), "name": call.name, "input": call.arguments})
+            content.append(_text(message.content))
+        content += [_tool_use(call.id, call.name, call.arguments) for call in message.tool_calls]
         return {
             **self._message(content, usage(bill.usage)),
             "stop_reason": _stop_reason(end),
@@ -110,7 +120,7 @@ class Messages:
             out += self._piece(piece)
         if isinstance(events[-1], Bill):
             end = next(event for event in events if isinstance(event, Ended))
-            delta = {"stop_reason": _stop_reason(end), "stop_sequence": end.stop}
+            delta = {"stop_reason": _stop_reason(end), "stop_sequence": end.stop, "stop_details": None, "container": None}
             last = {"type": "message_delta", "delta": delta, "usage": usage(events[-1].usage)}
             last["trace"] = {"node": events[-1].nodes[0]}
             out += self._close() + wire.named_event(last) + wire.named_event({"type": "message_stop"})
@@ -124,13 +134,12 @@ class Messages:
     def _message(self, content: list[dict[str, Any]], used: dict[str, Any]) -> dict[str, Any]:
         return {
             "id": self._id, "type": "message", "role": "assistant", "model": self.ask.model, "content": content,
-            "stop_reason": None, "stop_sequence": None, "usage": used,
+            "stop_reason": None, "stop_sequence": None, "stop_details": None, "container": None, "usage": used,
         }  # fmt: skip
 
     def _piece(self, piece: Piece) -> bytes:
         if piece.kind == "call":
-            block = {"type": "tool_use", "id": _tool_id(piece.id), "name": piece.text, "input": {}}
-            return self._open("arguments", block)
+            return self._open("arguments", _tool_use(piece.id, piece.text, {}))
         if piece.kind == "reasoning":
             opened = b"" if self._kind == "reasoning" else self._open(
                 "reasoning", {"type": "thinking", "thinking": "", "signature": ""}
@@ -138,7 +147,7 @@ class Messages:
             self._thought += piece.text
             return opened + self._delta({"type": "thinking_delta", "thinking": piece.text})
         if piece.kind == "content":
-            opened = b"" if self._kind == "content" else self._open("content", {"type": "text", "text": ""})
+            opened = b"" if self._kind == "content" else self._open("content", _text(""))
             return opened + self._delta({"type": "text_delta", "text": piece.text})
         return self._delta({"type": "input_json_delta", "partial_json": piece.text})
 

@@ -1,7 +1,8 @@
 """A request of Anthropic's Messages API: its structs, and the one `Ask` it becomes, at both versions of that API.
 
 2023-06-01 takes `temperature`, `top_p` and `top_k`; 2026-10-21 refuses them. A trailing assistant message is the
-beginning of the answer.
+beginning of the answer. Who does not speak of thinking gets Kimi's default, a thought first; on a lenient server
+Anthropic's, none, because clients written for that API take the first block for the answer.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ class Text(msgspec.Struct, gc=False, tag_field="type", tag="text"):
 class ThinkingBlock(msgspec.Struct, gc=False, tag_field="type", tag="thinking"):
     thinking: str
     signature: str = ""
+
+
+class RedactedThinking(msgspec.Struct, gc=False, tag_field="type", tag="redacted_thinking"):
+    """Another model's, from a conversation that began elsewhere: nobody here can read it, and it is left out."""
+
+    data: str = ""
 
 
 class ToolUse(msgspec.Struct, gc=False, tag_field="type", tag="tool_use"):
@@ -67,7 +74,7 @@ class ToolResult(msgspec.Struct, gc=False, tag_field="type", tag="tool_result"):
 
 class WireMessage(msgspec.Struct, gc=False):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Text | ThinkingBlock | ToolUse | ToolResult | Image | Document]
+    content: str | list[Text | ThinkingBlock | RedactedThinking | ToolUse | ToolResult | Image | Document]
 
     @property
     def blocks(self) -> list[Any]:
@@ -192,7 +199,7 @@ def to_ask(
         max_tokens=full.max_tokens if full else None,
         to_fit=lenient,
         stream=bool(full and full.stream),
-        thinking=body.thinking is None or body.thinking.type != "disabled",
+        thinking=not lenient if body.thinking is None else body.thinking.type != "disabled",
         effort=config.effort,
         tool_choice=_tool_choice(choice),
         parallel_tools=not (choice and choice.disable_parallel_tool_use),
@@ -204,9 +211,15 @@ def to_ask(
     return ask
 
 
+KINDS = {
+    "user": (Text, ToolResult, Image, Document), "assistant": (Text, ThinkingBlock, RedactedThinking, ToolUse),
+    "system": (Text,),
+}  # fmt: skip
+
+
 def _messages(given: WireMessage, where: str, lenient: bool) -> list[Message]:
     text = _text(given.blocks, f"{where}.content", lenient)
-    kinds = {"user": (Text, ToolResult, Image, Document), "assistant": (Text, ThinkingBlock, ToolUse), "system": (Text,)}[given.role]
+    kinds = KINDS[given.role]
     for n, block in enumerate(given.blocks):
         if not isinstance(block, kinds):
             kind = block.__struct_config__.tag

@@ -21,10 +21,13 @@ from tidelock.service.http import is_lenient
 from tidelock.service.keys import Key
 from tidelock.service.run import Turn
 from tidelock.service.state import ServiceState
+from tidelock.service.surfaces import conversations
+from tidelock.service.surfaces.responses_items import KIND, docs_of
 from tidelock.service.surfaces.responses_request import (
-    HERE, KIND, RECALLED, Format, Item, Part, Reasoning, ResponsesRequest, TextConfig, Tool, read,
+    HERE, RECALLED, Format, Reasoning, ResponsesRequest, TextConfig, read,
 )  # fmt: skip
 from tidelock.service.surfaces.responses_stream import Writer
+from tidelock.service.surfaces.responses_tools import custom_names, docs
 
 if TYPE_CHECKING:
     from tidelock.service.endpoint import Output
@@ -43,29 +46,6 @@ def usage(used: Usage) -> dict[str, Any]:
     }
 
 
-def input_docs(request: ResponsesRequest) -> list[dict[str, Any]]:
-    """The input as items with ids, for those who list it later."""
-    given = request.input
-    items = [Item(role="user", content=given or "")] if not isinstance(given, list) else given
-    docs = []
-    for n, item in enumerate(items):
-        doc = {k: v for k, v in msgspec.to_builtins(item).items() if v is not None}
-        if item.type == "message":
-            parts = item.content if isinstance(item.content, list) else [Part("text", item.content or "")]
-            doc |= {"content": [_part_doc(part, item.role) for part in parts], "status": "completed"}
-        docs.append({"id": f"item_{n}", **doc})
-    return docs
-
-
-def _part_doc(part: Part, role: str | None) -> dict[str, Any]:
-    if part.text is None and part.refusal is None:
-        return {k: v for k, v in msgspec.to_builtins(part).items() if v is not None} | {"detail": part.detail or "auto"}
-    text = part.text or part.refusal or ""
-    if role == "assistant":
-        return {"type": "output_text", "text": text, "annotations": []}
-    return {"type": "input_text", "text": text}
-
-
 class Responses:
     """See `endpoint.Translation`."""
 
@@ -78,10 +58,12 @@ class Responses:
         self.ask = read(state, key, self.request, is_lenient(state, request))
 
     def begin(self, turn: Turn) -> None:
-        self._id = "resp_" + turn.request_id.removeprefix("req_")
+        self._unique = turn.request_id.removeprefix("req_")
+        self._id = "resp_" + self._unique
         self._created = int(time.time())
         queued = self.response("queued") if self.request.background else None
-        self._writer = Writer(turn.request_id.removeprefix("req_"), self.response("in_progress"), queued)
+        custom, seal = custom_names(self.request.tools or ()), "reasoning.encrypted_content" in (self.request.include or ())
+        self._writer = Writer(self._unique, self.response("in_progress"), queued, custom, seal)
 
     def whole(self, ended: Sequence[Ended], bill: Bill) -> dict[str, Any]:
         self._writer.say([*_pieces(ended[0]), ended[0]])
@@ -115,8 +97,12 @@ class Responses:
         response = self._answered(end, bill, self._writer.items)
         self._recall(node=bill.nodes[0])
         if self.request.store is not False:
-            doc = {"id": self._id, "node": bill.nodes[0], "response": response, "input": input_docs(self.request)}
+            given = docs_of(self.request.input, self._unique)
+            doc = {"id": self._id, "node": bill.nodes[0], "response": response, "input": given}
             self._state.objects.keep(KIND, self._key.customer, doc)
+        if (name := self.request.conversation_id) is not None:
+            given = docs_of(self.request.input, self._unique)
+            conversations.keep(self._state, self._key, name, [*given, *response["output"]])
         return response
 
     def _recall(self, **what: Any) -> None:
@@ -152,7 +138,7 @@ class Responses:
 
     def begun(self) -> tuple[dict[str, Any], bytes]:
         events = self._writer.begin()
-        doc = {"id": self._id, "node": None, "response": self.response("in_progress"), "input": input_docs(self.request)}
+        doc = {"id": self._id, "node": None, "response": self.response("in_progress"), "input": docs_of(self.request.input, self._unique)}
         return doc, events
 
     def more(self, events: Sequence[Event]) -> tuple[int, bytes]:
@@ -208,7 +194,7 @@ class Responses:
             "model": self.ask.model,
             "output": [],
             "previous_response_id": request.previous_response_id,
-            "tools": [_tool_doc(tool) for tool in request.tools or () if tool.type == "function"],
+            "tools": docs(request.tools or ()),
             "tool_choice": request.tool_choice or "auto",
             "parallel_tool_calls": self.ask.parallel_tools,
             "max_output_tokens": request.max_output_tokens,
@@ -227,8 +213,9 @@ class Responses:
             "metadata": request.metadata or {},
             "safety_identifier": request.safety_identifier,
             "prompt_cache_key": request.prompt_cache_key,
-            "user": request.user,
             "usage": None,
+            **({"user": request.user} if request.user is not None else {}),
+            **({"conversation": {"id": name}} if (name := request.conversation_id) is not None else {}),
             **changes,
         }
 
@@ -243,13 +230,6 @@ def _failure_code(error: ApiError) -> str:
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _tool_doc(tool: Tool) -> dict[str, Any]:
-    return {
-        "type": "function", "name": tool.name, "description": tool.description,
-        "parameters": tool.parameters or {"type": "object"}, "strict": tool.strict is not False,
-    }  # fmt: skip
 
 
 def _pieces(end: Ended) -> list[Event]:

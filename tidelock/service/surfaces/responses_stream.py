@@ -11,19 +11,25 @@ from typing import Any
 
 from tidelock.service import wire
 from tidelock.service.answer import Ended, Event, Piece, Token
+from tidelock.service.surfaces import custom_tools
 from tidelock.service.surfaces.chat import logprobs
+from tidelock.service.surfaces.responses_items import sealed
 
 
 class Writer:
     """`say` what happens, then `finish`. `items` are the output items so far, complete once the answer has ended."""
 
-    def __init__(self, unique: str, response: dict[str, Any], queued: dict[str, Any] | None = None) -> None:
-        """`queued`: the response as it is told first, where it is told that it waits."""
+    def __init__(
+        self, unique: str, response: dict[str, Any], queued: dict[str, Any] | None = None, custom: frozenset[str] = frozenset(),
+        seal: bool = False,
+    ) -> None:  # fmt: skip
+        """`queued`: the response as it is told first, where it is told that it waits. `custom`: the tools that are called with
+        text. `seal`: thoughts also as `encrypted_content`."""
         self.number = 0  # of the next event
         self._queued = queued
         self.items: list[dict[str, Any]] = []
-        self._unique, self._response = unique, response
-        self._kind: str | None = None  # "reasoning" | "content" | "call": the open item
+        self._unique, self._response, self._custom, self._seal = unique, response, custom, seal
+        self._kind: str | None = None  # "reasoning" | "content" | "call" | "custom": the open item
         self._text: list[str] = []
         self._tokens: list[Token] = []
 
@@ -58,7 +64,7 @@ class Writer:
     def _piece(self, piece: Piece) -> bytes:
         out = b""
         if piece.kind == "call":
-            return self._open("call", piece)
+            return self._open("custom" if piece.text in self._custom else "call", piece)
         if piece.kind != "arguments" and self._kind != piece.kind:
             out = self._open(piece.kind, piece)
         self._text.append(piece.text)
@@ -73,6 +79,8 @@ class Writer:
             return out + self._event(
                 "response.output_text.delta", **where, content_index=0, delta=piece.text, logprobs=shown
             )
+        if self._kind == "custom":
+            return out  # its text is read out of the JSON when that is whole
         return out + self._event("response.function_call_arguments.delta", **where, delta=piece.text)
 
     def _where(self) -> dict[str, Any]:
@@ -86,6 +94,11 @@ class Writer:
         elif kind == "content":
             item = {"type": "message", "id": f"msg_{self._unique}_{n}", "status": "in_progress", "role": "assistant"}
             item["content"] = []
+        elif kind == "custom":
+            item = {
+                "type": "custom_tool_call", "id": f"ctc_{self._unique}_{n}", "status": "in_progress", "call_id": piece.id,
+                "name": piece.text, "input": "",
+            }  # fmt: skip
         else:
             item = {
                 "type": "function_call", "id": f"fc_{self._unique}_{n}", "status": "in_progress", "call_id": piece.id,
@@ -112,6 +125,8 @@ class Writer:
         if kind == "reasoning":
             part = {"type": "summary_text", "text": text}
             item["summary"] = [part]
+            if self._seal:
+                item["encrypted_content"] = sealed(text)
             out = self._event("response.reasoning_summary_text.done", **where, summary_index=0, text=text)
             out += self._event("response.reasoning_summary_part.done", **where, summary_index=0, part=part)
         elif kind == "content":
@@ -120,6 +135,11 @@ class Writer:
             item |= {"status": status, "content": [part]}
             out = self._event("response.output_text.done", **where, content_index=0, text=text, logprobs=shown)
             out += self._event("response.content_part.done", **where, content_index=0, part=part)
+        elif kind == "custom":
+            said = custom_tools.text_of(text)
+            item |= {"status": status, "input": said}
+            out = self._event("response.custom_tool_call_input.delta", **where, delta=said) if said else b""
+            out += self._event("response.custom_tool_call_input.done", **where, input=said)
         else:
             item |= {"status": status, "arguments": text}
             out = self._event("response.function_call_arguments.done", **where, name=item["name"], arguments=text)

@@ -12,8 +12,9 @@ from tidelock.service.endpoint import Endpoint, Translation
 from tidelock.service.http import Handler, Json
 from tidelock.service.state import ServiceState
 from tidelock.service.surfaces import (
-    account, batches, billing, chat, chat_request, compaction, files, message_batches, messages, messages_request, models,
-    organization, receipts, responses, responses_request, shapes, spend_limit, stored_chat, stored_responses, wallet,
+    account, batches, billing, chat, chat_request, compaction, conversations, files, message_batches, messages,
+    messages_request, models, organization, receipts, responses, responses_request, shapes, spend_limit, stored_chat,
+    stored_responses, wallet,
 )  # fmt: skip
 
 LISTED = ("after", "limit", "order")
@@ -67,7 +68,15 @@ ROUTES = [
     Route("GET", "/v1/responses/{id}", stored_responses.retrieve, shapes.Response, query=("stream", "starting_after")),
     Route("DELETE", "/v1/responses/{id}", stored_responses.delete, shapes.Deleted),
     Route("POST", "/v1/responses/{id}/cancel", stored_responses.cancel, shapes.Response),
-    Route("GET", "/v1/responses/{id}/input_items", stored_responses.input_items, shapes.Listing),
+    Route("GET", "/v1/responses/{id}/input_items", stored_responses.input_items, shapes.Listing, query=LISTED),
+    Route("POST", "/v1/conversations", conversations.create, shapes.Conversation, conversations.Created),
+    Route("GET", "/v1/conversations/{id}", conversations.retrieve, shapes.Conversation),
+    Route("POST", "/v1/conversations/{id}", conversations.update, shapes.Conversation, conversations.Changed),
+    Route("DELETE", "/v1/conversations/{id}", conversations.delete, shapes.Deleted),
+    Route("GET", "/v1/conversations/{id}/items", conversations.listed, shapes.Listing, query=LISTED),
+    Route("POST", "/v1/conversations/{id}/items", conversations.extend, shapes.Listing, conversations.Items),
+    Route("GET", "/v1/conversations/{id}/items/{item}", conversations.item, None),
+    Route("DELETE", "/v1/conversations/{id}/items/{item}", conversations.drop, shapes.Conversation),
     Route("GET", "/v1/models", models.listed, shapes.ModelList),
     Route("GET", "/v1/models/{model}", models.one, shapes.Model),
     Route("DELETE", "/v1/models/{model}", models.delete, shapes.Deleted),

@@ -86,6 +86,13 @@ class Response(msgspec.Struct):
     previous_response_id: str | None
 
 
+class Conversation(msgspec.Struct):
+    id: str
+    object: Literal["conversation"]
+    created_at: int
+    metadata: dict[str, str]
+
+
 class Compaction(msgspec.Struct):
     id: str
     object: Literal["response.compaction"]

@@ -13,8 +13,10 @@ from tidelock.service.auth import authenticate
 from tidelock.service.errors import invalid_request
 from tidelock.service.http import is_lenient, read_body
 from tidelock.service.state import ServiceState
+from tidelock.service.surfaces import files
 from tidelock.service.surfaces.account import whole
-from tidelock.service.surfaces.responses_request import KIND, InputTokensRequest, to_ask
+from tidelock.service.surfaces.responses_items import KIND
+from tidelock.service.surfaces.responses_request import InputTokensRequest, to_ask
 from tidelock.tokens.policy import SamplingParams
 
 _decoder = msgspec.json.Decoder(InputTokensRequest)
@@ -69,8 +71,4 @@ async def cancel(state: ServiceState, request: Request) -> Any:
 
 async def input_items(state: ServiceState, request: Request) -> dict[str, Any]:
     key = authenticate(state, request)
-    items = state.objects.get(KIND, key.customer, request.path_params["id"])["input"]
-    if request.query_params.get("order", "desc") != "asc":
-        items = items[::-1]
-    first, last = (items[0]["id"], items[-1]["id"]) if items else ("", "")
-    return {"object": "list", "data": items, "first_id": first, "last_id": last, "has_more": False}
+    return files.page_of(request, state.objects.get(KIND, key.customer, request.path_params["id"])["input"])
