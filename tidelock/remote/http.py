@@ -2,7 +2,7 @@
 
 Only what a model server needs, over httptools' parser, because every request of a gateway goes through here: no redirects,
 cookies, proxies or compression. A small streamed answer costs it 10 to 33 us of one core where aiohttp 3.14 takes 46 to 87
-(`python -m benchmarks.http_client`), and a gateway's processor is cold: there it was a fifth of the whole service.
+(`python -m benchmarks.http_client`), and more where the processor is cold, as a gateway's is.
 """
 
 from __future__ import annotations
